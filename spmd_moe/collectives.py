@@ -1,0 +1,361 @@
+"""The collectives, and the moves that need no communication: one table, one differentiable `Move`.
+
+Every move is linear, and the kinds say what its backward is: where forward takes `src` to `dst`,
+backward takes the gradient of `dst` to the gradient of `src`, which is again a move of the table
+(R's gradient is P, P's is R, I's is I, S's is S). So backward is looked up, never written, and
+second derivatives work. The typing rule for spmd_types' checker stands in the same row.
+
+A shape gives the rows per rank of a sharded dim; None means the same on all ranks. Padding exists
+between `_pad` or `_spread` before a collective and the trim after it, and nowhere else.
+
+This is the only file that moves tensors between ranks. It uses functional collectives throughout,
+so one path serves gloo, NCCL, fake groups, simulated ranks and torch.compile; a result waits when
+it is first used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast, final
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from spmd_types import Shard, rules
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._local_tensor import (
+    LocalIntNode,
+    LocalTensor,
+    LocalTensorMode,
+    local_tensor_mode,
+)
+from torch.distributed._local_tensor._c10d import _prepare_collective_groups
+
+from spmd_moe.placement import Kind, V
+from spmd_moe.shard import ShardShape
+
+Dtype: TypeAlias = torch.dtype | None
+Kernel: TypeAlias = Callable[[Tensor, ProcessGroup, "Step"], Tensor]
+
+# torch 2.12 renamed both; the old names warn from then on.
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One move of one tensor on one axis: the kinds, and the rows per rank where it is sharded."""
+
+    src: Kind
+    dst: Kind
+    src_shape: ShardShape | None = None
+    dst_shape: ShardShape | None = None
+
+    @property
+    def src_dim(self) -> int:
+        return self.src.dim if isinstance(self.src, Shard) else 0
+
+    @property
+    def dst_dim(self) -> int:
+        return self.dst.dim if isinstance(self.dst, Shard) else 0
+
+    @property
+    def row(self) -> Row:
+        return MOVES[letter(self.src), letter(self.dst)]
+
+    def backward(self) -> Step:
+        """What the gradient does: from the gradient of `dst` to the gradient of `src`."""
+        return Step(
+            self.dst.backward_type(), self.src.backward_type(), self.dst_shape, self.src_shape
+        )
+
+
+class Move(torch.autograd.Function):
+    """Run a step. `dtype` is what a sum is taken in, `grad_dtype` the same in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype, grad_dtype: Dtype
+    ) -> Tensor:
+        ctx.back = group, step.backward(), grad_dtype, dtype
+        ctx.feeds_leaf = x.is_leaf
+        y = step.row.run(x if dtype is None else x.to(dtype), group, step)
+        return y if dtype is None else y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        moved = move(grad, *ctx.back)
+        return _waited(moved) if ctx.feeds_leaf else moved, None, None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, group: ProcessGroup, step: Step) -> object:
+        return step.row.rule(x, group, src=step.src, dst=step.dst)
+
+
+def move(
+    x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype = None, grad_dtype: Dtype = None
+) -> Tensor:
+    """`Move`, with types."""
+    return cast(Tensor, Move.apply(x, group, step, dtype, grad_dtype))  # type: ignore[no-untyped-call]  # torch does not type apply
+
+
+class Exchange(torch.autograd.Function):
+    """Send rows to other ranks: `sends[r]` of them to rank r, `receives[r]` from it.
+
+    rank 0 has  a b c   sends 1 2          rank 0 gets  a d
+    rank 1 has  d e     sends 1 1    ==>   rank 1 gets  b c e
+    Backward is the same exchange with the two lists swapped.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]
+    ) -> Tensor:
+        ctx.back = group, sends, receives
+        ctx.feeds_leaf = x.is_leaf
+        return _awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        group, receives, sends = ctx.back
+        moved = exchange(grad, group, receives=receives, sends=sends)
+        return _waited(moved) if ctx.feeds_leaf else moved, None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, group: ProcessGroup) -> object:
+        # V, not S(0): which rows a rank gets is data, so no whole can be said to be kept.
+        return rules.all_to_all(x, group, src=V, dst=V)
+
+
+def exchange(
+    x: Tensor, group: ProcessGroup, *, receives: Sequence[int], sends: Sequence[int]
+) -> Tensor:
+    """Rows of `x`, cut by `sends`, to the ranks of the group; see `Exchange`."""
+    if group.size() == 1:
+        return x
+    return cast(Tensor, Exchange.apply(x, group, list(receives), list(sends)))  # type: ignore[no-untyped-call]  # as above
+
+
+# --- what the ranks do, one function for each way to move -------------------------------------
+
+
+def keep(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """Nothing happens to the rows; only the kind, and so the gradient, is another."""
+    return x
+
+
+def keep_first(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """Rank 0 keeps the whole and the others zeros, so that the sum over the ranks is the whole."""
+    return _by_rank(group, lambda rank, t: torch.zeros_like(t) if rank else t.clone(), x)
+
+
+def cut_out(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """Every rank keeps its own rows of the whole.
+
+    a b c d e  ==>  a b | c d | e | .        (sizes 2 2 1 0)
+    """
+
+    def own(rank: int, t: Tensor) -> Tensor:
+        shape = step.dst_shape or ShardShape.even(t.shape[step.dst_dim], group.size())
+        part = t.narrow(step.dst_dim, shape.offsets[rank], shape.sizes[rank])
+        return part.clone(memory_format=torch.contiguous_format)
+
+    return _by_rank(group, own, x)
+
+
+def embed(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """Every rank puts its rows where they belong in a whole of zeros; the sum is the whole."""
+
+    def place(rank: int, t: Tensor) -> Tensor:
+        rows = t.shape[step.src_dim]
+        shape = step.src_shape or ShardShape.even(rows * group.size(), group.size())
+        before = shape.offsets[rank]
+        return _with_zeros(t, step.src_dim, before, shape.total - before - rows)
+
+    return _by_rank(group, place, x)
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """Every rank gets the sum over the ranks."""
+    return _awaitable(funcol.all_reduce(x.contiguous(), "sum", group))
+
+
+def all_gather(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """Every rank gets the rows of all ranks, joined in the order of the ranks."""
+    dim, shape = step.src_dim, step.src_shape
+    if shape is None:
+        return _awaitable(_all_gather(x.contiguous(), dim, group))
+    if shape.total == 0:  # on all ranks alike, so none of them waits for another
+        return x
+    stacked = _awaitable(_all_gather(_pad(x, group, dim, shape), 0, group))
+    if dim == 0 and shape.packed:
+        return stacked.narrow(0, 0, shape.total)
+    parts = stacked.chunk(shape.ranks)
+    return torch.cat([p.narrow(dim, 0, n) for p, n in zip(parts, shape.sizes, strict=True)], dim)
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """Every rank gets its own rows of the sum over the ranks."""
+    dim, shape = step.dst_dim, step.dst_shape
+    if shape is None:
+        return _awaitable(_reduce_scatter(x.contiguous(), "sum", dim, group))
+    if shape.total == 0:
+        return x
+    padded = _awaitable(_reduce_scatter(_spread(x, dim, shape), "sum", dim, group))
+    return _by_rank(group, lambda rank, t: t.narrow(dim, 0, shape.sizes[rank]).contiguous(), padded)
+
+
+def all_to_all(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
+    """`src_dim` becomes whole while `dst_dim` is cut. Blocks travel flat, so none needs padding."""
+    i, j, ranks = step.src_dim, step.dst_dim, range(group.size())
+
+    def block(t: Tensor, source: int, target: int) -> list[int]:
+        """The shape of what `source` sends to `target`."""
+        shape = list(t.shape)
+        shape[i] = step.src_shape.sizes[source] if step.src_shape else t.shape[i]
+        cols = step.dst_shape or ShardShape.even(t.shape[j], len(ranks))
+        shape[j] = cols.sizes[target]
+        return shape
+
+    def flat(me: int, t: Tensor) -> Tensor:
+        parts = t.split([block(t, me, r)[j] for r in ranks], j)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def joined(me: int, received: Tensor, t: Tensor) -> Tensor:
+        shapes = [block(t, r, me) for r in ranks]
+        parts = received.split([math.prod(shape) for shape in shapes])
+        return torch.cat([p.view(s) for p, s in zip(parts, shapes, strict=True)], i)
+
+    sends = _ints_by_rank(group, lambda me, t: [math.prod(block(t, me, r)) for r in ranks], x)
+    receives = _ints_by_rank(group, lambda me, t: [math.prod(block(t, r, me)) for r in ranks], x)
+    sent = _by_rank(group, flat, x)
+    received = _awaitable(funcol.all_to_all_single(sent, receives, sends, group))
+    return _by_rank(group, joined, received, x)
+
+
+# --- padding, and ranks real or simulated -----------------------------------------------------
+
+
+def _pad(x: Tensor, group: ProcessGroup, dim: int, shape: ShardShape) -> Tensor:
+    """Rows of zeros behind this rank's own, up to the size of the longest shard."""
+    missing = [shape.padded - size for size in shape.sizes]
+    return _by_rank(group, lambda rank, t: _with_zeros(t, dim, 0, missing[rank]), x)
+
+
+def _spread(x: Tensor, dim: int, shape: ShardShape) -> Tensor:
+    """A whole with every rank's rows padded in place, as a collective wants them."""
+    if shape.packed:
+        return _with_zeros(x, dim, 0, shape.padded_total - shape.total)
+    parts = x.split(shape.sizes, dim)
+    return torch.cat([_with_zeros(p, dim, 0, shape.padded - p.shape[dim]) for p in parts], dim)
+
+
+def _with_zeros(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    if before == after == 0:
+        return x.contiguous()
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [before, after])
+
+
+def _awaitable(result: Tensor) -> Tensor:
+    """A result that waits at its first use; at once where that cannot be, as in a simulation."""
+    if isinstance(result, funcol.AsyncCollectiveTensor) and type(result.elem) is not Tensor:
+        return result.wait()
+    return result
+
+
+def _waited(result: Tensor) -> Tensor:
+    """What becomes `.grad` must be there: optimizers read it behind the dispatcher's back."""
+    return result.wait() if isinstance(result, funcol.AsyncCollectiveTensor) else result
+
+
+def _by_rank(group: ProcessGroup, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`run(rank in group, *tensors)`: here, or once for every rank that one process simulates."""
+    if not isinstance(tensors[0], LocalTensor):
+        return run(dist.get_rank(group), *tensors)
+    place = places(group)
+    return _simulation().rank_map(
+        lambda r: run(place[r], *(cast(LocalTensor, t)._local_tensors[r] for t in tensors))
+    )
+
+
+def _ints_by_rank(
+    group: ProcessGroup, run: Callable[[int, Tensor], list[int]], x: Tensor
+) -> list[int]:
+    if not isinstance(x, LocalTensor):
+        return run(dist.get_rank(group), x)
+    place = places(group)
+    rows = {r: run(place[r], t) for r, t in x._local_tensors.items()}
+    columns = ({r: row[k] for r, row in rows.items()} for k in range(group.size()))
+    return [cast(int, torch.SymInt(LocalIntNode(column))) for column in columns]
+
+
+def _simulation() -> LocalTensorMode:
+    mode = local_tensor_mode()
+    assert mode is not None, "a LocalTensor outside of its LocalTensorMode"
+    return mode
+
+
+def places(group: ProcessGroup) -> dict[int, int]:
+    """Where each simulated rank stands in its own group along the axis that `group` is on."""
+    ranks, offsets, _ = _prepare_collective_groups(group)
+    return {offset + r: place for offset in offsets for place, r in enumerate(ranks)}
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One move: its name, how to run and to type it, and what it does and costs, in words."""
+
+    run: Kernel
+    rule: Callable[..., object]
+    does: str
+    costs: str
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+    @property
+    def sums(self) -> bool:
+        return self.run in (all_reduce, reduce_scatter)
+
+
+def letter(kind: Kind) -> str:
+    """R, I, V, P, or S whatever its dim: the key of the table."""
+    return "S" if isinstance(kind, Shard) else kind.value
+
+
+_FREE = "nothing"
+_WHOLE, _TWICE = "(n-1)/n of the whole", "2(n-1)/n of the whole"
+
+# What each costs is what one of n ranks sends.
+MOVES: dict[tuple[str, str], Row] = {
+    ("R", "I"): Row(keep, rules.convert, "the same on all ranks, to be used alike", _FREE),
+    ("R", "P"): Row(keep_first, rules.convert, "rank 0 keeps it, the others hold zeros", _FREE),
+    ("R", "S"): Row(cut_out, rules.convert, "each rank keeps its rows", _FREE),
+    ("I", "R"): Row(keep, rules.convert, "the same on all ranks, to be used differently", _FREE),
+    ("I", "P"): Row(keep_first, rules.convert, "rank 0 keeps it, the others hold zeros", _FREE),
+    ("I", "S"): Row(cut_out, rules.convert, "each rank keeps its rows", _FREE),
+    ("P", "R"): Row(all_reduce, rules.all_reduce, "sum over the ranks", _TWICE),
+    ("P", "I"): Row(all_reduce, rules.all_reduce, "sum over the ranks", _TWICE),
+    ("P", "S"): Row(
+        reduce_scatter, rules.reduce_scatter, "sum, of which each keeps its rows", _WHOLE
+    ),
+    ("S", "R"): Row(all_gather, rules.all_gather, "join the rows of all ranks", _WHOLE),
+    ("S", "I"): Row(all_gather, rules.all_gather, "join the rows of all ranks", _WHOLE),
+    ("S", "P"): Row(embed, rules.convert, "own rows in a whole of zeros", _FREE),
+    ("S", "S"): Row(
+        all_to_all,
+        rules.all_to_all,
+        "join along one dim, cut along another",
+        "(n-1)/n of the shard",
+    ),
+}
