@@ -1,0 +1,42 @@
+"""One command decides: formatter, linter, mypy --strict, then pytest; the first failure ends it.
+
+python tests/check.py                          # everything
+python tests/check.py tests/test_mesh.py -x    # the same checks; these words go to pytest
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each tool runs as `python -m <words>`, configured in pyproject.toml; then, what helps on failure.
+CHECKS = [
+    ("ruff format --check .", "python -m ruff format .         rewrites the files"),
+    ("ruff check .", "python -m ruff check --fix .    repairs what is safe to repair"),
+    ("mypy", "repair the types; an ignore needs its code in [brackets] and its reason"),
+]
+TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>    runs one alone")
+
+
+def start(number: int, words: str) -> int:
+    print(f"== {number} of {len(CHECKS) + 1}: python -m {words}", flush=True)
+    return subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT).returncode
+
+
+def main(pytest_words: list[str]) -> int:
+    for number, (words, advice) in enumerate(CHECKS, 1):
+        begin = time.monotonic()
+        if status := start(number, words):
+            print(f"== failed after {time.monotonic() - begin:.1f} s. What helps: {advice}")
+            return status
+        print(f"== ok after {time.monotonic() - begin:.1f} s", flush=True)
+    words, advice = TESTS
+    # Said before and not after, so that pytest's summary is the last line of all.
+    print(f"== if a test fails: {advice}", flush=True)
+    return start(len(CHECKS) + 1, " ".join([words, *pytest_words]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
