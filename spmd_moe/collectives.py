@@ -24,7 +24,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
-from spmd_types import Shard, rules
+from spmd_types import (
+    MeshAxis,
+    Shard,
+    SpmdTypeError,
+    get_local_type,
+    get_partition_spec,
+    no_typecheck,
+    reinterpret,
+    rules,
+)
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import (
@@ -35,7 +44,7 @@ from torch.distributed._local_tensor import (
 )
 from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 
-from spmd_moe.placement import Kind, V
+from spmd_moe.placement import Kind, P, V
 from spmd_moe.shard import ShardShape
 
 Dtype: TypeAlias = torch.dtype | None
@@ -128,8 +137,14 @@ class Exchange(torch.autograd.Function):
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor, group: ProcessGroup) -> object:
-        # V, not S(0): which rows a rank gets is data, so no whole can be said to be kept.
-        return rules.all_to_all(x, group, src=V, dst=V)
+        # Which rows a rank gets is data, so there is no whole on this axis that could be followed.
+        spec = get_partition_spec(x)
+        if spec is not None and MeshAxis.of(group) in spec.axes_with_partition_spec():
+            raise SpmdTypeError("exchange: rows go where data says; check it in a local region")
+        kinds = get_local_type(x)
+        if any(kind is not V for kind in kinds.values()):
+            raise SpmdTypeError(f"exchange: rows must be V on every axis, but are {kinds}")
+        return rules.einsum("...->...", x)
 
 
 def exchange(
@@ -139,6 +154,31 @@ def exchange(
     if group.size() == 1:
         return x
     return cast(Tensor, Exchange.apply(x, group, list(receives), list(sends)))  # type: ignore[no-untyped-call]  # as above
+
+
+def host_ints(x: Tensor) -> list[int]:
+    """The integers of a 1-d tensor on the host, where the sizes of an exchange are needed.
+
+    What is read differs between ranks, and the checker could not follow it: it ends here, and comes
+    back as the rows per rank that `exchange` and `ShardShape` are given.
+    """
+    with no_typecheck():
+        return [_plain(n) for n in x.tolist()]
+
+
+def _plain(n: Any) -> int:
+    """An int also where one process simulates many ranks, as long as it is the same on all."""
+    same = n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n
+    return cast(int, n if same is None else same)
+
+
+def declare_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """V as P: what was on each rank was a part of a sum all along. The one way to make a P.
+
+    Say it where a contraction runs over a dim that the ranks share, or where each rank fills the
+    places of its own and leaves the others zero.
+    """
+    return x if group.size() == 1 else cast(Tensor, reinterpret(x, group, src=V, dst=P))
 
 
 # --- what the ranks do, one function for each way to move -------------------------------------

@@ -31,6 +31,10 @@ class DtypeError(SpmdMoeError, ValueError):
     """A precision that nobody chose."""
 
 
+class ConfigError(SpmdMoeError, ValueError):
+    """Settings that contradict each other."""
+
+
 class MeshError(SpmdMoeError, ValueError):
     """Degrees, axes or ranks that do not make a mesh."""
 

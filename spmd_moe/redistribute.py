@@ -55,6 +55,8 @@ def redistribute(
         group, ranks = axis.group, axis.size
     else:
         group, ranks = axis, axis.size()
+    if ranks == 1 and isinstance(x, LocalTensor):
+        return x  # rows per rank may be another list on every simulated rank: nothing to plan by
     try:
         step = _step_for(x, group, ranks, src, dst, shape)
         _check_grad_dtype(x, step, grad_dtype)
@@ -72,6 +74,11 @@ def redistribute(
     if step.src == step.dst:
         return cast(Tensor, convert(x, group, src=step.src, dst=step.dst))  # seen by the checker
     return move(x, group, step, dtype, grad_dtype)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What a sum over ranks should be taken in: float32, or the dtype of `x` if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @lru_cache(maxsize=4096)

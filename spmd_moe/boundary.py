@@ -1,0 +1,86 @@
+"""Between what the caller holds and the one type inside the layer: rows of different tokens.
+
+    caller on tp     in                      inside     out
+    R or I           every rank has all      V          all rows gathered again
+    S[0]             rows of its own         V          the same rows
+
+`[B, L, D]` is flattened to `[T, D]` first and sharded then, so a shard is a run of tokens.
+"""
+
+# Shape letters in this file:
+#   B  batch    L  length    D  model width    T  tokens inside the layer, on this rank
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from spmd_moe.collectives import host_ints
+from spmd_moe.errors import ConfigError, explain
+from spmd_moe.mesh import Axis
+from spmd_moe.placement import I, Kind, R, S, Tokens
+from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.shard import ShardShape
+
+INSIDE = S(0)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What `leave` needs to give the caller his shape back."""
+
+    lead: tuple[int, ...]  # the dims before the last one, as the caller had them
+    shape: ShardShape | None  # rows of every rank of tp; None where nobody needs them
+
+
+@final
+class Boundary:
+    """How the caller holds tokens on tp: `src` when they come, `dst` when they go."""
+
+    def __init__(self, tp: Axis, src: Kind, dst: Kind, *, count_rows: bool) -> None:
+        for name, kind in (("src", src), ("dst", dst)):
+            if kind not in (R, I, INSIDE):
+                raise ConfigError(
+                    explain(
+                        "MoE",
+                        f"the boundary's {name} is {kind!r} on {tp}; it must be R, I or S(0)",
+                        why="tokens are whole on a rank, or shared out by rows",
+                        fixes=[f"{name}=S(0)"],
+                    )
+                )
+        self.tp, self.src, self.dst = tp, src, dst
+        # Ranks with rows of their own know each other's numbers only by telling.
+        self.must_count = src == INSIDE and (dst != INSIDE or count_rows)
+
+    @property
+    def whole(self) -> bool:
+        """The model around the layer computes the same on every rank of tp."""
+        return self.src != INSIDE
+
+    def enter(self, x: Tensor) -> tuple[Tokens, Frame]:
+        x_TD = x.flatten(0, -2) if x.ndim > 2 else x
+        frame = Frame(tuple(x.shape[:-1]), self._shape(x_TD))
+        return self.own_rows(x_TD, frame), frame
+
+    def own_rows(self, x: Tensor, frame: Frame) -> Tokens:
+        """This rank's rows of something that has a row for each of the caller's tokens."""
+        return redistribute(x, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
+
+    def leave(self, y_TD: Tokens, frame: Frame) -> Tensor:
+        y = redistribute(
+            y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=wide(y_TD)
+        )
+        same_rows = self.whole == (self.dst != INSIDE)
+        return y.view(*frame.lead, y.shape[-1]) if same_rows else y
+
+    def _shape(self, x_TD: Tensor) -> ShardShape | None:
+        if self.whole:
+            return ShardShape.even(x_TD.shape[0], self.tp.size)
+        if not self.must_count:
+            return None
+        rows = torch.ones_like(x_TD.select(1, 0), dtype=torch.int64).sum(0, keepdim=True)
+        return ShardShape.ragged(host_ints(redistribute(rows, self.tp, src=S(0), dst=R)))

@@ -1,0 +1,91 @@
+"""Tokens travel to all ranks of the expert group, each computes its own experts, and sums go back.
+
+What it moves does not depend on the routing: cheaper than an exchange where tokens choose experts
+on most ranks anyway.
+"""
+
+# Shape letters in this file (a small letter is this rank's share of the capital):
+#   T  tokens of all ranks of ep and etp    t  tokens of this rank    K  experts per token
+#   D  model width    R  rows at this rank's experts    E  experts    e  experts on this rank
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from spmd_moe.collectives import declare_sum, host_ints
+from spmd_moe.dispatch.protocol import Arrived
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.permute import Slots, from_slots, sort_by_expert, spread, take_scores, to_slots
+from spmd_moe.placement import EP, ETP, AllTokens, P, R, Rows, RowSums, S, Tokens
+from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.router import Routing, count
+from spmd_moe.shard import ShardShape
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Who has how many tokens, and which of the slots are here."""
+
+    shapes: list[ShardShape]  # tokens of each rank, along the axes in the order of the gathers
+    here: Slots  # of the slots of all gathered tokens: those whose expert is here
+    own: Slots  # of the slots of this rank's tokens: those that have an expert
+
+
+@final
+class AllGather:
+    """The dispatcher that moves every token to every rank of ep and etp."""
+
+    def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
+        self.axes = [mesh[ETP], mesh[EP]]
+        self.num_experts = num_experts
+
+    def dispatch(
+        self, x_tD: Tokens, scores_tK: Tokens | None, routing: Routing, slots: Slots
+    ) -> tuple[Arrived, Gathered]:
+        return self._arrive(x_tD, scores_tK, routing.expert_ids_TK, slots)
+
+    def _arrive(
+        self, x_tD: Rows, scores_tK: Rows | None, expert_ids_tK: Rows, own: Slots
+    ) -> tuple[Arrived, Gathered]:
+        shapes = self._count(expert_ids_tK)
+        ids_TK, all_E = self._gather(expert_ids_tK, shapes), torch.arange(self.num_experts)
+        own_e = redistribute(all_E.to(ids_TK.device), self.axes[1], src=R, dst=S(0))
+        local_TK = ids_TK - own_e.select(0, 0)
+        elsewhere_TK = (local_TK < 0) | (local_TK >= own_e.shape[0])
+        local_TK = torch.where(elsewhere_TK, -1, local_TK)
+        here = sort_by_expert(local_TK, complete=False)
+        arrived = Arrived(
+            spread(self._gather(x_tD, shapes), here),
+            None if scores_tK is None else take_scores(self._gather(scores_tK, shapes), here),
+            count(local_TK, own_e.shape[0]),
+        )
+        return arrived, Gathered(shapes, here, own)
+
+    def collect(self, y_RD: RowSums, state: Gathered) -> Tokens:
+        y = declare_sum(
+            to_slots(y_RD, state.here), self.axes[1].group
+        )  # each slot's row is on one rank
+        choices = state.own.row_TK.shape[1]
+        for axis, shape in reversed(list(zip(self.axes, state.shapes, strict=True))):
+            slots = ShardShape.ragged([tokens * choices for tokens in shape.sizes])
+            y = redistribute(y, axis, src=P, dst=S(0), shape=slots, dtype=wide(y))
+        return from_slots(y, state.own)
+
+    def _count(self, expert_ids_tK: Rows) -> list[ShardShape]:
+        """How many tokens each rank has; along ep, how many all ranks of its etp group have."""
+        tokens = torch.ones_like(expert_ids_tK.select(1, 0)).sum(0, keepdim=True)
+        shapes = []
+        for axis in self.axes:
+            per_rank = redistribute(tokens, axis, src=S(0), dst=R)
+            shapes.append(ShardShape.ragged(host_ints(per_rank)))
+            tokens = per_rank.sum(0, keepdim=True)
+        return shapes
+
+    def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:
+        for axis, shape in zip(self.axes, shapes, strict=True):
+            x = redistribute(x, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))
+        return x

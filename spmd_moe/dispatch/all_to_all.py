@@ -1,0 +1,155 @@
+"""Rows travel to the ranks that have their experts, and back: one exchange each way.
+
+Before that, every rank tells the ranks of its ep group how many rows they will get: the one read of
+device memory by the host.
+"""
+
+# Shape letters in this file (a small letter is this rank's share of the capital):
+#   T  tokens    K  experts per token    D  model width    N  slots that have an expert
+#   E  experts   e  experts on this rank
+#   M  rows that this rank receives itself    R  rows at its experts: those of all etp ranks
+#   S  ranks whose rows those are, ep ranks of each etp rank in turn
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import torch
+from spmd_types import register_local_autograd_function
+from torch import Tensor
+
+from spmd_moe.collectives import exchange, host_ints
+from spmd_moe.dispatch.protocol import Arrived
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.permute import Slots, expert_major, inverse, reorder, spread, take_scores
+from spmd_moe.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
+from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.router import Routing
+from spmd_moe.shard import ShardShape
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Who sends how many rows to whom."""
+
+    sends: list[int]  # rows to each rank of ep
+    receives: list[int]  # rows from each rank of ep
+    gathered: ShardShape  # rows of each rank of etp
+    counts_Se: GatheredRows  # rows for each expert here, by the rank they come from
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class InTransit:
+    """What `collect` needs to send every row back the way it came."""
+
+    counted: Counted
+    order_R: GatheredRows  # from the order of arrival to expert-major
+    back_R: GatheredRows
+
+
+@final
+class AllToAll:
+    """The dispatcher for experts sharded on ep and on etp, either of which may have size 1."""
+
+    def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
+        self.ep, self.etp = mesh[EP], mesh[ETP]
+        self.num_local = num_experts // self.ep.size
+
+    def dispatch(
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
+    ) -> tuple[Arrived, InTransit]:
+        sent_E, ranks, e = routing.counts_E, self.ep.size, self.num_local
+        got_E = exchange(sent_E, self.ep.group, receives=[e] * ranks, sends=[e] * ranks)
+        counted = self._count(sent_E, got_E)
+        rows_ND = spread(x_TD, slots)
+        if scores_TK is None:
+            return self._arrive(self._send(rows_ND, counted), None, counted)
+        packed = pack(rows_ND, take_scores(scores_TK, slots))
+        rows_MD, scores_M = unpack(self._send(packed, counted), x_TD.shape[1], scores_TK.dtype)
+        return self._arrive(rows_MD, scores_M, counted)
+
+    def collect(self, y_RD: RowSums, state: InTransit) -> Tokens:
+        counted = state.counted
+        y_RD = reorder(y_RD, state.back_R, state.order_R)
+        y_MD = redistribute(
+            y_RD, self.etp, src=P, dst=S(0), shape=counted.gathered, dtype=wide(y_RD)
+        )
+        return exchange(y_MD, self.ep.group, receives=counted.sends, sends=counted.receives)
+
+    def _send(self, rows_ND: Tokens, counted: Counted) -> Rows:
+        return exchange(rows_ND, self.ep.group, receives=counted.receives, sends=counted.sends)
+
+    def _count(self, sent_E: Rows, got_E: Rows) -> Counted:
+        """From the rows that this rank sends to and gets from each expert: all sizes at once."""
+        ranks, e = self.ep.size, self.num_local
+        sent_Se, got_Se = sent_E.view(ranks, e), got_E.view(ranks, e)
+        counts_Se = redistribute(got_Se, self.etp, src=S(0), dst=R)
+        rows = host_ints(torch.cat([sent_Se.sum(1), got_Se.sum(1), counts_Se.sum(1)]))
+        sends, receives, *by_peer = (rows[i : i + ranks] for i in range(0, len(rows), ranks))
+        gathered = ShardShape.ragged([sum(peer) for peer in by_peer])
+        return Counted(sends, receives, gathered, counts_Se)
+
+    def _arrive(
+        self, rows_MD: Rows, scores_M: Rows | None, counted: Counted
+    ) -> tuple[Arrived, InTransit]:
+        """Rows of all etp ranks, expert-major."""
+        shape = counted.gathered
+        order_R = expert_major(counted.counts_Se, shape.total)
+        back_R = inverse(order_R)
+
+        def gather(x: Rows) -> GatheredRows:
+            x = redistribute(x, self.etp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))
+            return reorder(x, order_R, back_R)
+
+        arrived = Arrived(
+            gather(rows_MD),
+            None if scores_M is None else gather(scores_M),
+            counted.counts_Se.sum(0),
+        )
+        return arrived, InTransit(counted, order_R, back_R)
+
+
+# --- a row and its weight as one row, so that they travel together ----------------------------
+
+
+def pack(x_ND: Tokens, scores_N: Tokens) -> Tokens:
+    """Rows with the bits of their weights behind them."""
+    return cast(Tensor, _Pack.apply(x_ND, scores_N))  # type: ignore[no-untyped-call]  # torch
+
+
+def unpack(packed: Rows, width: int, dtype: torch.dtype) -> tuple[Rows, Rows]:
+    parts = _Unpack.apply(packed, width, dtype)  # type: ignore[no-untyped-call]  # torch
+    return cast(tuple[Tensor, Tensor], parts)
+
+
+@register_local_autograd_function
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, scores_N: Tensor) -> Tensor:
+        ctx.back = x_ND.shape[1], scores_N.dtype
+        # A score in a row of wider numbers is widened, in one of narrower ones it is cut in parts.
+        wide = scores_N.to(torch.promote_types(x_ND.dtype, scores_N.dtype))
+        parts = wide.itemsize // x_ND.itemsize
+        bits = wide.contiguous().view(x_ND.dtype).view(x_ND.shape[0], parts)
+        return torch.cat([x_ND, bits], 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return unpack(grad, *ctx.back)
+
+
+@register_local_autograd_function
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(packed.dtype, dtype)
+        bits = packed.narrow(1, width, packed.shape[1] - width).contiguous()
+        scores = bits.view(wide).view(packed.shape[0]).to(dtype)
+        return packed.narrow(1, 0, width).contiguous(), scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
+        return pack(grad, grad_scores), None, None

@@ -1,0 +1,44 @@
+"""All experts are here: sort the rows, and that is all."""
+
+# Shape letters in this file:
+#   T  tokens    K  experts per token    D  model width    R  rows at this rank's experts
+
+from __future__ import annotations
+
+from typing import final
+
+from spmd_moe.dispatch.protocol import Arrived
+from spmd_moe.errors import ConfigError, explain
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.permute import Gather, Slots, spread, take_scores
+from spmd_moe.placement import EP, ETP, RowSums, Tokens
+from spmd_moe.router import Routing
+
+
+@final
+class Local:
+    """The dispatcher of a rank that has all experts, whole."""
+
+    def __init__(self, mesh: MoEMesh) -> None:
+        for axis in (mesh[EP], mesh[ETP]):
+            if axis.size > 1:
+                raise ConfigError(
+                    explain(
+                        "Local",
+                        f"the experts are sharded on {axis}",
+                        why="Local sends nothing, so every rank needs every expert whole",
+                        fixes=["AllToAll(mesh, num_experts)"],
+                    )
+                )
+
+    def dispatch(
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
+    ) -> tuple[Arrived, None]:
+        scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
+        if slots.complete:  # nothing is sent, so rows need not be made before the experts read them
+            gather = Gather(slots.token_N, slots.row_TK)
+            return Arrived(x_TD, scores_R, routing.counts_E, gather), None
+        return Arrived(spread(x_TD, slots), scores_R, routing.counts_E), None
+
+    def collect(self, y_RD: RowSums, state: None) -> Tokens:
+        return y_RD

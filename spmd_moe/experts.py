@@ -1,0 +1,261 @@
+"""The experts of one rank: a feed-forward network per expert, over rows sorted by expert.
+
+    x_RD     e0 e0 e0 | e2 | e3 e3        rows at this rank's experts
+    counts_e 3, 0, 1, 2
+
+Rows come whole to every rank of etp, each of which has a slice of every expert's hidden dim, so
+what comes out is a part of a sum on etp. The router's weight scales a row between the two matmuls,
+where it is linear: then no expert's output has to be kept for backward.
+"""
+
+# Shape letters in this file:
+#   T  tokens on this rank     R  rows at this rank's experts, sorted by expert
+#   D  model width             F  hidden width of an expert, on this rank
+#   K  experts per token       e  experts on this rank
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple, final
+
+import torch
+from spmd_types import register_local_autograd_function
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spmd_moe import per_expert
+from spmd_moe.activation import Activation
+from spmd_moe.collectives import declare_sum
+from spmd_moe.errors import ConfigError, DtypeError, describe, explain
+from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
+from spmd_moe.grouped import AllExperts, Matmul, PerExpert, choose_matmul
+from spmd_moe.mesh import Axis, MoEMesh
+from spmd_moe.permute import Gather, add_rows
+from spmd_moe.placement import (
+    EP,
+    ETP,
+    ExpertHiddenBias,
+    ExpertInWeight,
+    ExpertOutBias,
+    ExpertOutWeight,
+    GatheredRows,
+    I,
+    P,
+    RowSums,
+)
+from spmd_moe.redistribute import redistribute
+
+
+class Weigh(Enum):
+    """Where a row is multiplied by the router's weight."""
+
+    BEFORE_SECOND_MATMUL = "before the second matmul"
+    """The row's output is never needed again, so it is not kept for backward."""
+    IN_COMBINE = "in combine"
+    """As some checkpoints demand; keeps the output for the weights' gradient."""
+
+
+class Keep(Enum):
+    """What waits for backward, beyond what was handed in."""
+
+    ACTIVATIONS = "activations"
+    """The results of the first matmuls."""
+    NOTHING = "nothing"
+    """Backward computes the first matmuls again."""
+
+
+class Recipe(NamedTuple):
+    """How to compute: settled before the first call."""
+
+    activation: Activation
+    matmul: Matmul
+    keep: Keep
+    exact: bool
+    """The counts are known to sum to R, so no row is past the last end."""
+
+
+@final
+class Experts(nn.Module):
+    """This rank's experts, and on etp its slice of each.
+
+    w1 and w3 (gate and up) are tensors of their own: fused into one, a shard of the hidden dim
+    would hold a part of gate only. `matmul` overrides what is chosen for the dtype and device.
+    """
+
+    w1_eFD: ExpertInWeight
+    w3_eFD: ExpertInWeight | None
+    w2_eDF: ExpertOutWeight
+    b1_eF: ExpertHiddenBias | None
+    b3_eF: ExpertHiddenBias | None
+    b2_eD: ExpertOutBias | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        mesh: MoEMesh,
+        *,
+        activation: Activation,
+        bias: bool,
+        keep: Keep,
+        matmul: Matmul | None = None,
+    ) -> None:
+        super().__init__()
+        self.etp, self.activation, self.keep, self.matmul = mesh[ETP], activation, keep, matmul
+        e, F = _share("experts", num_experts, mesh[EP]), _share("hidden width", hidden, self.etp)
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape))
+
+        self.w1_eFD, self.w2_eDF = weight(e, F, width), weight(e, width, F)
+        self.w3_eFD = weight(e, F, width) if activation.gated else None
+        self.b1_eF = weight(e, F) if bias else None
+        self.b3_eF = weight(e, F) if bias and activation.gated else None
+        self.b2_eD = weight(e, width) if bias else None
+
+    def forward(
+        self,
+        x_RD: GatheredRows,
+        counts_e: GatheredRows,
+        scores_R: GatheredRows | None = None,
+        gather: Gather | None = None,
+    ) -> RowSums:
+        """`y_RD`. With `gather`, the first argument is tokens, and row r is token `token_R[r]`."""
+        w1_eFD = self.w1_eFD
+        w = Weights(w1_eFD, self.w3_eFD, self.w2_eDF, self.b1_eF, self.b3_eF)
+        # Not chosen in the constructor: weights may still move or be cast (meta device, FSDP).
+        matmul = self.matmul or choose_matmul(w1_eFD.dtype, x_RD.device, w1_eFD.shape[1:])
+        y_RD = experts_ffn(x_RD, counts_e, w, scores_R, gather, self.activation, matmul, self.keep)
+        y_RD = declare_sum(y_RD, self.etp.group)  # each rank of etp has summed over its slice
+        if self.b2_eD is None:
+            return y_RD
+        # Added by one rank of etp: a sum over etp would add it once for each.
+        b2_eD = redistribute(self.b2_eD, self.etp, src=I, dst=P)
+        return y_RD + _per_row(counts_e, y_RD.shape[0], scores_R, b2_eD.dtype) @ b2_eD
+
+
+def _per_row(counts_e: Tensor, rows: int, scores_R: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[R, e]`: 1, or the row's score, in the column of the row's expert."""
+    experts = torch.arange(counts_e.shape[0], device=counts_e.device)
+    expert_R = experts.repeat_interleave(counts_e, output_size=rows)
+    one_Re = (expert_R.unsqueeze(1) == experts).to(dtype)
+    return one_Re if scores_R is None else (one_Re * scores_R.unsqueeze(1)).to(dtype)
+
+
+def _share(what: str, total: int, axis: Axis) -> int:
+    """What one rank of the axis has of `total`."""
+    if total % axis.size == 0:
+        return total // axis.size
+    nearest = max(round(total / axis.size), 1) * axis.size
+    raise ConfigError(
+        explain(
+            "Experts",
+            f"{what} {total} cannot be split over {axis}",
+            why="every rank has the same share",
+            fixes=[f"{nearest}   # the nearest that can"],
+        )
+    )
+
+
+def experts_ffn(
+    x_RD: Tensor,
+    counts_e: Tensor,
+    w: Weights,
+    scores_R: Tensor | None,
+    gather: Gather | None,
+    activation: Activation,
+    matmul: Matmul,
+    keep: Keep = Keep.ACTIVATIONS,
+    exact: bool = True,
+) -> Tensor:
+    """The experts as a function. Not `exact`: rows past the counts' sum are there, and become 0."""
+    assert w.w1_eFD is not None
+    _check_dtype(x_RD, w.w1_eFD)
+    if isinstance(matmul, PerExpert):
+        counts_e = counts_e.to("cpu")  # its loop runs on the host
+    recipe = Recipe(activation, matmul, keep, exact)
+    token_R, row_TK = gather if gather is not None else (None, None)
+    inputs = (x_RD, scores_R, *w)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        apply: Callable[..., Tensor] = _ExpertsFFN.apply
+        return apply(recipe, counts_e, token_R, row_TK, *inputs)
+    x_RD = x_RD if token_R is None else x_RD.index_select(0, token_R)
+    return _forward(recipe, Call(x_RD, scores_R, w, activation), counts_e, keep=False)[0]
+
+
+def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
+    if x_RD.dtype is not w1_eFD.dtype:
+        raise DtypeError(
+            explain(
+                "Experts",
+                f"rows are {describe(x_RD)}, w1 is {describe(w1_eFD)}",
+                why="a cast that nobody wrote would change the precision of the layer",
+                fixes=[f"x.to({w1_eFD.dtype})"],
+            )
+        )
+
+
+def _forward(
+    recipe: Recipe, call: Call, counts_e: Tensor, *, keep: bool
+) -> tuple[Tensor, Hidden | None]:
+    if isinstance(recipe.matmul, PerExpert):
+        return per_expert.forward(call, counts_e, recipe.matmul, keep=keep)
+    block = AllExperts(recipe.matmul, counts_e, call.x_RD)
+    hid = hidden(block, call)
+    y_RD = output(block, call, hid)
+    return y_RD if recipe.exact else block.zero_past_the_end(y_RD), hid if keep else None
+
+
+def _backward(
+    recipe: Recipe, call: Call, counts_e: Tensor, dy_RD: Tensor, kept: Hidden | None, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    if isinstance(recipe.matmul, PerExpert):
+        return per_expert.backward(call, counts_e, recipe.matmul, dy_RD, kept, needs)
+    block = AllExperts(recipe.matmul, counts_e, call.x_RD)
+    hid = kept if kept is not None else hidden(block, call)
+    dx_RD, ds_R, *dw = gradients(block, call, hid, dy_RD.contiguous(), needs, Weights())
+    if not recipe.exact:
+        dx_RD = None if dx_RD is None else block.zero_past_the_end(dx_RD)
+        ds_R = None if ds_R is None else block.zero_past_the_end(ds_R)
+    if ds_R is not None and call.scores_R is not None:
+        ds_R = ds_R.to(call.scores_R.dtype)
+    return dx_RD, ds_R, *dw
+
+
+@register_local_autograd_function
+class _ExpertsFFN(torch.autograd.Function):
+    """One node for the whole network, so that it decides what is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recipe: Recipe,
+        counts_e: Tensor,
+        token_R: Tensor | None,
+        row_TK: Tensor | None,
+        x: Tensor,
+        scores_R: Tensor | None,
+        *weights: Tensor | None,
+    ) -> Tensor:
+        x_RD = x if token_R is None else x.index_select(0, token_R)
+        call = Call(x_RD, scores_R, Weights(*weights), recipe.activation)
+        y_RD, kept = _forward(recipe, call, counts_e, keep=recipe.keep is Keep.ACTIVATIONS)
+        ctx.recipe = recipe
+        gate_RF, up_RF = kept if kept is not None else (None, None)
+        ctx.save_for_backward(counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF)
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF = ctx.saved_tensors
+        x_RD = x if token_R is None else x.index_select(0, token_R)
+        call = Call(x_RD, scores_R, Weights(*weights), ctx.recipe.activation)
+        kept = None if gate_RF is None else Hidden(gate_RF, up_RF)
+        needs = Needs(*ctx.needs_input_grad[4:])
+        dx, *others = _backward(ctx.recipe, call, counts_e, dy_RD, kept, needs)
+        if dx is not None and row_TK is not None:
+            dx = add_rows(dx, row_TK)
+        return None, None, None, None, dx, *others

@@ -1,0 +1,127 @@
+"""The experts' feed-forward network, forward and backward, with little kept in between.
+
+    h = activation(x @ w1.T + b1, x @ w3.T + b3)        y = (score * h) @ w2.T + score * b2
+
+The mathematics stands here once, for a block of rows. `per_expert.py` runs it expert by expert;
+here it runs over all rows at once, with a grouped matmul.
+
+Kept for backward: what was handed in, and `gate` and `up`. Never `y`, `h`, or `score * h`.
+"""
+
+# Shape letters in this file:
+#   R  rows at this rank's experts, sorted by expert     e  experts on this rank
+#   D  model width     F  hidden width of an expert     A, B  any width
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spmd_moe.activation import Activation
+from spmd_moe.grouped import Block
+
+
+class Weights(NamedTuple):
+    """The weights of the experts, or their gradients; None where there is none."""
+
+    w1_eFD: Tensor | None = None
+    w3_eFD: Tensor | None = None
+    w2_eDF: Tensor | None = None
+    b1_eF: Tensor | None = None
+    b3_eF: Tensor | None = None
+    b2_eD: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asked for, in the order in which they are handed back."""
+
+    x: bool
+    scores: bool
+    w1: bool
+    w3: bool
+    w2: bool
+    b1: bool
+    b3: bool
+    b2: bool
+
+
+class Call(NamedTuple):
+    """What the experts, or one of them, are given to compute."""
+
+    x_RD: Tensor
+    scores_R: Tensor | None
+    w: Weights
+    activation: Activation
+
+
+class Hidden(NamedTuple):
+    """What the first matmuls gave; `up` is None when the activation has no gate."""
+
+    gate_RF: Tensor
+    up_RF: Tensor | None
+
+
+def hidden(block: Block, call: Call) -> Hidden:
+    """The first matmul, or both."""
+    w = call.w
+    gate_RF = _linear(block, call.x_RD, w.w1_eFD, w.b1_eF)
+    if not call.activation.gated:
+        return Hidden(gate_RF, None)
+    return Hidden(gate_RF, _linear(block, call.x_RD, w.w3_eFD, w.b3_eF))
+
+
+def output(block: Block, call: Call, hid: Hidden) -> Tensor:
+    """`y_RD`, from what the first matmuls gave."""
+    assert call.w.w2_eDF is not None
+    h_RF = _scaled(call.activation.forward(*hid), call.scores_R)
+    y_RD = block.rows(h_RF, call.w.w2_eDF.transpose(1, 2))
+    if call.w.b2_eD is None:
+        return y_RD
+    return y_RD.add_(_scaled(block.spread(call.w.b2_eD), call.scores_R))
+
+
+def gradients(
+    block: Block, call: Call, hid: Hidden, dy_RD: Tensor, needs: Needs, into: Weights
+) -> tuple[Tensor | None, ...]:
+    """The gradients in the order of `Needs`; those of the weights go `into` tensors where given."""
+    x_RD, scores_R, w, activation = call
+    assert w.w1_eFD is not None and w.w2_eDF is not None
+    h_RF = activation.forward(*hid)
+    dh_RF = block.rows(dy_RD, w.w2_eDF)
+    dw2 = block.outer(dy_RD, _scaled(h_RF, scores_R), into.w2_eDF) if needs.w2 else None
+    db2 = block.total(_scaled(dy_RD, scores_R), into.b2_eD) if needs.b2 else None
+    ds_R = None
+    if needs.scores and scores_R is not None:
+        ds_R = _dot(dh_RF, h_RF, scores_R)
+        if w.b2_eD is not None:
+            ds_R = ds_R + _dot(dy_RD, block.spread(w.b2_eD), scores_R)
+    dgate_RF, dup_RF = activation.backward(_scaled(dh_RF, scores_R), *hid)
+    dw1 = block.outer(dgate_RF, x_RD, into.w1_eFD) if needs.w1 else None
+    db1 = block.total(dgate_RF, into.b1_eF) if needs.b1 else None
+    dx_RD = block.rows(dgate_RF, w.w1_eFD) if needs.x else None
+    dw3 = db3 = None
+    if dup_RF is not None:
+        assert w.w3_eFD is not None
+        dw3 = block.outer(dup_RF, x_RD, into.w3_eFD) if needs.w3 else None
+        db3 = block.total(dup_RF, into.b3_eF) if needs.b3 else None
+        dx_RD = block.rows(dup_RF, w.w3_eFD, onto=dx_RD) if needs.x else None
+    return dx_RD, ds_R, dw1, dw3, dw2, db1, db3, db2
+
+
+def _linear(block: Block, x_RA: Tensor, w_eBA: Tensor | None, b_eB: Tensor | None) -> Tensor:
+    assert w_eBA is not None
+    y_RB = block.rows(x_RA, w_eBA.transpose(1, 2))
+    return y_RB if b_eB is None else y_RB.add_(block.spread(b_eB))
+
+
+def _scaled(x_RA: Tensor, scores_R: Tensor | None) -> Tensor:
+    # Scores are often wider than the rows: the product is rounded, not the score.
+    if scores_R is None:
+        return x_RA
+    return (x_RA * scores_R.unsqueeze(1)).to(x_RA.dtype)
+
+
+def _dot(a_RA: Tensor, b_RA: Tensor, scores_R: Tensor) -> Tensor:
+    return (a_RA * b_RA).sum(1, dtype=torch.promote_types(a_RA.dtype, scores_R.dtype))

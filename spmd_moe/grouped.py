@@ -1,0 +1,192 @@
+"""Grouped matmul: each expert's rows times that expert's matrix, behind one seam.
+
+    rows of e0 | rows of e1 | (none of e2) | rows of e3 | rows past the last end
+       @ w[0]      @ w[1]                      @ w[3]        never read
+
+An object with `rows` and `outer` is a grouped matmul and may be given to the experts: a tuned
+library, a kernel of one's own. `PerExpert` is the other way to do it: the experts are computed one
+after another with plain matmuls. That is what a CPU does best (an expert's activations stay in
+cache) and what remains for dtypes and widths that grouped kernels refuse.
+"""
+
+# Shape letters in this file:
+#   R  rows at this rank's experts, sorted by expert     e  experts on this rank
+#   A  width that goes in      B  width that comes out
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, final
+
+import torch
+import torch.nn.functional as fn
+from torch import Tensor
+
+
+class GroupedMatmul(Protocol):
+    """The seam: all experts at once. `ends_e` int32, on the device: where each expert's rows end.
+
+    Rows past the last end must not be read; what is written there does not matter.
+    """
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
+        """`y_RB`: every row times the matrix of its expert."""
+        ...
+
+    def outer(self, dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor) -> Tensor:
+        """`dw_eBA`: per expert, the transpose of its `dy` times its `x`; zero without rows."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TorchGroupedMM:
+    """torch.nn.functional.grouped_mm: never waits for the device."""
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
+        return fn.grouped_mm(x_RA, w_eAB, offs=ends_e)
+
+    def outer(self, dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor) -> Tensor:
+        return fn.grouped_mm(dy_RB.t(), x_RA, offs=ends_e)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PerExpert:
+    """One expert after another, by plain matmuls; reads the row counts on the host once per call.
+
+    `compute` widens an expert's rows and weights before the matmuls, and each result is rounded
+    once. `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes
+    another kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and
+    with row_block=4 a row has the same bits whatever shares its expert.
+    """
+
+    compute: torch.dtype | None = None
+    row_block: int = 1
+
+
+Matmul: TypeAlias = GroupedMatmul | PerExpert
+
+
+def choose_matmul(dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Matmul:
+    """What suits weights of this dtype, on this device, with rows of these widths."""
+    if device.type == "cuda":
+        aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
+        if dtype is torch.bfloat16 and aligned and torch.cuda.get_device_capability(device)[0] >= 8:
+            return TorchGroupedMM()
+        return PerExpert()
+    if device.type == "cpu" and dtype in _WIDENED_ON_THIS_CPU:
+        return PerExpert(compute=torch.float32)
+    return PerExpert()
+
+
+def _widened_on_this_cpu() -> frozenset[torch.dtype]:
+    # Without matmul units for a half precision, torch's CPU matmuls in it are 10 to 30 times slower
+    # than float32, and round at every step.
+    units = [name for name, present in torch.cpu.get_capabilities().items() if present]
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return frozenset(
+        dtype for dtype, suffix in half.items() if not any(u.endswith(suffix) for u in units)
+    )
+
+
+_WIDENED_ON_THIS_CPU = _widened_on_this_cpu()
+
+
+class Block(Protocol):
+    """What the experts' mathematics needs from a set of rows and the weights of their experts."""
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`y_RB`, added to `onto` (which is used up) where given."""
+        ...
+
+    def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
+        """`dw_eBA`, written into `out_eBA` where given."""
+        ...
+
+    def spread(self, b_eB: Tensor) -> Tensor:
+        """The bias of each row's expert, in a form that broadcasts against the rows."""
+        ...
+
+    def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
+        """`db_eB`: the sum over the rows of each expert."""
+        ...
+
+
+@final
+class AllExperts:
+    """A block of all experts' rows, for a grouped matmul."""
+
+    def __init__(self, matmul: GroupedMatmul, counts_e: Tensor, x_RD: Tensor) -> None:
+        self._matmul = matmul
+        self._ends_e = counts_e.cumsum(0).to(torch.int32)
+        # Not arange: made from x, the row numbers have a type for a checker that follows types.
+        self._row_R = torch.ones_like(x_RD.select(1, 0), dtype=torch.int32).cumsum(0).sub_(1)
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
+        y_RB = self._matmul.rows(x_RA, w_eAB, self._ends_e)
+        return y_RB if onto is None else onto.add_(y_RB)
+
+    def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
+        return self._matmul.outer(dy_RB, x_RA, self._ends_e)
+
+    def spread(self, b_eB: Tensor) -> Tensor:
+        expert_R = torch.searchsorted(self._ends_e, self._row_R, right=True)
+        return b_eB.index_select(0, expert_R.clamp(max=b_eB.shape[0] - 1))
+
+    def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
+        # A matmul with ones, not index_add: no atomics, and rows past the last end stay out of it.
+        # 16 bytes is the narrowest row that grouped kernels take.
+        ones = dy_RB.new_ones(dy_RB.shape[0], 16 // dy_RB.element_size())
+        return self._matmul.outer(dy_RB, ones, self._ends_e).select(2, 0).contiguous()
+
+    def zero_past_the_end(self, y_R: Tensor) -> Tensor:
+        """Zeros in the rows that belong to no expert; `y_R` is used up, and may have more dims."""
+        past_R = self._row_R >= self._ends_e[-1]
+        return y_R.masked_fill_(past_R.view(-1, *[1] * (y_R.dim() - 1)), 0)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OneExpert:
+    """A block of one expert's rows, for plain matmuls; it finds its weight among all experts'."""
+
+    expert: int
+    row_block: int
+    scratch: Tensor | None
+    """Room for one weight in the dtype of the rows, where that is wider than the weights'."""
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
+        w_AB = self._wide(w_eAB[self.expert])
+        if onto is not None:
+            return onto.addmm_(x_RA, w_AB)
+        missing = -x_RA.shape[0] % self.row_block
+        if missing:
+            return torch.mm(fn.pad(x_RA, (0, 0, 0, missing)), w_AB)[: x_RA.shape[0]]
+        return torch.mm(x_RA, w_AB)
+
+    def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
+        assert out_eBA is not None
+        out_BA = out_eBA[self.expert]
+        if self.scratch is None:
+            torch.mm(dy_RB.t(), x_RA, out=out_BA)
+        else:
+            out_BA.copy_(torch.mm(dy_RB.t(), x_RA, out=self.scratch.view(out_BA.shape)))
+        return out_eBA
+
+    def spread(self, b_eB: Tensor) -> Tensor:
+        b_1B = b_eB[self.expert].unsqueeze(0)
+        return b_1B if self.scratch is None else b_1B.to(self.scratch.dtype)
+
+    def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
+        assert out_eB is not None
+        out_eB[self.expert].copy_(dy_RB.sum(0))
+        return out_eB
+
+    def _wide(self, w_AB: Tensor) -> Tensor:
+        if self.scratch is None:
+            return w_AB
+        # Written as it lies in memory, so that a transposed weight is copied in one sweep.
+        if w_AB.is_contiguous():
+            return self.scratch.view(w_AB.shape).copy_(w_AB)
+        return self.scratch.view(w_AB.shape[::-1]).copy_(w_AB.t()).t()

@@ -1,0 +1,201 @@
+"""What keeps experts evenly used: balance loss, z-loss, and the selection bias.
+
+Inside the layer there are only sums over this rank's tokens (`LossTerms`), each P on the token
+axes. The products that make a loss of them need counts of the whole batch (`Totals`), which are
+taken outside, once: the loss is again P, and summed over ranks it is what one process computes.
+
+    f_e  share of the choices that fell on expert e    p_e  share of the probability that it got
+    balance = sum over e of E * f_e * p_e              1 when all experts are used alike
+    z       = mean of log(sum of exp(logits)) ** 2
+"""
+
+# Shape letters in this file:
+#   T  tokens on this rank    E  experts    B  sequences, or 1 when the batch is balanced as one
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import torch
+from spmd_types import rules
+from torch import Tensor
+
+from spmd_moe.collectives import declare_sum
+from spmd_moe.mesh import Axis, MoEMesh
+from spmd_moe.placement import CP, DENSE, DP, TP, I, P, R, Tokens, TokenSums, Whole
+from spmd_moe.redistribute import redistribute
+from spmd_moe.router import Router, Routing, count
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """Sums over tokens. P on dp, cp and tp; I on tp where the model around the layer is so.
+
+    Balanced by sequence, all but `z_sum` are V on dp, whose ranks have other sequences.
+    """
+
+    prob_sums_BE: TokenSums
+    counts_BE: TokenSums  # choices, int64
+    tokens_B: TokenSums  # int64
+    z_sum: TokenSums
+    by_sequence: bool
+    whole_on_tp: bool
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts of a whole batch. Those of micro-batches add up to those of the batch."""
+
+    counts_BE: Whole
+    tokens_B: Whole
+    tokens: Whole
+    groups: Whole  # how many times something is balanced: sequences, or batches
+
+    def __add__(self, other: Totals) -> Totals:
+        """For a batch in micro-batches that is balanced as one; sequences stay with their own."""
+        return Totals(
+            self.counts_BE + other.counts_BE,
+            self.tokens_B + other.tokens_B,
+            self.tokens + other.tokens,
+            self.groups,
+        )
+
+
+def loss_terms(
+    routing: Routing, mesh: MoEMesh, group_T: Tokens | None, groups: int, mask_T: Tokens | None
+) -> LossTerms:
+    """This rank's sums. `group_T` is the sequence of each token; None balances the batch as one."""
+    probs_TE, ids_TK = routing.probs_TE, routing.expert_ids_TK
+    z_T = routing.logits_TE.logsumexp(1).square()
+    valid_T = torch.ones_like(z_T)
+    if mask_T is not None:
+        valid_T = mask_T.to(z_T.dtype)
+        z_T, probs_TE = z_T * valid_T, probs_TE * valid_T.unsqueeze(1)
+    everywhere = [mesh[role] for role in DENSE]
+    if group_T is None:
+        axes, prob_sums_BE = everywhere, probs_TE.sum(0, keepdim=True)
+        counts_BE, tokens_B = routing.counts_E.unsqueeze(0), valid_T.sum(0, keepdim=True)
+    else:
+        axes, num_experts = [mesh[CP], mesh[TP]], probs_TE.shape[1]
+        # A product, not an index_add: that would add in any order.
+        member_BT = group_T == torch.arange(groups, device=group_T.device).unsqueeze(1)
+        prob_sums_BE = member_BT.to(probs_TE.dtype) @ probs_TE
+        tokens_B = member_BT.to(valid_T.dtype) @ valid_T
+        ids = torch.where(ids_TK < 0, ids_TK, ids_TK + num_experts * group_T.unsqueeze(1))
+        counts_BE = count(ids, groups * num_experts).view(groups, num_experts)
+    return LossTerms(
+        prob_sums_BE=_declared(prob_sums_BE, axes),
+        counts_BE=_declared(counts_BE, axes),
+        tokens_B=_declared(tokens_B.to(torch.int64), axes),
+        z_sum=_declared(z_T.sum(), everywhere),
+        by_sequence=group_T is not None,
+        whole_on_tp=False,
+    )
+
+
+def reduce_on_tp(terms: LossTerms, tp: Axis) -> LossTerms:
+    """P to I on tp, for a model that computes the same on every rank of tp."""
+
+    def whole(x: TokenSums) -> Tensor:
+        return redistribute(x, tp, src=P, dst=I)
+
+    return LossTerms(
+        whole(terms.prob_sums_BE),
+        whole(terms.counts_BE),
+        whole(terms.tokens_B),
+        whole(terms.z_sum),
+        terms.by_sequence,
+        whole_on_tp=True,
+    )
+
+
+def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
+    """The counts that the losses of one batch are taken by."""
+    over_tp = [] if terms.whole_on_tp else [mesh[TP]]
+    token_axes = [mesh[CP], *over_tp]
+    sequence_axes = token_axes if terms.by_sequence else [mesh[DP], *token_axes]
+    tokens_B = _summed(terms.tokens_B, sequence_axes)
+    tokens, groups = tokens_B.sum(), torch.ones_like(tokens_B).sum()
+    if terms.by_sequence:
+        tokens = _summed(declare_sum(tokens, mesh[DP].group), [mesh[DP]])
+        groups = _summed(declare_sum(groups, mesh[DP].group), [mesh[DP]])
+    return Totals(_summed(terms.counts_BE, sequence_axes), tokens_B, tokens, groups)
+
+
+def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> TokenSums:
+    """1 when every expert is used alike, up to E when one is used alone. P on the token axes."""
+    choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
+    num_experts = total.counts_BE.shape[1]
+    used_BE = num_experts * total.counts_BE / choices_B1 / total.tokens_B.clamp(min=1).unsqueeze(1)
+    loss = (used_BE.to(terms.prob_sums_BE.dtype) * terms.prob_sums_BE).sum() / total.groups
+    return declare_sum(loss, mesh[DP].group) if terms.by_sequence else loss
+
+
+def z_loss(terms: LossTerms, total: Totals) -> TokenSums:
+    """Keeps logits small. P on the token axes."""
+    return terms.z_sum / total.tokens.clamp(min=1)
+
+
+def _declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    for axis in axes:
+        x = declare_sum(x, axis.group)
+    return x
+
+
+def _summed(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    for axis in axes:
+        x = redistribute(x, axis, src=P, dst=R)
+    return x
+
+
+# --- selection bias ---------------------------------------------------------------------------
+
+
+class _CountInBackward(torch.autograd.Function):
+    """Nothing in forward; backward adds the counts to the counter.
+
+    A forward may run twice (recomputation), or for its value only (evaluation). The backward of
+    what a step trains on runs once, so counting there is exact without knowing any of that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts_E: Tensor, seen_E: Tensor) -> Tensor:
+        ctx.counts = counts_E, seen_E
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        counts_E, seen_E = ctx.counts
+        seen_E += counts_E
+        return grad, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, counts_E: Tensor, seen_E: Tensor) -> object:
+        rules.ignore(counts_E, seen_E)
+        return rules.einsum("...->...", x)
+
+
+def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: Tensor) -> Tokens:
+    """`x_TD`, whose backward adds `counts_E` to the counter `seen_E`, once for each step."""
+    counted = _CountInBackward.apply(x_TD, counts_E, seen_E)  # type: ignore[no-untyped-call]  # torch
+    return cast(Tensor, counted)
+
+
+@torch.no_grad()
+def update_selection_bias(routers: Sequence[Router], mesh: MoEMesh, rate: float) -> None:
+    """After each optimizer step: a push towards the experts that were chosen too seldom.
+
+    One reduction for all routers. The counters start anew.
+    """
+    if not routers:
+        return
+    seen_LE = torch.stack([router.seen_E for router in routers])
+    seen_LE = _summed(seen_LE, [mesh[role] for role in DENSE]).to(torch.float64)
+    push_LE = rate * torch.sign(seen_LE.mean(1, keepdim=True) - seen_LE)
+    for router, push_E in zip(routers, push_LE, strict=True):
+        router.bias_E += push_E.to(router.bias_E.dtype)
+        router.seen_E.zero_()

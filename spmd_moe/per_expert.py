@@ -1,0 +1,235 @@
+"""The experts one after another, as two operators.
+
+The loop's length and its slices are data, so the row counts must be known on the host. Hidden in an
+operator, the loop is no concern of torch.compile (no graph break), of fake tensors (they ask for
+the shapes only), or of LocalTensorMode (it runs the operator once per rank, on that rank's counts).
+"""
+
+# Shape letters in this file:
+#   R  rows at this rank's experts, sorted by expert     n  rows of one expert
+#   D  model width     F  hidden width of an expert      e  experts on this rank
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spmd_moe.activation import ACTIVATIONS
+from spmd_moe.errors import ShapeError, explain
+from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
+from spmd_moe.grouped import OneExpert, PerExpert
+
+_CALL = (
+    "Tensor x, Tensor? scores, Tensor?[] weights, Tensor sizes, str activation, "
+    "ScalarType? compute, int row_block"
+)
+_LIBRARY = torch.library.Library("spmd_moe", "DEF")
+_LIBRARY.define(f"experts_forward({_CALL}, bool keep) -> Tensor[]")
+_LIBRARY.define(f"experts_backward({_CALL}, Tensor dy, Tensor[] kept, bool[] needs) -> Tensor[]")
+
+
+def forward(
+    call: Call, sizes_e: Tensor, how: PerExpert, *, keep: bool
+) -> tuple[Tensor, Hidden | None]:
+    """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
+    y_RD, *kept = torch.ops.spmd_moe.experts_forward(*_flat(call, sizes_e, how), keep)
+    return y_RD, _hidden(kept)
+
+
+def backward(
+    call: Call, sizes_e: Tensor, how: PerExpert, dy_RD: Tensor, kept: Hidden | None, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    """The gradients in the order of `Needs`; `gate` and `up` are computed again if not kept."""
+    given = [] if kept is None else [t for t in kept if t is not None]
+    flat = _flat(call, sizes_e, how)
+    found = iter(torch.ops.spmd_moe.experts_backward(*flat, dy_RD, given, list(needs)))
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _flat(call: Call, sizes_e: Tensor, how: PerExpert) -> tuple[object, ...]:
+    x_RD, scores_R, w, activation = call
+    return (x_RD, scores_R, list(w), sizes_e, activation.name, how.compute, how.row_block)
+
+
+def _hidden(kept: Sequence[Tensor]) -> Hidden | None:
+    if not kept:
+        return None
+    return Hidden(kept[0], kept[1] if len(kept) > 1 else None)
+
+
+# ---- the operators ----
+
+
+class _Hits(NamedTuple):
+    """The experts that have rows, and where those are."""
+
+    experts: list[int]
+    parts: list[int]
+    """Rows of each of these experts, and at last the rows that belong to none."""
+
+    def split(self, t: Tensor | None) -> list[Tensor | None]:
+        """One view for each of these experts; Nones of None."""
+        return [None] * len(self.experts) if t is None else list(t.split(self.parts))[:-1]
+
+    def zero_the_rest(self, t: Tensor) -> Tensor:
+        """Zeros in the rows that belong to no expert."""
+        if self.parts[-1]:
+            t.narrow(0, t.shape[0] - self.parts[-1], self.parts[-1]).zero_()
+        return t
+
+
+def _hits(sizes_e: Tensor, x_RD: Tensor) -> _Hits:
+    sizes = sizes_e.tolist()
+    experts = [e for e, size in enumerate(sizes) if size]
+    rest = x_RD.shape[0] - sum(sizes)
+    if rest < 0:
+        raise ShapeError(
+            explain(
+                "experts",
+                f"x_RD has {x_RD.shape[0]} rows, the counts sum to {sum(sizes)}",
+                why="every counted row must be there",
+                fixes=["count the rows that this rank received, after the exchange"],
+            )
+        )
+    return _Hits(experts, [sizes[e] for e in experts] + [rest])
+
+
+def _blocks(
+    call: Call, hits: _Hits, compute: torch.dtype | None, row_block: int
+) -> Iterator[tuple[OneExpert, Call]]:
+    """Each expert that has rows, with its part of the call in the dtype of the matmuls."""
+    w1_eFD = call.w.w1_eFD
+    assert w1_eFD is not None
+    scratch = None
+    if compute is not None:
+        scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
+    x_n, scores_n = hits.split(call.x_RD), hits.split(call.scores_R)
+    for e, x_nD, scores in zip(hits.experts, x_n, scores_n, strict=True):
+        assert x_nD is not None
+        one = Call(_wide(x_nD, compute), scores, call.w, call.activation)
+        yield OneExpert(e, row_block, scratch), one
+
+
+def _forward_loop(
+    x_RD: Tensor,
+    scores_R: Tensor | None,
+    weights: Sequence[Tensor | None],
+    sizes_e: Tensor,
+    activation: str,
+    compute: torch.dtype | None,
+    row_block: int,
+    keep: bool,
+) -> list[Tensor]:
+    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
+    hits = _hits(sizes_e, x_RD)
+    y_RD, *kept = _empty_outputs(call, keep)
+    room = zip(*map(hits.split, (y_RD, *kept)), strict=True)
+    for (y_nD, *kept_n), (block, one) in zip(
+        room, _blocks(call, hits, compute, row_block), strict=True
+    ):
+        hid = hidden(block, one)
+        for keep_nF, computed in zip(kept_n, hid, strict=False):
+            keep_nF.copy_(computed)
+        y_nD.copy_(output(block, one, hid))
+    return [hits.zero_the_rest(y_RD), *kept]
+
+
+def _backward_loop(
+    x_RD: Tensor,
+    scores_R: Tensor | None,
+    weights: Sequence[Tensor | None],
+    sizes_e: Tensor,
+    activation: str,
+    compute: torch.dtype | None,
+    row_block: int,
+    dy_RD: Tensor,
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
+    hits, need = _hits(sizes_e, x_RD), Needs(*needs)
+    d_rows, d_weights = _empty_gradients(call, need)
+    room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
+    for (dx_nD, ds_n, dy_nD, *kept_n), (block, one) in zip(
+        room, _blocks(call, hits, compute, row_block), strict=True
+    ):
+        hid = _hidden([_wide(t, compute) for t in kept_n]) or hidden(block, one)
+        found = gradients(block, one, hid, _wide(dy_nD, compute), need, Weights(*d_weights))
+        for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
+            if d_n is not None:
+                d_n.copy_(computed)
+    # Each gradient is written once: by its expert, or here where an expert has no rows.
+    starved = set(range(sizes_e.shape[0])).difference(hits.experts)
+    for d_e in d_weights:
+        if d_e is not None:
+            for e in starved:
+                d_e[e].zero_()
+    return [
+        *(hits.zero_the_rest(t) for t in d_rows if t is not None),
+        *(t for t in d_weights if t is not None),
+    ]
+
+
+def _wide(t: Tensor, compute: torch.dtype | None) -> Tensor:
+    return t if compute is None else t.to(compute)
+
+
+def _empty_outputs(call: Call, keep: bool) -> list[Tensor]:
+    """Room for `y_RD` and, to be kept, `gate_RF` and `up_RF`."""
+    assert call.w.w2_eDF is not None
+    num_rows, (_, D, F) = call.x_RD.shape[0], call.w.w2_eDF.shape
+    widths = [D] + [F] * (keep * (1 + call.activation.gated))
+    return [call.x_RD.new_empty(num_rows, width) for width in widths]
+
+
+def _empty_gradients(call: Call, needs: Needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Room for the gradients of the rows (x, scores), and for those of the weights."""
+    given = (call.x_RD, call.scores_R, *call.w)
+    room = [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if need and t is not None
+        else None
+        for t, need in zip(given, needs, strict=True)
+    ]
+    return room[:2], room[2:]
+
+
+def _forward_shapes(
+    x_RD: Tensor,
+    scores_R: Tensor | None,
+    weights: Sequence[Tensor | None],
+    sizes_e: Tensor,
+    activation: str,
+    compute: torch.dtype | None,
+    row_block: int,
+    keep: bool,
+) -> list[Tensor]:
+    return _empty_outputs(Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation]), keep)
+
+
+def _backward_shapes(
+    x_RD: Tensor,
+    scores_R: Tensor | None,
+    weights: Sequence[Tensor | None],
+    sizes_e: Tensor,
+    activation: str,
+    compute: torch.dtype | None,
+    row_block: int,
+    dy_RD: Tensor,
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
+    d_rows, d_weights = _empty_gradients(call, Needs(*needs))
+    return [t for t in (*d_rows, *d_weights) if t is not None]
+
+
+for _name, _loop, _shapes in (
+    ("experts_forward", _forward_loop, _forward_shapes),
+    ("experts_backward", _backward_loop, _backward_shapes),
+):
+    _LIBRARY.impl(_name, _loop, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spmd_moe::{_name}", _shapes)

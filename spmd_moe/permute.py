@@ -1,0 +1,234 @@
+"""Index arithmetic: which row goes where. And rows moved by it, so that backward needs no atomics.
+
+A *slot* is one choice of one token: slot t*K + k is choice k of token t. Slots without an expert
+have id -1 and get no row. The other slots, sorted by expert, are the rows:
+
+    token 0 chose e2 e0        rows by expert   e0: slot 1   e1: slot 2   e2: slot 0, slot 3
+    token 1 chose e1 e2        token_N = 0 1 0 1             slot_N = 1 2 0 3
+
+Sorting is stable, so rows of one expert stand in the order of their tokens.
+"""
+
+# Shape letters in this file (a small letter is this rank's share of the capital):
+#   T  tokens    K  experts per token    D  model width    N  slots that have an expert
+#   E  experts   e  experts on this rank   S  ranks that send rows here   R  rows received
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast, final
+
+import torch
+import torch.nn.functional as fn
+from spmd_types import rules
+from torch import Tensor
+
+from spmd_moe.collectives import host_ints
+from spmd_moe.placement import Tokens
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where every chosen slot goes when slots are sorted by expert, and where it came from."""
+
+    slot_N: Tensor  # the slot of each row
+    token_N: Tensor  # the token of each row
+    row_TK: Tensor  # the row of each slot; N for a slot without an expert
+    complete: bool  # every slot has an expert
+
+
+class Gather(NamedTuple):
+    """Rows as places in a tensor of tokens: then the tokens are kept, not their K copies."""
+
+    token_R: Tensor  # row r is a copy of token `token_R[r]`
+    row_TK: Tensor  # the rows of each token, which are all rows: the way back, without atomics
+
+
+def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
+    """Rows for the slots that have an expert (`complete`: all have), sorted by expert."""
+    k = expert_ids_TK.shape[1]
+    ids = expert_ids_TK.flatten()
+    slot_N = ids.argsort(stable=True)
+    if not complete:  # -1 comes first
+        rows = host_ints((ids >= 0).sum(0, keepdim=True))[0]
+        slot_N = slot_N.narrow(0, ids.shape[0] - rows, rows)
+    row = torch.full_like(ids, slot_N.shape[0])
+    row = row.scatter(0, slot_N, torch.arange(slot_N.shape[0], device=ids.device))
+    return Slots(slot_N, slot_N // k, row.view_as(expert_ids_TK), complete)
+
+
+def expert_major(counts_Se: Tensor, rows: int) -> Tensor:
+    """The order that takes rows from rank-major to expert-major.
+
+    Rows arrive rank by rank, and from each rank expert by expert: with counts [[2, 1], [1, 1]],
+    row 0 1 2 | 3 4 of experts 0 0 1 | 0 1 become 0 1 3 | 2 4.
+    """
+    sizes = counts_Se.flatten()
+    starts_eS = (sizes.cumsum(0) - sizes).view_as(counts_Se).T.flatten()
+    sizes_eS = counts_Se.T.flatten()
+    shift = starts_eS - (sizes_eS.cumsum(0) - sizes_eS)
+    return shift.repeat_interleave(sizes_eS, output_size=rows) + torch.arange(
+        rows, device=sizes.device
+    )
+
+
+def inverse(order_R: Tensor) -> Tensor:
+    """The permutation that undoes `order_R`."""
+    return torch.empty_like(order_R).scatter_(
+        0, order_R, torch.arange(order_R.shape[0], device=order_R.device)
+    )
+
+
+# --- rows moved by an index -------------------------------------------------------------------
+# Autograd would derive additions at random places, in random order, from an index. Here it is known
+# where every row came from, so backward gathers as forward does, and repeats are equal to the bit.
+
+
+class _Spread(torch.autograd.Function):
+    """One row for each slot that has an expert. Backward is `_Fold`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
+        ctx.save_for_backward(token_N, row_TK)
+        ctx.complete = complete
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        token_N, row_TK = ctx.saved_tensors
+        return _call(_Fold, grad, token_N, row_TK, ctx.complete), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x_TD: Tensor, token_N: Tensor, row_TK: Tensor) -> object:
+        rules.ignore(row_TK)
+        return _typed(x_TD, token_N)
+
+
+class _Fold(torch.autograd.Function):
+    """The sum of each token's rows, choice by choice. Backward is `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, token_N: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
+        ctx.save_for_backward(token_N, row_TK)
+        ctx.complete = complete
+        if not complete:  # a slot without an expert reads this row of zeros
+            x_ND = fn.pad(x_ND, [0, 0, 0, 1])
+        return add_rows(x_ND, row_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        token_N, row_TK = ctx.saved_tensors
+        return _call(_Spread, grad, token_N, row_TK, ctx.complete), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x_ND: Tensor, row_TK: Tensor, token_N: Tensor) -> object:
+        rules.ignore(token_N)
+        return _typed(x_ND, row_TK)
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order. Backward is the same with the inverse order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R, back_R)
+        return x_RD.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        order_R, back_R = ctx.saved_tensors
+        return _call(_Reorder, grad, back_R, order_R), None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> object:
+        rules.ignore(back_R)
+        return _typed(x_RD, order_R)
+
+
+class _ToSlots(torch.autograd.Function):
+    """Rows to their slots; zeros in slots that have no row. Backward is `_FromSlots`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, slot_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_N, row_TK)
+        return fn.pad(x_ND, [0, 0, 0, 1]).index_select(0, row_TK.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _call(_FromSlots, grad, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x_ND: Tensor, row_TK: Tensor, slot_N: Tensor) -> object:
+        rules.ignore(slot_N)
+        return _typed(x_ND, row_TK)
+
+
+class _FromSlots(torch.autograd.Function):
+    """The rows of the slots that have one. Backward is `_ToSlots`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_N, row_TK)
+        return x.index_select(0, slot_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _call(_ToSlots, grad, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, slot_N: Tensor, row_TK: Tensor) -> object:
+        rules.ignore(row_TK)
+        return _typed(x, slot_N)
+
+
+def spread(x_TD: Tensor, slots: Slots) -> Tensor:
+    """The rows: each token once for every expert that it chose, sorted by expert."""
+    return _call(_Spread, x_TD, slots.token_N, slots.row_TK, slots.complete)
+
+
+def fold(x_ND: Tokens, slots: Slots) -> Tokens:
+    """The sum of each token's rows, in the order of its choices."""
+    return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.complete)
+
+
+def take_scores(scores_TK: Tensor, slots: Slots) -> Tensor:
+    """The weight of each row."""
+    return scores_TK.flatten().index_select(0, slots.slot_N)
+
+
+def to_slots(x_ND: Tensor, slots: Slots) -> Tensor:
+    """Every slot's row, [T*K, D]: zeros where a slot has none."""
+    return _call(_ToSlots, x_ND, slots.slot_N, slots.row_TK)
+
+
+def from_slots(x: Tensor, slots: Slots) -> Tensor:
+    """The rows of those slots that have one; the inverse of `to_slots`."""
+    return _call(_FromSlots, x, slots.slot_N, slots.row_TK)
+
+
+def reorder(x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
+    """Rows of `x_RD`, of whatever kind, in `order_R`, whose inverse is `back_R`."""
+    return _call(_Reorder, x_RD, order_R, back_R)
+
+
+def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
+    """The sum of each token's K rows, choice by choice: the same bits on every run."""
+    columns = row_TK.unbind(1)
+    y_TD = x_ND.index_select(0, columns[0])
+    if len(columns) == 1:
+        return y_TD
+    y_TD = y_TD.to(torch.promote_types(x_ND.dtype, torch.float32))  # a sum, so not in bf16
+    for column in columns[1:]:
+        y_TD += x_ND.index_select(0, column)
+    return y_TD.to(x_ND.dtype)
+
+
+def _typed(x: Tensor, index: Tensor) -> object:
+    """Rows taken by an index, as a product with a matrix of ones and zeros: linear in the rows."""
+    equation = "n...,mk->m..." if index.ndim > 1 else "n...,m->m..."
+    return rules.einsum(equation, x, index, linear_in=(0,))
+
+
+def _call(function: type[torch.autograd.Function], *args: object) -> Tensor:
+    return cast(Tensor, function.apply(*args))

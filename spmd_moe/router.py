@@ -1,0 +1,266 @@
+"""Tokens to `Routing`: which experts each token goes to, and with what weight.
+
+The weight of a choice always comes from the live scores, so its gradient reaches the router; a
+selection bias steers the choice only.
+"""
+
+# Shape letters in this file:
+#   T  tokens    D  model width    E  experts    K  experts per token
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spmd_moe.errors import ConfigError, explain
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
+from spmd_moe.redistribute import redistribute, wide
+
+ScoreName: TypeAlias = Literal["softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """How tokens choose.
+
+    `score` is a softmax over all experts or over the chosen ones, a sigmoid, or the root of a
+    softplus. `groups` splits the experts; a token may use `groups_kept` of the groups, ranked by
+    the sum of the best `group_best` scores in each. `balanced` gives experts in turn, whatever the
+    scores say, for benchmarks.
+    """
+
+    num_experts: int
+    top_k: int
+    score: ScoreName = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    groups_kept: int = 1
+    group_best: Literal[1, 2] = 2
+    dtype: torch.dtype = torch.float32
+    jitter: float = 0.0
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        e, k, g, kept = self.num_experts, self.top_k, self.groups, self.groups_kept
+        if e < 1:
+            _refuse(f"num_experts is {e}", "there must be an expert", "num_experts=1")
+        if not 1 <= k <= e:
+            _refuse(
+                f"top_k is {k}, of {e} experts",
+                "a token chooses at least one and at most all of them",
+                f"top_k={min(max(k, 1), e)}",
+            )
+        if self.score not in SCORES:
+            _refuse(
+                f"score is {self.score!r}", f"scores are {', '.join(SCORES)}", "score='softmax'"
+            )
+        if k == 1 and (self.normalize or self.score == "softmax_chosen"):
+            _refuse(
+                f"top_k is 1, score {self.score!r}, normalize {self.normalize}",
+                "one weight, normalized, is always 1, so no gradient would reach the router",
+                "score='softmax', normalize=False",
+            )
+        if g < 1 or e % g:
+            divisors = (d for d in range(1, e + 1) if e % d == 0)
+            _refuse(
+                f"{e} experts are in {g} groups",
+                "groups are equal in size",
+                f"groups={min(divisors, key=lambda d: abs(d - g))}",
+            )
+        if not 1 <= kept <= g:
+            _refuse(
+                f"groups_kept is {kept}, of {g} groups",
+                "a token keeps at least one and at most all of them",
+                f"groups_kept={min(max(kept, 1), g)}",
+            )
+        if k > kept * (e // g):
+            _refuse(
+                f"top_k is {k}, but {kept} of {g} groups have {kept * (e // g)} experts",
+                "a token chooses among the experts of the groups it keeps",
+                f"groups_kept={math.ceil(k / (e // g))}",
+            )
+        if self.dtype not in (torch.float32, torch.float64):
+            _refuse(f"dtype is {self.dtype}", "a gate is exponentials", "dtype=torch.float32")
+        if not 0.0 <= self.jitter < 1.0:
+            _refuse(f"jitter is {self.jitter}", "inputs are scaled by 1 -+ jitter", "jitter=0.01")
+
+
+def _refuse(what: str, why: str, fix: str) -> None:
+    raise ConfigError(explain("RouterConfig", what, why=why, fixes=[fix]))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the router says of this rank's tokens."""
+
+    expert_ids_TK: Tokens  # int64; -1 is a choice of no expert
+    scores_TK: Tokens  # the weight of each choice
+    logits_TE: Tokens
+    probs_TE: Tokens  # the scores as shares of 1, for the balance loss
+    counts_E: Tokens  # int64: how many of this rank's choices fell on each expert
+    complete: bool  # every choice has an expert
+
+
+@final
+class Router(nn.Module):
+    """The gate, and how its scores become choices and weights."""
+
+    weight_ED: RouterWeight
+    bias_E: Whole  # steers the choice, not the weight; see losses.update_selection_bias
+    seen_E: TokenSums  # choices of this rank's tokens since the bias was last updated
+
+    def __init__(self, config: RouterConfig, width: int, mesh: MoEMesh) -> None:
+        super().__init__()
+        self.config, self.tp = config, mesh[TP]
+        self.score = SCORES[config.score]
+        self.choose = _in_turn if config.balanced else _best
+        self.jitter = _Jitter(config.jitter, mesh)
+        self.weight_ED = nn.Parameter(torch.empty(config.num_experts, width))
+        self.register_buffer("bias_E", torch.zeros(config.num_experts))
+        self.register_buffer("seen_E", torch.zeros(config.num_experts, dtype=torch.int64))
+
+    def forward(
+        self, x_TD: Tokens, mask_T: Tokens | None = None, expert_ids_TK: Tokens | None = None
+    ) -> Routing:
+        """Route. Tokens whose mask is False choose no expert; ids that are given are the choice."""
+        config = self.config
+        weight_ED = redistribute(
+            self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
+        )
+        x_TD = self.jitter(x_TD) if self.training else x_TD
+        logits_TE = F.linear(x_TD.to(config.dtype), weight_ED.to(config.dtype))
+        scores_TE = self.score.of_logits(logits_TE)
+        complete = mask_T is None and expert_ids_TK is None
+        if expert_ids_TK is None:
+            expert_ids_TK = self.choose(scores_TE, self.bias_E, config)
+        if mask_T is not None:
+            expert_ids_TK = torch.where(mask_T.unsqueeze(1), expert_ids_TK, -1)
+        chosen_TK = scores_TE.gather(1, expert_ids_TK.clamp(min=0))
+        return Routing(
+            expert_ids_TK=expert_ids_TK,
+            scores_TK=_weigh(self.score, chosen_TK, expert_ids_TK, config),
+            logits_TE=logits_TE,
+            probs_TE=self.score.to_probs(scores_TE),
+            counts_E=count(expert_ids_TK, config.num_experts),
+            complete=complete,
+        )
+
+
+def _weigh(score: Score, chosen_TK: Tokens, expert_ids_TK: Tokens, config: RouterConfig) -> Tokens:
+    """The weights of the choices; 0 where there is no expert, in values and gradients."""
+    none_TK = expert_ids_TK < 0
+    weights_TK = score.of_choice(chosen_TK.masked_fill(none_TK, score.of_none))
+    weights_TK = weights_TK.masked_fill(none_TK, 0.0)
+    if config.normalize:
+        weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=_TINY)
+    return weights_TK * config.scale
+
+
+def count(expert_ids_TK: Tokens, num_experts: int) -> Tokens:
+    """How many choices fell on each expert."""
+    ids = expert_ids_TK.flatten() + 1  # -1, no expert, is counted first, and dropped
+    bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return bins.scatter_add(0, ids, torch.ones_like(ids)).narrow(0, 1, num_experts)
+
+
+# --- choices ----------------------------------------------------------------------------------
+
+
+def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
+    """The experts of highest biased score, among the groups of highest biased score."""
+    with torch.no_grad():
+        rank_TE = scores_TE + bias_E
+        if config.groups_kept < config.groups:
+            rank_TE = _within_best_groups(rank_TE, config)
+        return rank_TE.topk(config.top_k, dim=1).indices
+
+
+def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
+    """-inf for the experts of every group that a token does not keep."""
+    per_group = config.num_experts // config.groups
+    grouped: Tensor = rank_TE.unflatten(1, (config.groups, per_group))
+    best = grouped.topk(min(config.group_best, per_group), dim=2).values.sum(2)
+    kept = best.topk(config.groups_kept, dim=1).indices
+    dropped = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
+    return grouped.masked_fill(dropped.unsqueeze(2), -math.inf).flatten(1)
+
+
+def _in_turn(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
+    tokens, k = scores_TE.shape[0], config.top_k
+    slots = torch.arange(tokens * k, device=scores_TE.device)
+    return (slots % config.num_experts).view(tokens, k)
+
+
+# --- scores -----------------------------------------------------------------------------------
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A way to score: of all logits, of the chosen scores, and as shares that sum to 1."""
+
+    of_logits: Callable[[Tensor], Tensor]
+    of_choice: Callable[[Tensor], Tensor]
+    to_probs: Callable[[Tensor], Tensor]
+    of_none: float = 0.0  # stands in for the score of a choice of no expert
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return F.softmax(x, 1)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _shares(x: Tensor) -> Tensor:
+    total: Tensor = x.sum(1, keepdim=True).clamp(min=_TINY)
+    return x / total
+
+
+def _sqrt_softplus(x: Tensor) -> Tensor:
+    return torch.sqrt(F.softplus(x).clamp(min=_TINY))  # the root of 0 has no slope
+
+
+SCORES: dict[str, Score] = {
+    "softmax": Score(_softmax, _same, _same),
+    "softmax_chosen": Score(_same, _softmax, _softmax, of_none=torch.finfo(torch.float32).min),
+    "sigmoid": Score(torch.sigmoid, _same, _shares),
+    "sqrt_softplus": Score(_sqrt_softplus, _same, _shares),
+}
+
+
+@final
+class _Jitter:
+    """Scales inputs by 1 -+ amount. Tokens are V on the dense axes, so each rank has its stream."""
+
+    def __init__(self, amount: float, mesh: MoEMesh) -> None:
+        self.amount = amount
+        self.place = [(mesh[role].rank, mesh[role].size) for role in DENSE]
+        self.generator: torch.Generator | None = None
+
+    def __call__(self, x_TD: Tokens) -> Tokens:
+        if not self.amount:
+            return x_TD
+        if self.generator is None:
+            stream = 0
+            for rank, size in self.place:
+                stream = stream * size + rank
+            seed = (torch.initial_seed() + stream) % 2**63
+            self.generator = torch.Generator(x_TD.device).manual_seed(seed)
+        noise = torch.empty_like(x_TD).uniform_(
+            1 - self.amount, 1 + self.amount, generator=self.generator
+        )
+        return x_TD * noise

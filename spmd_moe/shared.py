@@ -1,0 +1,110 @@
+"""Shared experts: a feed-forward network that every token passes, beside the routed experts.
+
+Whole on every rank of tp, each rank computes its own tokens. Sharded on the hidden dim, each rank
+computes its share of the sum for the tokens of all ranks, and one reduce-scatter adds the shares.
+"""
+
+# Shape letters in this file (a small letter is this rank's share of the capital):
+#   T  tokens of this rank    D  model width    F  hidden width    f  hidden width on this rank
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+import torch.nn.functional as fn
+from torch import Tensor, nn
+
+from spmd_moe.activation import Activation
+from spmd_moe.collectives import declare_sum
+from spmd_moe.errors import ConfigError, explain
+from spmd_moe.mesh import Axis, MoEMesh
+from spmd_moe.placement import (
+    TP,
+    HiddenInWeight,
+    HiddenOutWeight,
+    I,
+    P,
+    R,
+    S,
+    SharedWeight,
+    Tokens,
+)
+from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.shard import ShardShape
+
+
+@final
+class ReplicatedShared(nn.Module):
+    """Every rank has all of it."""
+
+    w1_FD: SharedWeight
+    w3_FD: SharedWeight | None
+    w2_DF: SharedWeight
+    gate_1D: SharedWeight | None
+
+    def __init__(
+        self, width: int, hidden: int, activation: Activation, gated: bool, mesh: MoEMesh
+    ) -> None:
+        super().__init__()
+        self.tp, self.activation = mesh[TP], activation
+        self.w1_FD = nn.Parameter(torch.empty(hidden, width))
+        self.w3_FD = nn.Parameter(torch.empty(hidden, width)) if activation.gated else None
+        self.w2_DF = nn.Parameter(torch.empty(width, hidden))
+        self.gate_1D = nn.Parameter(torch.empty(1, width)) if gated else None
+
+    def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
+        def whole(weight: SharedWeight) -> Tensor:
+            return redistribute(weight, self.tp, src=I, dst=R, grad_dtype=wide(weight))
+
+        gate_TF = fn.linear(x_TD, whole(self.w1_FD))
+        up_TF = None if self.w3_FD is None else fn.linear(x_TD, whole(self.w3_FD))
+        y_TD = fn.linear(self.activation.forward(gate_TF, up_TF), whole(self.w2_DF))
+        return _gate(y_TD, x_TD, self.gate_1D, self.tp)
+
+
+@final
+class ShardedShared(nn.Module):
+    """Every rank has a share of the hidden dim."""
+
+    w1_fD: HiddenInWeight
+    w3_fD: HiddenInWeight | None
+    w2_Df: HiddenOutWeight
+    gate_1D: SharedWeight | None
+
+    def __init__(
+        self, width: int, hidden: int, activation: Activation, gated: bool, mesh: MoEMesh
+    ) -> None:
+        super().__init__()
+        self.tp, self.activation = mesh[TP], activation
+        share = hidden // self.tp.size
+        if hidden % self.tp.size:
+            raise ConfigError(
+                explain(
+                    "ShardedShared",
+                    f"the hidden width {hidden} cannot be split over {self.tp}",
+                    why="every rank has the same share",
+                    fixes=[f"{share * self.tp.size or self.tp.size}   # the nearest that can"],
+                )
+            )
+        self.w1_fD = nn.Parameter(torch.empty(share, width))
+        self.w3_fD = nn.Parameter(torch.empty(share, width)) if activation.gated else None
+        self.w2_Df = nn.Parameter(torch.empty(width, share))
+        self.gate_1D = nn.Parameter(torch.empty(1, width)) if gated else None
+
+    def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
+        all_TD = redistribute(x_TD, self.tp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x_TD))
+        gate_Tf = fn.linear(all_TD, self.w1_fD)
+        up_Tf = None if self.w3_fD is None else fn.linear(all_TD, self.w3_fD)
+        part_TD = fn.linear(self.activation.forward(gate_Tf, up_Tf), self.w2_Df)
+        part_TD = declare_sum(part_TD, self.tp.group)  # each rank has summed over its hidden share
+        y_TD = redistribute(part_TD, self.tp, src=P, dst=S(0), shape=shape, dtype=wide(part_TD))
+        return _gate(y_TD, x_TD, self.gate_1D, self.tp)
+
+
+def _gate(y_TD: Tokens, x_TD: Tokens, gate_1D: SharedWeight | None, tp: Axis) -> Tokens:
+    """Let each token say how much of it comes through."""
+    if gate_1D is None:
+        return y_TD
+    gate_1D = redistribute(gate_1D, tp, src=I, dst=R, grad_dtype=wide(gate_1D))
+    return y_TD * torch.sigmoid(fn.linear(x_TD, gate_1D))

@@ -1,0 +1,77 @@
+"""The whole layer as a student would write it: one process, float64, a loop over tokens.
+
+Every layout, dispatcher and kernel of the package is compared with this. Weights are global: all
+experts, whole hidden dims. Gradients come from autograd through the loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spmd_moe.router import RouterConfig
+
+
+def scores_of(logits: Tensor, config: RouterConfig) -> Tensor:
+    """One token's score of every expert."""
+    if config.score == "softmax":
+        return logits.softmax(0)
+    if config.score == "sigmoid":
+        return logits.sigmoid()
+    if config.score == "sqrt_softplus":
+        return F.softplus(logits).sqrt()
+    return logits
+
+
+def choose(scores: Tensor, bias: Tensor, config: RouterConfig) -> list[int]:
+    """The token's experts, best first."""
+    rank = (scores + bias).tolist()
+    size = config.num_experts // config.groups
+    groups = [range(g * size, (g + 1) * size) for g in range(config.groups)]
+    best = [sum(sorted((rank[e] for e in g), reverse=True)[: config.group_best]) for g in groups]
+    kept = sorted(range(config.groups), key=lambda g: -best[g])[: config.groups_kept]
+    allowed = [e for g in kept for e in groups[g]]
+    return sorted(allowed, key=lambda e: -rank[e])[: config.top_k]
+
+
+def weights_of(scores: Tensor, ids: list[int], config: RouterConfig) -> Tensor:
+    chosen = scores[ids]
+    if config.score == "softmax_chosen":
+        chosen = chosen.softmax(0)
+    if config.normalize:
+        chosen = chosen / chosen.sum()
+    return chosen * config.scale
+
+
+def expert(x: Tensor, w: Mapping[str, Tensor], e: int) -> Tensor:
+    """SwiGLU of one token."""
+    return w["experts.w2_eDF"][e] @ (
+        F.silu(w["experts.w1_eFD"][e] @ x) * (w["experts.w3_eFD"][e] @ x)
+    )
+
+
+def shared(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+    y = w["shared.w2_DF"] @ (F.silu(w["shared.w1_FD"] @ x) * (w["shared.w3_FD"] @ x))
+    return y * torch.sigmoid(w["shared.gate_1D"] @ x) if "shared.gate_1D" in w else y
+
+
+def moe(
+    x_TD: Tensor, w: Mapping[str, Tensor], config: RouterConfig, mask_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The layer's output, and how many choices fell on each expert."""
+    rows, counts = [], torch.zeros(config.num_experts, dtype=torch.int64)
+    for t, x in enumerate(x_TD):
+        y = torch.zeros_like(x)
+        if mask_T is None or mask_T[t]:
+            scores = scores_of(w["router.weight_ED"] @ x, config)
+            ids = choose(scores, w["router.bias_E"], config)
+            for weight, e in zip(weights_of(scores, ids, config), ids, strict=True):
+                y = y + weight * expert(x, w, e)
+                counts[e] += 1
+            if "shared.w1_FD" in w:
+                y = y + shared(x, w)
+        rows.append(y)
+    return torch.stack(rows) if rows else x_TD * 1.0, counts
