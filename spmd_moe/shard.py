@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate
 from typing import final
 
@@ -50,7 +49,19 @@ class ShardShape:
     @staticmethod
     def even(total: int, ranks: int) -> ShardShape:
         """Chunks of ceil(total / ranks): full ones first, then a shorter one, then empty ones."""
-        return _even(total, ranks)
+        if ranks < 1:
+            raise _no_ranks("ShardShape.even")
+        if total < 0:
+            raise ShapeError(
+                explain(
+                    "ShardShape.even",
+                    f"total is {total}; it must be 0 or more",
+                    why="a dim cannot be shorter than nothing",
+                    fixes=["ShardShape.even(x.shape[dim], axis.size)"],
+                )
+            )
+        chunk = -(-total // ranks)
+        return ShardShape(tuple(max(0, min(chunk, total - r * chunk)) for r in range(ranks)))
 
     @staticmethod
     def ragged(sizes: Sequence[int]) -> ShardShape:
@@ -83,23 +94,6 @@ class ShardShape:
 
     def __str__(self) -> str:
         return f"{self.total} rows as {list(self.sizes)}"
-
-
-@lru_cache(maxsize=4096)
-def _even(total: int, ranks: int) -> ShardShape:
-    if ranks < 1:
-        raise _no_ranks("ShardShape.even")
-    if total < 0:
-        raise ShapeError(
-            explain(
-                "ShardShape.even",
-                f"total is {total}; it must be 0 or more",
-                why="a dim cannot be shorter than nothing",
-                fixes=["ShardShape.even(x.shape[dim], axis.size)"],
-            )
-        )
-    chunk = -(-total // ranks)
-    return ShardShape(tuple(max(0, min(chunk, total - r * chunk)) for r in range(ranks)))
 
 
 def _no_ranks(where: str) -> ShapeError:
