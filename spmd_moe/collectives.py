@@ -186,7 +186,7 @@ def declare_sum(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def keep(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     """Nothing happens to the rows; only the kind, and so the gradient, is another."""
-    return x
+    return x.view_as(x)  # a tensor of its own, since the kind belongs to the tensor
 
 
 def keep_first(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
@@ -310,7 +310,9 @@ def _awaitable(result: Tensor) -> Tensor:
 
 def _waited(result: Tensor) -> Tensor:
     """What becomes `.grad` must be there: optimizers read it behind the dispatcher's back."""
-    return result.wait() if isinstance(result, funcol.AsyncCollectiveTensor) else result
+    if not isinstance(result, funcol.AsyncCollectiveTensor):
+        return result
+    return result.clone() if result.requires_grad else result.wait()  # wait() drops the graph
 
 
 def _by_rank(group: ProcessGroup, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

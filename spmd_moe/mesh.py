@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,7 @@ class MoEMesh:
         # First of all, so that even a rank with nonsense in its degrees is told on every rank.
         agree(where, degrees, [dist.group.WORLD], device_type)
         world = dist.get_world_size()
+        _check_degrees(where, degrees)
         _check_dense(where, degrees, world)
         edp = _expert_data_degree(where, ep, etp, world)
         dense = init_device_mesh(device_type, (dp, cp, tp), mesh_dim_names=_names(DENSE))
@@ -268,7 +269,6 @@ def _derive_expert(
     where: str, dense: DeviceMesh, bound: dict[Role, Names], given: dict[Role, Names | int | None]
 ) -> DeviceMesh:
     """The expert presentation of the dense ranks, which must be all ranks there are."""
-    degrees: dict[str, object] = {str(role): size for role, size in given.items()}
     for role, size in given.items():
         if isinstance(size, str | tuple) or (role is EXPERT[0] and size is not None):
             raise _binding_error(
@@ -285,8 +285,9 @@ def _derive_expert(
             "new groups can be made only by all ranks together",
             ["expert=the_mesh   # the expert mesh of the same ranks, sliced from yours"],
         )
-    agree(where, degrees, [dist.group.WORLD], dense.device_type)
-    ep, etp = (size if isinstance(size, int) else 1 for size in (given[r] for r in EXPERT[1:]))
+    ep, etp = (1 if size is None else cast(int, size) for size in (given[r] for r in EXPERT[1:]))
+    agree(where, {"ep": ep, "etp": etp}, [dist.group.WORLD], dense.device_type)
+    _check_degrees(where, {"ep": ep, "etp": etp})
     edp = _expert_data_degree(where, ep, etp, ranks.numel())
     order = [name for role in DENSE if role in bound for name in _as_tuple(bound[role])]
     have = list(dense.mesh_dim_names or ())
@@ -318,9 +319,9 @@ def _binding_error(where: str, what: str, why: str, fixes: list[str]) -> MeshErr
 # --- degrees ----------------------------------------------------------------------------------
 
 
-def _check_dense(where: str, degrees: dict[str, int], world: int) -> None:
+def _check_degrees(where: str, degrees: Mapping[str, object]) -> None:
     for name, degree in degrees.items():
-        if not isinstance(degree, int) or degree < 1:  # type: ignore[redundant-expr]  # callers may be untyped
+        if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
             raise MeshError(
                 explain(
                     where,
@@ -329,6 +330,9 @@ def _check_dense(where: str, degrees: dict[str, int], world: int) -> None:
                     fixes=[f"{name}=1"],
                 )
             )
+
+
+def _check_dense(where: str, degrees: Mapping[str, int], world: int) -> None:
     sizes = {name: degrees[name] for name in ("dp", "cp", "tp")}
     product = math.prod(sizes.values())
     if product != world:
