@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe.errors import explain
+from spmd_moe.errors import ConfigError, explain
 
 # gate_RF, up_RF (None when the activation is plain) -> h_RF
 Forward: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
@@ -48,7 +48,7 @@ class Activation:
     def __post_init__(self) -> None:
         # An operator's arguments are tensors and plain values: it is told the name.
         if ACTIVATIONS.setdefault(self.name, self) != self:
-            raise ValueError(
+            raise ConfigError(
                 explain(
                     "Activation",
                     f"the name {self.name!r} stands for another activation already",

@@ -35,12 +35,15 @@ def agree(
             parts = [torch.empty_like(rows) for _ in range(size)]
             dist.all_gather(parts, rows, group=group)
             rows = torch.cat(parts)
-    texts = sorted({bytes(row).decode(errors="replace").strip() for row in rows.tolist()})
-    if len(texts) > 1:
+    said: dict[str, list[int]] = {}
+    for rank, row in enumerate(rows.tolist()):
+        said.setdefault(bytes(row).decode(errors="replace").strip(), []).append(rank)
+    if len(said) > 1:
+        each = " | ".join(f"{text} on ranks {ranks}" for text, ranks in said.items())
         raise MeshError(
             explain(
                 where,
-                f"the ranks were called with different settings: {' | '.join(texts)}",
+                f"the ranks were called with different settings: {each}",
                 why="ranks that disagree wait for each other for ever",
                 fixes=["give every rank the same settings"],
             )

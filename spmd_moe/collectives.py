@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, final
 
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from spmd_types import (
@@ -36,15 +35,9 @@ from spmd_types import (
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._local_tensor import (
-    LocalIntNode,
-    LocalTensor,
-    LocalTensorMode,
-    local_tensor_mode,
-)
-from torch.distributed._local_tensor._c10d import _prepare_collective_groups
 
 from spmd_moe.placement import Kind, P, V
+from spmd_moe.ranks import by_rank, ints_by_rank
 from spmd_moe.shard import ShardShape
 
 Dtype: TypeAlias = torch.dtype | None
@@ -191,7 +184,7 @@ def keep(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
 
 def keep_first(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     """Rank 0 keeps the whole and the others zeros, so that the sum over the ranks is the whole."""
-    return _by_rank(group, lambda rank, t: torch.zeros_like(t) if rank else t.clone(), x)
+    return by_rank(group, lambda rank, t: torch.zeros_like(t) if rank else t.clone(), x)
 
 
 def cut_out(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
@@ -205,7 +198,7 @@ def cut_out(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
         part = t.narrow(step.dst_dim, shape.offsets[rank], shape.sizes[rank])
         return part.clone(memory_format=torch.contiguous_format)
 
-    return _by_rank(group, own, x)
+    return by_rank(group, own, x)
 
 
 def embed(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
@@ -217,7 +210,7 @@ def embed(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
         before = shape.offsets[rank]
         return _with_zeros(t, step.src_dim, before, shape.total - before - rows)
 
-    return _by_rank(group, place, x)
+    return by_rank(group, place, x)
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
@@ -247,7 +240,7 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     if shape.total == 0:
         return x
     padded = _awaitable(_reduce_scatter(_spread(x, dim, shape), "sum", dim, group))
-    return _by_rank(group, lambda rank, t: t.narrow(dim, 0, shape.sizes[rank]).contiguous(), padded)
+    return by_rank(group, lambda rank, t: t.narrow(dim, 0, shape.sizes[rank]).contiguous(), padded)
 
 
 def all_to_all(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
@@ -271,20 +264,20 @@ def all_to_all(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
         parts = received.split([math.prod(shape) for shape in shapes])
         return torch.cat([p.view(s) for p, s in zip(parts, shapes, strict=True)], i)
 
-    sends = _ints_by_rank(group, lambda me, t: [math.prod(block(t, me, r)) for r in ranks], x)
-    receives = _ints_by_rank(group, lambda me, t: [math.prod(block(t, r, me)) for r in ranks], x)
-    sent = _by_rank(group, flat, x)
+    sends = ints_by_rank(group, lambda me, t: [math.prod(block(t, me, r)) for r in ranks], x)
+    receives = ints_by_rank(group, lambda me, t: [math.prod(block(t, r, me)) for r in ranks], x)
+    sent = by_rank(group, flat, x)
     received = _awaitable(funcol.all_to_all_single(sent, receives, sends, group))
-    return _by_rank(group, joined, received, x)
+    return by_rank(group, joined, received, x)
 
 
-# --- padding, and ranks real or simulated -----------------------------------------------------
+# --- padding and waiting ----------------------------------------------------------------------
 
 
 def _pad(x: Tensor, group: ProcessGroup, dim: int, shape: ShardShape) -> Tensor:
     """Rows of zeros behind this rank's own, up to the size of the longest shard."""
     missing = [shape.padded - size for size in shape.sizes]
-    return _by_rank(group, lambda rank, t: _with_zeros(t, dim, 0, missing[rank]), x)
+    return by_rank(group, lambda rank, t: _with_zeros(t, dim, 0, missing[rank]), x)
 
 
 def _spread(x: Tensor, dim: int, shape: ShardShape) -> Tensor:
@@ -313,39 +306,6 @@ def _waited(result: Tensor) -> Tensor:
     if not isinstance(result, funcol.AsyncCollectiveTensor):
         return result
     return result.clone() if result.requires_grad else result.wait()  # wait() drops the graph
-
-
-def _by_rank(group: ProcessGroup, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`run(rank in group, *tensors)`: here, or once for every rank that one process simulates."""
-    if not isinstance(tensors[0], LocalTensor):
-        return run(dist.get_rank(group), *tensors)
-    place = places(group)
-    return _simulation().rank_map(
-        lambda r: run(place[r], *(cast(LocalTensor, t)._local_tensors[r] for t in tensors))
-    )
-
-
-def _ints_by_rank(
-    group: ProcessGroup, run: Callable[[int, Tensor], list[int]], x: Tensor
-) -> list[int]:
-    if not isinstance(x, LocalTensor):
-        return run(dist.get_rank(group), x)
-    place = places(group)
-    rows = {r: run(place[r], t) for r, t in x._local_tensors.items()}
-    columns = ({r: row[k] for r, row in rows.items()} for k in range(group.size()))
-    return [cast(int, torch.SymInt(LocalIntNode(column))) for column in columns]
-
-
-def _simulation() -> LocalTensorMode:
-    mode = local_tensor_mode()
-    assert mode is not None, "a LocalTensor outside of its LocalTensorMode"
-    return mode
-
-
-def places(group: ProcessGroup) -> dict[int, int]:
-    """Where each simulated rank stands in its own group along the axis that `group` is on."""
-    ranks, offsets, _ = _prepare_collective_groups(group)
-    return {offset + r: place for offset in offsets for place, r in enumerate(ranks)}
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.etp, self.activation, self.keep, self.matmul = mesh[ETP], activation, keep, matmul
-        e, F = _share("experts", num_experts, mesh[EP]), _share("hidden width", hidden, self.etp)
+        e, F = _share("num_experts", num_experts, mesh[EP]), _share("hidden", hidden, self.etp)
 
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape))
@@ -152,9 +152,9 @@ def _share(what: str, total: int, axis: Axis) -> int:
     raise ConfigError(
         explain(
             "Experts",
-            f"{what} {total} cannot be split over {axis}",
+            f"{what}={total} cannot be split over {axis}",
             why="every rank has the same share",
-            fixes=[f"{nearest}   # the nearest that can"],
+            fixes=[f"{what}={nearest}   # the nearest that can"],
         )
     )
 

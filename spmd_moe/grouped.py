@@ -11,7 +11,7 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 
 # Shape letters in this file:
 #   R  rows at this rank's experts, sorted by expert     e  experts on this rank
-#   A  width that goes in      B  width that comes out
+#   A  width that goes in      B  width that comes out    D  model width
 
 from __future__ import annotations
 

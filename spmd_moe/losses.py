@@ -10,7 +10,8 @@ taken outside, once: the loss is again P, and summed over ranks it is what one p
 """
 
 # Shape letters in this file:
-#   T  tokens on this rank    E  experts    B  sequences, or 1 when the batch is balanced as one
+#   T  tokens on this rank    K  experts per token    D  model width    E  experts
+#   B  sequences, or 1 when the batch is balanced as one    L  layers
 
 from __future__ import annotations
 

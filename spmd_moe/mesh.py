@@ -217,8 +217,8 @@ def _bind(
         if isinstance(names, int):
             raise _binding_error(
                 where,
-                f"{role}={names} is a size, but with expert= it must be the name of an axis",
-                "the mesh that was given already has its sizes",
+                f"{role}={names} is a size, but the name of an axis is needed",
+                f"the {which} mesh already has its sizes",
                 [f"{role}={have[0]!r}" if have else f"leave {role} out"],
             )
         for name in (names,) if isinstance(names, str) else names:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import LocalTensor
 
-from spmd_moe.collectives import MOVES, Dtype, Step, letter, move, places
+from spmd_moe.collectives import MOVES, Dtype, Step, letter, move
 from spmd_moe.errors import (
     DtypeError,
     PlacementError,
@@ -28,6 +28,7 @@ from spmd_moe.errors import (
 )
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Kind
+from spmd_moe.ranks import places
 from spmd_moe.shard import ShardShape
 
 # Rows per rank of the sharded dim. A move from one sharded dim to another has two: of the dim that

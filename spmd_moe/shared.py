@@ -82,9 +82,11 @@ class ShardedShared(nn.Module):
             raise ConfigError(
                 explain(
                     "ShardedShared",
-                    f"the hidden width {hidden} cannot be split over {self.tp}",
+                    f"hidden={hidden} cannot be split over {self.tp}",
                     why="every rank has the same share",
-                    fixes=[f"{share * self.tp.size or self.tp.size}   # the nearest that can"],
+                    fixes=[
+                        f"hidden={share * self.tp.size or self.tp.size}   # the nearest that can"
+                    ],
                 )
             )
         self.w1_fD = nn.Parameter(torch.empty(share, width))

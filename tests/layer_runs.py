@@ -1,148 +1,120 @@
-"""Run a case of the layer on real ranks or on simulated ones, and compare with the oracle."""
+"""Run a case of the layer on each rank, and compare all ranks with the oracle."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from spmd_types import MeshAxis, get_local_type
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from spmd_moe.dispatch import AllGather, AllToAll
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.moe import MoE
-from spmd_types import MeshAxis, get_local_type
-from spmd_moe.placement import CP, DP, TP, Placement, V, placements_of
-from tests.typed import checked, declare
+from spmd_moe.moe import MoE, MoEOutput
+from spmd_moe.placement import CP, DP, TP, P, Placement, V, placements_of
 from tests import oracle
 from tests.layouts import Case, gradient, meaning, part
-from tests.simulate import simulated
+from tests.typed import checked, declare
 
-DISPATCHERS = {"": lambda mesh, e: None, "all_to_all": AllToAll, "all_gather": AllGather}
+DISPATCHERS: dict[str, Callable[[MoEMesh, int], Any]] = {
+    "": lambda mesh, num_experts: None,  # what the layer chooses by itself
+    "all_to_all": AllToAll,
+    "all_gather": AllGather,
+}
+# The oracle has one shared expert; the layer has two ways to place it.
+SHARED = {"w1_fD": "w1_FD", "w3_fD": "w3_FD", "w2_Df": "w2_DF"}
 
 
 def build(case: Case) -> MoE:
-    lay = case.layout
+    """The layer of this rank, with its part of the case's weights."""
+    lay, rank = case.layout, dist.get_rank()
     mesh = MoEMesh.init("cpu", dp=lay.dp, cp=lay.cp, tp=lay.tp, ep=lay.ep, etp=lay.etp)
     dispatcher = DISPATCHERS[case.dispatcher](mesh, case.config.router.num_experts)
-    return MoE(case.config, mesh, dispatcher).to(torch.float64)
+    layer = MoE(case.config, mesh, dispatcher).to(torch.float64)
+    declared, state = placements(layer), layer.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, whole in case.weights().items():
+            state[name].copy_(part(whole, declared[name], case.layout, rank))
+    return layer
 
 
 def placements(layer: nn.Module) -> dict[str, Placement]:
     """The declared placement of every parameter and buffer, by its full name."""
-    found = {}
-    for prefix, module in layer.named_modules():
-        for name, placement in placements_of(type(module)).items():
-            found[f"{prefix}.{name}" if prefix else name] = placement
-    return found
+    return {
+        f"{prefix}.{name}": placement
+        for prefix, module in layer.named_modules()
+        for name, placement in placements_of(type(module)).items()
+    }
 
 
 def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
-    """What one real rank gets: its output, counts, and every gradient."""
-    rank = dist.get_rank()
-    layer = build(case)
-    declared = placements(layer)
-    with torch.no_grad():
-        for name, whole in case.weights().items():
-            layer.get_parameter(name) if name != "router.bias_E" else None
-            target = layer.state_dict(keep_vars=True)[name]
-            target.copy_(part(whole, declared[name], case.layout, rank))
+    """What this rank gets: its output, its counts, and every gradient."""
+    rank, layer = dist.get_rank(), build(case)
     x = case.x(rank).requires_grad_()
-    if typed:
-        kind = case.config.src
-        declare(x, Placement((DP[V], CP[V], TP[kind])), layer.mesh)
-        for name, t in [*layer.named_parameters(), *layer.named_buffers()]:
-            declare(t, declared[name], layer.mesh)
-        with checked(layer.mesh) as ran:
-            out = layer(x)
-        kinds = get_local_type(out.hidden)
-        want = case.config.dst if case.whole_out else V
-        if case.layout.tp > 1:
-            assert kinds[MeshAxis.of(layer.mesh[TP].group)] is want, kinds
-        assert ran
-    else:
-        out = layer(x)
+    out = forward_typed(case, layer, x) if typed else layer(x)
     out.hidden.backward(case.upstream(rank).view_as(out.hidden))
-    grads = {name: p.grad for name, p in layer.named_parameters()}
-    assert all(grad is not None for grad in grads.values()) and x.grad is not None
     assert torch.equal(layer.router.seen_E, out.counts_E)
-    return {"out": out.hidden.detach(), "x": x.grad, "counts": out.counts_E} | grads
+    gradients = {name: leaf.grad for name, leaf in [("x", x), *layer.named_parameters()]}
+    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    assert found.keys() == gradients.keys(), f"no gradient for {gradients.keys() - found.keys()}"
+    return {"out": out.hidden.detach(), "counts": out.counts_E, **found}
 
 
-def run_simulated(case: Case) -> list[dict[str, Tensor]]:
-    """The same for all ranks, in one process."""
-    with simulated(case.layout.world) as mode:
-        with mode.disable():
-            layer = build(case)
-        declared = placements(layer)
-
-        def every_rank(make: Any) -> Tensor:
-            return mode.rank_map(make)
-
-        named = {
-            name: every_rank(lambda r, n=name, w=whole: part(w, declared[n], case.layout, r))
-            for name, whole in case.weights().items()
-        }
-        for name in layer.state_dict():
-            if name.endswith("seen_E"):
-                named[name] = every_rank(
-                    lambda r: torch.zeros(case.config.router.num_experts, dtype=torch.int64)
-                )
-        for name, tensor in named.items():
-            if tensor.is_floating_point() and not name.endswith("bias_E"):
-                tensor.requires_grad_()
-        x = every_rank(case.x).requires_grad_()
-        out = functional_call(layer, named, (x,))
-        out.hidden.backward(every_rank(lambda r: case.upstream(r)).view_as(out.hidden))
-        results = {"out": out.hidden.detach(), "x": x.grad, "counts": out.counts_E}
-        results |= {name: t.grad for name, t in named.items() if t.requires_grad}
-        return [
-            {name: t._local_tensors[r] for name, t in results.items()}
-            for r in range(case.layout.world)
-        ]
+def forward_typed(case: Case, layer: MoE, x: Tensor) -> MoEOutput:
+    """The forward under the strict checker, every signature checked, and the output's type too."""
+    declare(x, Placement((DP[V], CP[V], TP[case.config.src])), layer.mesh)
+    declared = placements(layer)
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        declare(tensor, declared[name], layer.mesh)
+    with checked(layer.mesh) as ran:
+        out: MoEOutput = layer(x)
+    assert "experts.Experts.forward" in ran and "combine.combine" in ran
+    if case.layout.tp > 1:
+        have = get_local_type(out.hidden)[MeshAxis.of(layer.mesh[TP].group)]
+        assert have is (case.config.dst if case.whole_out else V), have
+    return out
 
 
-def compare(case: Case, by_rank: list[dict[str, Tensor]], declared: dict[str, Placement]) -> None:
-    """Every rank's results against the oracle of all tokens."""
-    world, tp = case.layout.world, case.layout.tp
-    w = {name: t.requires_grad_() for name, t in case.weights().items()}
-    rename = {
-        "shared.w1_fD": "shared.w1_FD",
-        "shared.w3_fD": "shared.w3_FD",
-        "shared.w2_Df": "shared.w2_DF",
+def compare(case: Case, by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Every rank's results against the oracle; gives the whole results, for guards."""
+    weights = {name: t.requires_grad_() for name, t in case.weights().items()}
+    names = {
+        name: name.split(".")[0] + "." + SHARED.get(name.split(".")[1], name.split(".")[1])
+        for name in weights
     }
-    seen = {rename.get(name, name): t for name, t in w.items()}
-    x = torch.cat([case.rows("x", r) for r in range(world)]).requires_grad_()
-    y, counts = oracle.moe(x, seen, case.config.router)
-    y.backward(torch.cat([case.rows("g", r) for r in range(world)]))
+    x = torch.cat([case.rows("x", r) for r in range(case.layout.world)]).requires_grad_()
+    y, counts = oracle.moe(x, {names[n]: t for n, t in weights.items()}, case.config.router)
+    g = torch.cat([case.rows("g", r) for r in range(case.layout.world)])
+    wanted = torch.autograd.grad(
+        y, [x, *weights.values()], g, allow_unused=True, materialize_grads=True
+    )
+    compare_rows(case, by_rank, y.detach(), wanted[0])
+    assert torch.equal(sum((b["counts"] for b in by_rank), torch.zeros_like(counts)), counts)
+    declared = placements(MoE(case.config, MoEMesh.single()))
+    for name, want in zip(weights, wanted[1:], strict=True):
+        if name != "router.bias_E":
+            whole = meaning([b[name] for b in by_rank], gradient(declared[name]), case.layout)
+            close(whole, want, f"gradient of {name}")
+    return {"y": y.detach(), "counts": counts} | dict(zip(weights, wanted[1:], strict=True))
+
+
+def compare_rows(case: Case, by_rank: list[dict[str, Tensor]], y: Tensor, dx: Tensor) -> None:
+    """What belongs to tokens: outputs, and gradients of inputs."""
     ends = torch.tensor(case.tokens).cumsum(0).tolist()
-    for r in range(world):
-        cell = case.cell(r)
-        lo, hi = ends[cell[0]] - case.tokens[cell[0]], ends[cell[-1]]
-        y_cell, dx_cell = y[lo:hi].detach(), x.grad[lo:hi]
-        want = y_cell if case.whole_out else case.out_rows(y_cell, r)
-        close(by_rank[r]["out"].flatten(0, -2), want, f"output of rank {r}")
-        got_dx = [by_rank[q]["x"].flatten(0, -2) for q in cell]
-        if not case.whole_in:
-            close(by_rank[r]["x"].flatten(0, -2), case.out_rows(dx_cell, r), f"dx of rank {r}")
-        else:
-            kind = case.config.src.backward_type()
-            close(
-                sum(got_dx) if kind.value == "P" else by_rank[r]["x"].flatten(0, -2),
-                dx_cell,
-                f"dx of rank {r}",
-            )
-    assert torch.equal(sum(b["counts"] for b in by_rank), counts)
-    for name, t in w.items():
-        if name == "router.bias_E":
-            continue
-        got = meaning([b[name] for b in by_rank], gradient(declared[name]), case.layout)
-        close(got, t.grad if t.grad is not None else torch.zeros_like(t), f"gradient of {name}")
+    for rank, got in enumerate(by_rank):
+        cell = case.cell(rank)
+        rows = slice(ends[cell[0]] - case.tokens[cell[0]], ends[cell[-1]])
+        want_y = y[rows] if case.whole_out else case.out_rows(y[rows], rank)
+        close(got["out"].flatten(0, -2), want_y, f"output of rank {rank}")
+        got_dx, want_dx = got["x"], dx[rows] if case.whole_in else case.out_rows(dx[rows], rank)
+        if case.config.src.backward_type() is P:
+            got_dx = sum((by_rank[other]["x"] for other in cell), torch.zeros_like(got_dx))
+        close(got_dx.flatten(0, -2), want_dx, f"gradient of the input of rank {rank}")
 
 
 def close(got: Tensor, want: Tensor, what: str) -> None:
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)}, not {tuple(want.shape)}"
-    if want.numel():
-        off = (got - want).abs().max().item()
-        assert off < 1e-10, f"{what} is off by {off:.3g}"
+    off = (got - want).abs().max().item() if want.numel() else 0.0
+    assert off < 1e-10, f"{what} is off by {off:.3g}"

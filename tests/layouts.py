@@ -1,8 +1,7 @@
 """Cases of the layer on a layout: inputs by rank, and what the ranks' results mean together.
 
-A case is run by real ranks (`run_rank`) or by simulated ones (`run_simulated`); either way the
-result is one dict of tensors for each rank, and `meaning` reads those as their kinds say: S and V are
-joined, P is summed, R and I are equal on all ranks.
+`meaning` reads the tensors of the ranks as their kinds say: S is joined, P is summed, R and I must
+be equal on all ranks.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from spmd_types import Shard
+from torch import Tensor
 
 from spmd_moe.moe import MoEConfig
 from spmd_moe.placement import (

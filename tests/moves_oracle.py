@@ -2,8 +2,8 @@
 
 A whole tensor and a kind give the tensor of each rank (`scattered`); the ranks' tensors and a kind
 give the whole back (`meaning`). A move keeps the meaning and changes the kind: that is all there is
-to know about its forward. Its backward is right if <A g, dx> = <g, A dx>, where the inner product is
-the one that the kinds of a value and its gradient imply (`product`).
+to know about its forward. Its backward is right if <A g, dx> = <g, A dx>, where the inner product
+is the one that the kinds of a value and its gradient imply (`product`).
 """
 
 from __future__ import annotations

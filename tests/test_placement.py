@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import spmd_types
@@ -96,8 +96,8 @@ def malformed() -> list[tuple[Any, str]]:
     return [
         (lambda: Placed[Tensor, TP], "TP is not a role with a kind"),
         (lambda: Placed[Tensor, "tp"], "'tp' is not a role with a kind"),
-        (lambda: TP["S"], "'S' is not a kind"),
-        (lambda: TP[0], "0 is not a kind"),
+        (lambda: TP[cast(Any, "S")], "'S' is not a kind"),
+        (lambda: TP[cast(Any, 0)], "0 is not a kind"),
         (lambda: Placed[Tensor, TP[R], DP[R], TP[V]], "role TP stands twice in tp:R dp:R tp:V"),
     ]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import Any, cast
 
 import pytest
 import spmd_types
 import torch
-import torch.distributed as dist
 from spmd_types import MeshAxis, PartitionSpec, Shard, get_local_type, set_current_mesh
 from spmd_types.checker import typecheck
 from torch import Tensor
@@ -36,7 +35,6 @@ from spmd_moe.placement import Kind
 from spmd_moe.redistribute import Shape, moves_table, plan
 from tests import moves_oracle as oracle
 from tests.simulate import fake_world, simulated
-from tests.workers import run
 
 KINDS: tuple[Kind, ...] = (R, I, P, S(0), S(1))
 PAIRS = [(src, dst) for src in KINDS for dst in KINDS]
@@ -213,7 +211,7 @@ def test_types(src: Kind, dst: Kind, local: bool) -> None:
                 spec = PartitionSpec(*([None] * dst.dim), tp)
                 assert tuple(spmd_types.get_partition_spec(y) or ())[: dst.dim + 1] == tuple(spec)
             wrong = next(k for k in (P, R) if k != src)
-            with pytest.raises(spmd_types.SpmdTypeError, match="axis|mismatch|expect"):
+            with pytest.raises(spmd_types.SpmdTypeError, match=r"expect|mismatch"):
                 redistribute(x, mesh[TP], src=wrong, dst=I)
 
 
@@ -221,7 +219,8 @@ def test_sums_take_partials_only() -> None:
     """A sum over rows that are not parts of a sum is refused, however it is dressed."""
     with fake_world(2):
         axis = MoEMesh.init("cpu", tp=2)[TP]
-        for kind, dst in product((V, R, I), (R, I, S(0))):
+        goals: list[Kind] = [R, I, S(0)]
+        for kind, dst in product((V, R, I), goals):
             x = torch.ones(2)
             with set_current_mesh({"tp": MeshAxis.of(axis.group)}), typecheck("strict"):
                 spmd_types.assert_type(x, {axis.group: kind})
@@ -275,7 +274,7 @@ class _Ops(TorchDispatchMode):
     """The operators that reach the dispatcher."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.seen: list[str] = []
 
     def __torch_dispatch__(
@@ -341,63 +340,3 @@ def test_a_missing_shape_is_asked_for() -> None:
         axis = MoEMesh.init("cpu", tp=4)[TP]
         with pytest.raises(ShapeError, match=r"shape=ShardShape.even\(5, 4\)"):
             redistribute(torch.ones(5), axis, src=R, dst=S(0))
-
-
-# --- real ranks -------------------------------------------------------------------------------
-
-
-def real_moves(pairs: list[tuple[Kind, Kind]], ranks: int) -> list[str]:
-    """Value and gradient of a spread of sizes on this rank; what went wrong, in words."""
-    axis, rank, wrong = MoEMesh.init("cpu", tp=ranks)[TP], dist.get_rank(), []
-    for (src, dst), width in product(pairs, (3, 0)):
-        for shape in real_shapes(ranks):
-            by_dim = (shape, ShardShape.even(width, ranks))
-            values = oracle.scattered(
-                oracle.integers(shape.total, width, seed=5), src, by_dim[_dim(src)], ranks
-            )
-            wanted = oracle.scattered(
-                oracle.integers(shape.total, width, seed=5), dst, by_dim[_dim(dst)], ranks
-            )
-            x = values[rank].requires_grad_()
-            y = redistribute(x, axis, src=src, dst=dst, shape=shape_for(src, dst, by_dim))
-            if dst is not P and not torch.equal(y.detach() + 0, wanted[rank]):
-                wrong.append(f"{src}->{dst} of {shape} by {width}: value")
-            y.backward(torch.ones_like(y))
-            if type(x.grad) is not Tensor or x.grad.shape != x.shape:
-                wrong.append(f"{src}->{dst} of {shape} by {width}: {type(x.grad)}")
-    return wrong
-
-
-def real_shapes(ranks: int) -> list[ShardShape]:
-    totals = (0, 1, ranks - 1, ranks, ranks + 1)
-    ragged = ShardShape.ragged([0, 3, 1, 0][:ranks])
-    return [*(ShardShape.even(total, ranks) for total in totals), ragged]
-
-
-@pytest.mark.gloo
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_real_ranks(ranks: int) -> None:
-    assert run(ranks, real_moves, PAIRS, ranks) == [[]] * ranks
-
-
-def equal_to_spmd_types(pairs: list[tuple[Kind, Kind]], ranks: int) -> list[str]:
-    axis, rank, differ = MoEMesh.init("cpu", tp=ranks)[TP], dist.get_rank(), []
-    by_dim = (ShardShape.even(2 * ranks, ranks), ShardShape.even(ranks, ranks))
-    whole = torch.randn(2 * ranks, ranks, generator=torch.Generator().manual_seed(0))
-    for src, dst in pairs:
-        results = []
-        for function, where in ((redistribute, axis), (spmd_types.redistribute, axis.group)):
-            move = cast(Callable[..., Tensor], function)
-            x = oracle.scattered(whole, src, by_dim[_dim(src)], ranks)[rank].requires_grad_()
-            y = move(x, where, src=src, dst=dst)
-            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y) * (rank + 1))
-            results.append((y.detach() + 0, dx + 0))
-        if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
-            differ.append(f"{src} -> {dst}")
-    return differ
-
-
-@pytest.mark.gloo
-@pytest.mark.filterwarnings(OLD_NAMES)
-def test_real_ranks_equal_spmd_types_to_the_bit() -> None:
-    assert run(2, equal_to_spmd_types, PAIRS, 2) == [[], []]

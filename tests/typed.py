@@ -20,15 +20,23 @@ from typing import Any
 import spmd_types
 from spmd_types import MeshAxis, Shard, get_local_type, reinterpret_mesh, set_current_mesh
 from spmd_types.checker import typecheck
-from torch import Tensor, nn
+from torch import Tensor
 
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, EXPERT, Placement, Role, V, placement_of
 
-LAYER = (
-    "boundary router permute dispatch.local dispatch.all_to_all dispatch.all_gather"
-    " experts combine shared losses"
-).split()
+LAYER = [
+    "boundary",
+    "router",
+    "permute",
+    "dispatch.local",
+    "dispatch.all_to_all",
+    "dispatch.all_gather",
+    "experts",
+    "combine",
+    "shared",
+    "losses",
+]
 
 
 @contextmanager
@@ -63,12 +71,10 @@ def _annotated() -> Iterator[tuple[Any, str]]:
         owners = [module, *(c for c in vars(module).values() if _is_class_of(c, module))]
         for owner in owners:
             for name, function in list(vars(owner).items()):
-                if (
-                    isinstance(function, types.FunctionType)
-                    and function.__module__ == module.__name__
-                ):
-                    if any(_first_placement(h) for h in _hints(function).values()):
-                        yield owner, name
+                ours = isinstance(function, types.FunctionType)
+                ours = ours and function.__module__ == module.__name__
+                if ours and any(_first_placement(h) for h in _hints(function).values()):
+                    yield owner, name
 
 
 def _is_class_of(value: object, module: types.ModuleType) -> bool:
@@ -106,7 +112,12 @@ def _wrap(owner: Any, name: str, mesh: MoEMesh, ran: list[str]) -> Callable[[], 
             places += [(module, n) for n, v in vars(module).items() if v is function]
     for place, n in places:
         setattr(place, n, run)
-    return lambda: [setattr(place, n, function) for place, n in places][0]
+
+    def restore() -> None:
+        for place, n in places:
+            setattr(place, n, function)
+
+    return restore
 
 
 def _as_declared(value: Any, hint: Any, mesh: MoEMesh, where: str, crossing: bool = False) -> Any:

@@ -1,7 +1,8 @@
 """All experts are here: sort the rows, and that is all."""
 
 # Shape letters in this file:
-#   T  tokens    K  experts per token    D  model width    R  rows at this rank's experts
+#   T  tokens    K  experts per token    D  model width    E  experts
+#   N  slots that have an expert    R  rows at this rank's experts
 
 from __future__ import annotations
 

@@ -1,0 +1,55 @@
+"""Work of each rank on its own numbers: here, or for every rank that one process simulates.
+
+Under torch's LocalTensorMode a LocalTensor holds the tensors of all ranks. What depends on the rank
+cannot be said once for all of them, so it goes through these two functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._local_tensor import (
+    LocalIntNode,
+    LocalTensor,
+    LocalTensorMode,
+    local_tensor_mode,
+)
+from torch.distributed._local_tensor._c10d import _prepare_collective_groups
+
+
+def by_rank(group: ProcessGroup, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`run(rank in group, *tensors)`: here, or once for every rank that one process simulates."""
+    if not isinstance(tensors[0], LocalTensor):
+        return run(dist.get_rank(group), *tensors)
+    place = places(group)
+    return _simulation().rank_map(
+        lambda r: run(place[r], *(cast(LocalTensor, t)._local_tensors[r] for t in tensors))
+    )
+
+
+def ints_by_rank(
+    group: ProcessGroup, run: Callable[[int, Tensor], list[int]], x: Tensor
+) -> list[int]:
+    if not isinstance(x, LocalTensor):
+        return run(dist.get_rank(group), x)
+    place = places(group)
+    rows = {r: run(place[r], t) for r, t in x._local_tensors.items()}
+    columns = ({r: row[k] for r, row in rows.items()} for k in range(group.size()))
+    return [cast(int, torch.SymInt(LocalIntNode(column))) for column in columns]
+
+
+def _simulation() -> LocalTensorMode:
+    mode = local_tensor_mode()
+    assert mode is not None, "a LocalTensor outside of its LocalTensorMode"
+    return mode
+
+
+def places(group: ProcessGroup) -> dict[int, int]:
+    """Where each simulated rank stands in its own group along the axis that `group` is on."""
+    ranks, offsets, _ = _prepare_collective_groups(group)
+    return {offset + r: place for offset in offsets for place, r in enumerate(ranks)}

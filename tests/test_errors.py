@@ -1,0 +1,286 @@
+"""Error text is output: every message of the package, whole, in `golden/`.
+
+After a deliberate change, write the files anew and read the diff:
+
+    python -m tests.test_errors --write
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+import spmd_types
+import torch
+import torch.distributed as dist
+from spmd_types import MeshAxis, set_current_mesh
+from spmd_types.checker import typecheck
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import spmd_moe
+from spmd_moe import TP, I, MoEMesh, P, Placed, R, S, ShardShape, SpmdMoeError, V, redistribute
+from spmd_moe.activation import SWIGLU, Activation
+from spmd_moe.collectives import exchange
+from spmd_moe.dispatch import Local
+from spmd_moe.experts import Experts, Keep
+from spmd_moe.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.router import RouterConfig
+from tests.simulate import fake_world
+from tests.workers import run
+
+GOLDEN = Path(__file__).parent / "golden"
+PACKAGE = Path(spmd_moe.__file__).parent
+Site = tuple[str, int]
+
+
+def moved(x: torch.Tensor, **how: object) -> Callable[[], object]:
+    """A redistribute on an axis of four ranks."""
+
+    def act() -> object:
+        with fake_world(4):
+            return redistribute(x, MoEMesh.init("cpu", tp=4)[TP], **how)  # type: ignore[arg-type]  # wrong on purpose
+
+    return act
+
+
+def meshed(world: int, **degrees: object) -> Callable[[], object]:
+    def act() -> object:
+        with fake_world(world):
+            return MoEMesh.init("cpu", **degrees)  # type: ignore[arg-type]  # wrong on purpose
+
+    return act
+
+
+def bound(**asked: object) -> Callable[[], object]:
+    def act() -> object:
+        binding = dict(asked)
+        with fake_world(4):
+            users = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+            if binding.pop("sliced", False):
+                users = users["a"]
+            if binding.pop("others", False):
+                binding["expert"] = DeviceMesh("cpu", torch.tensor([0, 1]), mesh_dim_names=("e",))
+            return MoEMesh.from_device_mesh(users, **binding)  # type: ignore[arg-type]  # wrong on purpose
+
+    return act
+
+
+def routed(**settings: object) -> Callable[[], object]:
+    return lambda: RouterConfig(**({"num_experts": 8, "top_k": 2} | settings))  # type: ignore[arg-type]  # wrong on purpose
+
+
+def built(world: int = 4, **settings: object) -> Callable[[], object]:
+    def act() -> object:
+        with fake_world(world):
+            mesh = MoEMesh.init("cpu", tp=world, ep=world)
+            config = {"width": 4, "hidden": 8, "router": RouterConfig(8, 2)} | settings
+            return MoE(MoEConfig(**config), mesh)  # type: ignore[arg-type]  # wrong on purpose
+
+    return act
+
+
+def called(*args: torch.Tensor | None) -> Callable[[], object]:
+    return lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())(*args)
+
+
+def experts(rows: int, *counts: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    def act() -> object:
+        layer = Experts(
+            2, 4, 8, MoEMesh.single(), activation=SWIGLU, bias=False, keep=Keep.ACTIVATIONS
+        )
+        return layer(torch.ones(rows, 4, dtype=dtype), torch.tensor(counts))
+
+    return act
+
+
+def exchanged(kind: object, local: bool) -> Callable[[], object]:
+    def act() -> object:
+        with fake_world(2):
+            group, x = dist.group.WORLD, torch.ones(2, 3)
+            assert group is not None
+            with set_current_mesh({"tp": MeshAxis.of(group)}), typecheck("strict", local=local):
+                spmd_types.assert_type(x, {group: kind})  # type: ignore[dict-item]  # a kind
+                return exchange(x, group, receives=[1, 1], sends=[1, 1])
+
+    return act
+
+
+def disagreeing() -> tuple[str, list[Site]]:
+    """On real ranks: each asks for another ep."""
+    try:
+        MoEMesh.init("cpu", dp=2, ep=1 + dist.get_rank())
+    except SpmdMoeError as error:
+        return str(error), sites_passed(error.__traceback__)
+    raise AssertionError("ranks that disagree were not told")
+
+
+x53, ids = torch.ones(5, 3), torch.zeros(3, 2, dtype=torch.int64)
+CASES: dict[str, Callable[[], object]] = {
+    "placed_without_kind": lambda: Placed[torch.Tensor, TP],
+    "placed_role_twice": lambda: Placed[torch.Tensor, TP[R], TP[V]],
+    "role_with_no_kind": lambda: TP["S"],  # type: ignore[index]  # wrong on purpose
+    "shard_no_ranks": lambda: ShardShape.ragged([]),
+    "shard_negative": lambda: ShardShape.ragged([2, -1]),
+    "even_no_ranks": lambda: ShardShape.even(3, 0),
+    "even_negative": lambda: ShardShape.even(-1, 2),
+    "mesh_no_process_group": lambda: MoEMesh.init("cpu", dp=2),
+    "mesh_degree": meshed(4, dp=4, ep=0),
+    "mesh_dense_product": meshed(8, dp=2, tp=3),
+    "mesh_dense_product_unsolvable": meshed(7, dp=2, tp=3),
+    "mesh_expert_product": meshed(8, dp=8, ep=3),
+    "mesh_single_has_no_device_mesh": lambda: MoEMesh.single().dense,
+    "bind_size_for_name": bound(dp="a", tp=2),
+    "bind_unknown_name": bound(dp="a", tp="c"),
+    "bind_twice": bound(dp="a", tp="a"),
+    "bind_not_at_all": bound(dp="a"),
+    "bind_not_adjacent": bound(dp=("b", "a")),
+    "bind_expert_name_without_mesh": bound(dp="a", tp="b", ep="b"),
+    "bind_slice": bound(dp="a", ep=2, sliced=True),
+    "bind_expert_of_other_ranks": bound(dp="a", tp="b", ep="e", others=True),
+    "move_from_v": moved(x53, src=V, dst=R),
+    "move_to_v": moved(x53, src=R, dst=V),
+    "move_no_such_dim": moved(x53, src=R, dst=S(2)),
+    "move_needs_shape": moved(x53, src=R, dst=S(0)),
+    "move_shape_without_shard": moved(x53, src=P, dst=R, shape=ShardShape.even(5, 4)),
+    "move_two_shapes_for_one": moved(x53, src=P, dst=S(0), shape=(ShardShape.even(5, 4),) * 2),
+    "move_shape_contradicts_rows": moved(x53, src=S(0), dst=R, shape=ShardShape.even(5, 4)),
+    "move_shape_contradicts_whole": moved(x53, src=R, dst=S(0), shape=ShardShape.even(6, 4)),
+    "move_shape_of_other_ranks": moved(x53, src=R, dst=S(0), shape=ShardShape.even(5, 3)),
+    "move_grad_dtype": moved(
+        torch.ones(4, 3, dtype=torch.bfloat16, requires_grad=True), src=S(0), dst=R
+    ),
+    "exchange_of_a_whole": exchanged(S(0), local=False),
+    "exchange_of_a_sum": exchanged(P, local=True),
+    "router_no_experts": routed(num_experts=0),
+    "router_top_k": routed(top_k=9),
+    "router_score": routed(score="hard"),
+    "router_dead_gradient": routed(top_k=1, normalize=True),
+    "router_groups": routed(groups=3),
+    "router_groups_kept": routed(groups=2, groups_kept=3),
+    "router_groups_too_small": routed(groups=4, groups_kept=1, top_k=3),
+    "router_dtype": routed(dtype=torch.bfloat16),
+    "router_jitter": routed(jitter=1.5),
+    "experts_over_ep": built(router=RouterConfig(6, 2)),
+    "boundary_kind": built(src=S(1)),
+    "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
+    "local_with_sharded_experts": lambda: _local_on_two(),
+    "activation_name_twice": lambda: Activation("swiglu", False, lambda gate, up: gate),
+    "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
+    "experts_counts": experts(3, 1, 3),
+    "moe_width": called(torch.ones(3, 5)),
+    "moe_device": called(torch.ones(3, 4, device="meta")),
+    "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
+    "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
+    "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
+}
+
+
+def _local_on_two() -> object:
+    with fake_world(2):
+        return Local(MoEMesh.init("cpu", tp=2, ep=2))
+
+
+def message(act: Callable[[], object]) -> tuple[str, list[Site]]:
+    """What is raised, with the place of the caller left out, and the lines it came through."""
+    try:
+        act()
+    except (SpmdMoeError, spmd_types.SpmdTypeError) as error:
+        passed: list[Site] = []
+        link: BaseException | None = error
+        while link is not None:
+            passed += sites_passed(link.__traceback__)
+            link = link.__context__
+        return normal(str(error)), passed
+    raise AssertionError("nothing was raised")
+
+
+def normal(text: str) -> str:
+    """The message without what differs between machines; of spmd_types' own, the first line."""
+    text = text.split("\n\n")[0].split("\n  In ")[0]
+    return re.sub(r"(at:  ).*", r"\1<the user's line>", text) + "\n"
+
+
+def sites_passed(trace: TracebackType | None) -> list[Site]:
+    frames = traceback.extract_tb(trace)
+    return [(f.filename, f.lineno or 0) for f in frames if str(PACKAGE) in f.filename]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name: str) -> None:
+    assert message(CASES[name])[0] == (GOLDEN / f"{name}.txt").read_text()
+
+
+@pytest.mark.gloo
+def test_message_of_ranks_that_disagree() -> None:
+    for text, _ in run(2, disagreeing):
+        assert normal(text) == (GOLDEN / "ranks_disagree.txt").read_text()
+
+
+def test_the_parts_stand_in_order() -> None:
+    """Where and what, why, fixes, the line: in all messages that we build."""
+    for path in GOLDEN.glob("*.txt"):
+        if path.stem.startswith("exchange_"):
+            continue  # raised inside spmd_types' checker, which has a form of its own
+        labels = [line[:7].strip() for line in path.read_text().splitlines()[1:]]
+        assert labels == ["why:"] + ["fix:"] * (len(labels) - 2) + ["at:"], path.name
+        assert "fix:" in labels, f"{path.name}: nobody is told what to do"
+
+
+def test_no_message_contains_a_value() -> None:
+    secret = torch.full((5, 3), 12345.678)
+    with pytest.raises(SpmdMoeError, match="no move V -> R") as caught:
+        moved(secret, src=V, dst=R)()
+    assert "12345" not in str(caught.value)
+
+
+# Where a message is no use: a mapping's missing key, a module's missing name.
+WITHOUT_GOLDEN = {"raise KeyError(role)", "raise AttributeError"}
+
+
+def raise_sites(source: str) -> list[tuple[int, int]]:
+    """First and last line of every `raise`, and of every call of a function that only raises."""
+    sites = []
+    for node in ast.walk(ast.parse(source)):
+        call = node.value if isinstance(node, ast.Expr) else None
+        refuses = isinstance(call, ast.Call) and getattr(call.func, "id", "") == "_refuse"
+        if isinstance(node, ast.Raise) or (refuses and isinstance(node, ast.Expr)):
+            text = ast.get_source_segment(source, node) or ""
+            if not any(text.startswith(known) for known in WITHOUT_GOLDEN):
+                sites.append((node.lineno, node.end_lineno or node.lineno))
+    return sites
+
+
+@pytest.mark.gloo
+def test_every_raise_has_a_golden_message() -> None:
+    passed = {site for act in CASES.values() for site in message(act)[1]}
+    passed |= set(run(2, disagreeing)[0][1])
+    missing = [
+        f"{path.relative_to(PACKAGE)}:{first}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for first, last in raise_sites(path.read_text())
+        if not any((str(path), line) in passed for line in range(first, last + 1))
+    ]
+    assert missing == []
+
+
+def test_the_walk_over_raises_can_fail() -> None:
+    assert raise_sites("def f():\n    raise ValueError(\n        'x'\n    )\n") == [(2, 4)]
+    assert raise_sites("_refuse('a', 'b', 'c')") == [(1, 1)]
+
+
+def test_the_line_is_the_users() -> None:
+    with pytest.raises(SpmdMoeError, match=r"at:  .*test_errors.py:\d+$"):
+        ShardShape.even(-1, 2)
+    assert I is not R
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    for name, act in CASES.items():
+        (GOLDEN / f"{name}.txt").write_text(message(act)[0])
+    (GOLDEN / "ranks_disagree.txt").write_text(normal(run(2, disagreeing)[0][0]))

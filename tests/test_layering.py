@@ -1,0 +1,207 @@
+"""The house rules that a machine can keep: order of files, sizes, who talks to whom, names."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import spmd_moe
+
+PACKAGE = Path(spmd_moe.__file__).parent
+ROOT = PACKAGE.parent
+
+# A file imports only from files before it. `errors` stands first: everything below it complains.
+ORDER = [
+    "errors",
+    "placement",
+    "shard",
+    "agree",
+    "mesh",
+    "ranks",
+    "collectives",
+    "redistribute",
+    "router",
+    "permute",
+    "dispatch.protocol",
+    "dispatch.local",
+    "dispatch.all_to_all",
+    "dispatch.all_gather",
+    "dispatch",
+    "activation",
+    "grouped",
+    "ffn",
+    "per_expert",
+    "experts",
+    "combine",
+    "shared",
+    "boundary",
+    "losses",
+    "init",
+    "moe",
+]
+LAYER = ORDER[ORDER.index("router") :]
+LONGEST = 400
+
+
+def sources() -> dict[str, str]:
+    """Every module of the package, by its dotted name below it."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path.read_text()
+    found.pop("__init__", None)
+    return found
+
+
+def imported(source: str) -> Iterator[str]:
+    """Modules of the package that a source imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spmd_moe"):
+            module = (node.module or "").removeprefix("spmd_moe").removeprefix(".")
+            yield from [module] if module else [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            yield from (a.name[9:] for a in node.names if a.name.startswith("spmd_moe."))
+
+
+def upward_imports(files: dict[str, str]) -> list[str]:
+    place = {name: number for number, name in enumerate(ORDER)}
+    return [
+        f"{name} imports {other}"
+        for name, source in files.items()
+        for other in imported(source)
+        if place[other] >= place[name]
+    ]
+
+
+def test_every_file_has_a_place() -> None:
+    assert sorted(sources()) == sorted(ORDER)
+
+
+def test_imports_only_point_backwards() -> None:
+    assert upward_imports(sources()) == []
+
+
+def test_the_import_rule_can_fail() -> None:
+    files = {"shard": "from spmd_moe.mesh import Axis\n", "mesh": "import spmd_moe.moe\n"}
+    assert upward_imports(files) == ["shard imports mesh", "mesh imports moe"]
+
+
+def python_files() -> list[Path]:
+    folders = ("spmd_moe", "tests", "examples", "typecheck")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_files_fit_in_a_head() -> None:
+    sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in python_files()}
+    assert {name: size for name, size in sizes.items() if size > LONGEST} == {}
+
+
+def test_ascii_only() -> None:
+    paths = [*python_files(), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    assert [str(p) for p in paths if not p.read_text().isascii()] == []
+
+
+# --- who talks to torch.distributed, and to the checker ---------------------------------------
+
+TALKS = re.compile(
+    r"^\s*(?:import torch\.distributed|from torch\.distributed[\w.]* import (?!Proc))", re.M
+)
+CHECKER = re.compile(
+    r"assert_type|is_type_checking|(?<!spmd_)typecheck\(|mutate_type|TYPE_CHECKING\b"
+)
+QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
+
+
+def test_few_files_talk_to_torch_distributed() -> None:
+    """collectives moves tensors; mesh and agree make groups; two ask where they stand."""
+    talking = [name for name, source in sources().items() if TALKS.search(source)]
+    assert talking == ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    moving = [n for n, s in sources().items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
+    assert moving == ["agree", "collectives"]
+
+
+def test_layer_code_has_no_statement_for_a_checker() -> None:
+    assert [name for name in LAYER if CHECKER.search(sources()[name])] == []
+
+
+def test_layer_code_does_not_name_axes() -> None:
+    """Names belong to the user; the layer knows roles."""
+    assert [name for name in LAYER if QUOTED_AXIS.search(sources()[name])] == []
+
+
+def test_these_rules_can_fail() -> None:
+    assert TALKS.search("import torch.distributed as dist")
+    assert CHECKER.search("spmd.assert_type(x, {})") and QUOTED_AXIS.search("mesh['tp']")
+
+
+# --- shape letters ----------------------------------------------------------------------------
+
+SUFFIX = re.compile(r"\b[a-z]\w*?_(?=[A-Za-z]{1,3}\b)(?=[a-z]*[A-Z])([A-Za-z]{1,3})\b")
+
+
+def undefined_letters(source: str) -> set[str]:
+    """Letters of shape suffixes that the legend at the head of the file does not define."""
+    used = {letter for suffix in SUFFIX.findall(source) for letter in suffix}
+    legend = "\n".join(line for line in source.splitlines() if line.startswith("#"))
+    return {
+        letter for letter in used if not re.search(rf"(?:^#|\s){letter}\s\s\w|\b{letter}, ", legend)
+    }
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_shape_letters_are_defined_where_they_are_used(name: str) -> None:
+    assert undefined_letters(sources()[name]) == set()
+
+
+def test_the_legend_rule_can_fail() -> None:
+    assert undefined_letters("#   T  tokens\nx_TD = 1\n") == {"D"}
+
+
+# --- the public surface -----------------------------------------------------------------------
+
+
+def names_for_checkers() -> set[str]:
+    """What the branch that mypy reads exports."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    branch = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = (node for node in branch.body if isinstance(node, ast.ImportFrom))
+    return {alias.asname or "" for node in imports for alias in node.names}
+
+
+def exported() -> list[str]:
+    """What the branch that runs exports; mypy does not see it."""
+    names: list[str] = vars(spmd_moe)["__all__"]
+    return names
+
+
+def test_both_branches_export_the_same_names() -> None:
+    assert names_for_checkers() == set(exported())
+
+
+def test_every_name_can_be_imported_also_after_its_file() -> None:
+    for name in exported():
+        value = getattr(spmd_moe, name)
+        assert not isinstance(value, type(sys)), name
+    import_module("spmd_moe.redistribute")
+    assert callable(spmd_moe.redistribute)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'spmd_moe' has no attribute 'Tokns'"):
+        _ = spmd_moe.Tokns  # type: ignore[attr-defined]  # a typo on purpose
+
+
+def python(program: str) -> int:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=False).returncode
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    assert python("import spmd_moe, sys; sys.exit('torch' in sys.modules)") == 0
+    assert python("from spmd_moe import TP; import sys; sys.exit('torch' in sys.modules)") == 1
