@@ -6,13 +6,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from spmd_moe.activation import CLAMPED_SWIGLU as CLAMPED_SWIGLU
+    from spmd_moe.activation import GELU as GELU
+    from spmd_moe.activation import SQUARED_RELU as SQUARED_RELU
+    from spmd_moe.activation import SWIGLU as SWIGLU
+    from spmd_moe.activation import Activation as Activation
+    from spmd_moe.activation import clamped_swiglu as clamped_swiglu
+    from spmd_moe.dispatch import AllGather as AllGather
+    from spmd_moe.dispatch import AllToAll as AllToAll
+    from spmd_moe.dispatch import Arrived as Arrived
+    from spmd_moe.dispatch import Dispatcher as Dispatcher
+    from spmd_moe.dispatch import Local as Local
+    from spmd_moe.errors import ConfigError as ConfigError
     from spmd_moe.errors import DtypeError as DtypeError
     from spmd_moe.errors import MeshError as MeshError
     from spmd_moe.errors import PlacementError as PlacementError
+    from spmd_moe.errors import RoutingError as RoutingError
     from spmd_moe.errors import ShapeError as ShapeError
     from spmd_moe.errors import SpmdMoeError as SpmdMoeError
+    from spmd_moe.experts import Experts as Experts
+    from spmd_moe.experts import Keep as Keep
+    from spmd_moe.experts import Weigh as Weigh
+    from spmd_moe.grouped import PerExpert as PerExpert
+    from spmd_moe.init import init_weights as init_weights
+    from spmd_moe.load import Load as Load
+    from spmd_moe.load import expert_load as expert_load
+    from spmd_moe.losses import LossTerms as LossTerms
+    from spmd_moe.losses import Totals as Totals
+    from spmd_moe.losses import balance_loss as balance_loss
+    from spmd_moe.losses import totals as totals
+    from spmd_moe.losses import update_selection_bias as update_selection_bias
+    from spmd_moe.losses import z_loss as z_loss
     from spmd_moe.mesh import Axis as Axis
     from spmd_moe.mesh import MoEMesh as MoEMesh
+    from spmd_moe.moe import MoE as MoE
+    from spmd_moe.moe import MoEConfig as MoEConfig
+    from spmd_moe.moe import MoEOutput as MoEOutput
+    from spmd_moe.moe import SharedConfig as SharedConfig
+    from spmd_moe.permute import Slots as Slots
+    from spmd_moe.permute import spread as spread
+    from spmd_moe.permute import take_scores as take_scores
     from spmd_moe.placement import CP as CP
     from spmd_moe.placement import DP as DP
     from spmd_moe.placement import EDP as EDP
@@ -30,6 +63,9 @@ if TYPE_CHECKING:
     from spmd_moe.placement import placement_of as placement_of
     from spmd_moe.placement import placements_of as placements_of
     from spmd_moe.redistribute import redistribute as redistribute
+    from spmd_moe.router import Router as Router
+    from spmd_moe.router import RouterConfig as RouterConfig
+    from spmd_moe.router import Routing as Routing
     from spmd_moe.shard import ShardShape as ShardShape
 else:
     # Each name is loaded from its file when it is first asked for, so that a tool which needs one
@@ -38,11 +74,22 @@ else:
     from types import ModuleType
 
     _FILES = {
-        "errors": "DtypeError MeshError PlacementError ShapeError SpmdMoeError",
+        "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
+        "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
+        "errors": "ConfigError DtypeError MeshError PlacementError RoutingError ShapeError "
+        "SpmdMoeError",
+        "experts": "Experts Keep Weigh",
+        "grouped": "PerExpert",
+        "init": "init_weights",
+        "load": "Load expert_load",
+        "losses": "LossTerms Totals balance_loss totals update_selection_bias z_loss",
         "mesh": "Axis MoEMesh",
-        "placement": "DP CP TP EDP EP ETP R I V P S Placed Placement Role "
-        "placement_of placements_of",
+        "moe": "MoE MoEConfig MoEOutput SharedConfig",
+        "permute": "Slots spread take_scores",
+        "placement": "CP DP EDP EP ETP TP I P Placed Placement R Role S V placement_of "
+        "placements_of",
         "redistribute": "redistribute",
+        "router": "Router RouterConfig Routing",
         "shard": "ShardShape",
     }
     _HOME = {name: file for file, names in _FILES.items() for name in names.split()}

@@ -35,6 +35,10 @@ class ConfigError(SpmdMoeError, ValueError):
     """Settings that contradict each other."""
 
 
+class RoutingError(SpmdMoeError, ValueError):
+    """Scores or expert ids that no token can be sent by."""
+
+
 class MeshError(SpmdMoeError, ValueError):
     """Degrees, axes or ranks that do not make a mesh."""
 

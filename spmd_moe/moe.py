@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
+from spmd_moe.collectives import declare_sum
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.errors import ShapeError, describe, explain
@@ -24,7 +25,7 @@ from spmd_moe.experts import Experts, Keep, Weigh
 from spmd_moe.losses import LossTerms, count_in_backward, loss_terms, reduce_on_tp
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import sort_by_expert
-from spmd_moe.placement import EP, ETP, TP, Kind, Tokens, TokenSums
+from spmd_moe.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
 from spmd_moe.router import Router, RouterConfig, Routing
 from spmd_moe.shared import ReplicatedShared, ShardedShared
 
@@ -64,7 +65,8 @@ class MoEOutput:
 
     hidden: Tensor
     losses: LossTerms | None
-    counts_E: TokenSums  # int64
+    counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
+    dropped: TokenSums  # int64: choices of no expert, by tokens that are not masked
 
 
 @final
@@ -127,7 +129,14 @@ class MoE(nn.Module):
         if self.training:
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
-        return MoEOutput(self.boundary.leave(y_TD, frame), losses, routing.counts_E)
+        counts_E, dropped = self._declared(routing.counts_E), self._declared(routing.dropped)
+        return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
+
+    def _declared(self, x: Tokens) -> TokenSums:
+        """Sums over this rank's tokens are parts of sums over all tokens."""
+        for role in DENSE:
+            x = declare_sum(x, self.mesh[role].group)
+        return x
 
     def _loss_terms(
         self, x: Tensor, frame: Frame, routing: Routing, mask_T: Tokens | None

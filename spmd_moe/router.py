@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spmd_moe import fault
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
@@ -108,6 +109,8 @@ class Routing:
     logits_TE: Tokens
     probs_TE: Tokens  # the scores as shares of 1, for the balance loss
     counts_E: Tokens  # int64: how many of this rank's choices fell on each expert
+    dropped: Tokens  # int64: how many, of tokens that are not masked, fell on none
+    fault: Tokens  # int64: not 0 where scores or ids are unusable; see fault.py
     complete: bool  # every choice has an expert
 
 
@@ -141,8 +144,11 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.to(config.dtype), weight_ED.to(config.dtype))
         scores_TE = self.score.of_logits(logits_TE)
         complete = mask_T is None and expert_ids_TK is None
+        marked = fault.mark(logits_TE, expert_ids_TK)
         if expert_ids_TK is None:
-            expert_ids_TK = self.choose(scores_TE, self.bias_E, config)
+            expert_ids_TK, dropped = self.choose(scores_TE, self.bias_E, config), marked * 0
+        else:
+            expert_ids_TK, dropped = _given(expert_ids_TK, mask_T, config.num_experts)
         if mask_T is not None:
             expert_ids_TK = torch.where(mask_T.unsqueeze(1), expert_ids_TK, -1)
         chosen_TK = scores_TE.gather(1, expert_ids_TK.clamp(min=0))
@@ -152,8 +158,17 @@ class Router(nn.Module):
             logits_TE=logits_TE,
             probs_TE=self.score.to_probs(scores_TE),
             counts_E=count(expert_ids_TK, config.num_experts),
+            dropped=dropped,
+            fault=marked,
             complete=complete,
         )
+
+
+def _given(expert_ids_TK: Tokens, mask_T: Tokens | None, num_experts: int) -> tuple[Tokens, Tokens]:
+    """Ids from outside, those of no expert as -1; and how many of these there are."""
+    none_TK = (expert_ids_TK < 0) | (expert_ids_TK >= num_experts)
+    counted_TK = none_TK if mask_T is None else none_TK & mask_T.unsqueeze(1)
+    return expert_ids_TK.masked_fill(none_TK, -1), counted_TK.sum()
 
 
 def _weigh(score: Score, chosen_TK: Tokens, expert_ids_TK: Tokens, config: RouterConfig) -> Tokens:
@@ -244,23 +259,24 @@ SCORES: dict[str, Score] = {
 
 @final
 class _Jitter:
-    """Scales inputs by 1 -+ amount. Tokens are V on the dense axes, so each rank has its stream."""
+    """Scales inputs by 1 -+ amount. Tokens are V on the dense axes, so each rank has its stream.
+
+    What all streams start from is drawn from torch's default generator, whose state checkpointing
+    restores: a forward that is computed again sees the same noise.
+    """
 
     def __init__(self, amount: float, mesh: MoEMesh) -> None:
-        self.amount = amount
-        self.place = [(mesh[role].rank, mesh[role].size) for role in DENSE]
-        self.generator: torch.Generator | None = None
+        self.amount, self.stream = amount, 0
+        for axis in (mesh[role] for role in DENSE):
+            self.stream = self.stream * axis.size + axis.rank
 
     def __call__(self, x_TD: Tokens) -> Tokens:
         if not self.amount:
             return x_TD
-        if self.generator is None:
-            stream = 0
-            for rank, size in self.place:
-                stream = stream * size + rank
-            seed = (torch.initial_seed() + stream) % 2**63
-            self.generator = torch.Generator(x_TD.device).manual_seed(seed)
+        seed = int(torch.randint(2**62, ())) + self.stream
         noise = torch.empty_like(x_TD).uniform_(
-            1 - self.amount, 1 + self.amount, generator=self.generator
+            1 - self.amount,
+            1 + self.amount,
+            generator=torch.Generator(x_TD.device).manual_seed(seed),
         )
         return x_TD * noise

@@ -16,7 +16,7 @@ from spmd_moe.moe import MoE, MoEOutput
 from spmd_moe.placement import CP, DP, TP, P, Placement, V, placements_of
 from tests import oracle
 from tests.layouts import Case, gradient, meaning, part
-from tests.typed import checked, declare
+from tests.typed import checked, declare, what_ran
 
 DISPATCHERS: dict[str, Callable[[MoEMesh, int], Any]] = {
     "": lambda mesh, num_experts: None,  # what the layer chooses by itself
@@ -53,7 +53,7 @@ def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
     """What this rank gets: its output, its counts, and every gradient."""
     rank, layer = dist.get_rank(), build(case)
     x = case.x(rank).requires_grad_()
-    out = forward_typed(case, layer, x) if typed else layer(x)
+    out = forward_typed(case, layer, x) if typed else forward(case, layer, x)
     out.hidden.backward(case.upstream(rank).view_as(out.hidden))
     assert torch.equal(layer.router.seen_E, out.counts_E)
     gradients = {name: leaf.grad for name, leaf in [("x", x), *layer.named_parameters()]}
@@ -62,15 +62,21 @@ def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
     return {"out": out.hidden.detach(), "counts": out.counts_E, **found}
 
 
+def forward(case: Case, layer: MoE, x: Tensor) -> MoEOutput:
+    rank = dist.get_rank()
+    out: MoEOutput = layer(x, case.mask(rank), case.expert_ids(rank))
+    return out
+
+
 def forward_typed(case: Case, layer: MoE, x: Tensor) -> MoEOutput:
     """The forward under the strict checker, every signature checked, and the output's type too."""
     declare(x, Placement((DP[V], CP[V], TP[case.config.src])), layer.mesh)
     declared = placements(layer)
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         declare(tensor, declared[name], layer.mesh)
-    with checked(layer.mesh) as ran:
-        out: MoEOutput = layer(x)
-    assert "experts.Experts.forward" in ran and "combine.combine" in ran
+    with checked(layer.mesh):
+        out = forward(case, layer, x)
+    assert {"experts.Experts.forward", "combine.combine"} <= set(what_ran())
     if case.layout.tp > 1:
         have = get_local_type(out.hidden)[MeshAxis.of(layer.mesh[TP].group)]
         assert have is (case.config.dst if case.whole_out else V), have
@@ -85,7 +91,9 @@ def compare(case: Case, by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name in weights
     }
     x = torch.cat([case.rows("x", r) for r in range(case.layout.world)]).requires_grad_()
-    y, counts = oracle.moe(x, {names[n]: t for n, t in weights.items()}, case.config.router)
+    mask, ids = case.whole_mask(), case.whole_ids()
+    named = {names[n]: t for n, t in weights.items()}
+    y, counts = oracle.moe(x, named, case.config.router, mask, ids)
     g = torch.cat([case.rows("g", r) for r in range(case.layout.world)])
     wanted = torch.autograd.grad(
         y, [x, *weights.values()], g, allow_unused=True, materialize_grads=True

@@ -6,8 +6,10 @@ be equal on all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from spmd_types import Shard
 from torch import Tensor
@@ -65,6 +67,10 @@ class Layout:
         return f"dp{self.dp}cp{self.cp}tp{self.tp}-ep{self.ep}etp{self.etp}"
 
 
+def _ones(rows: int) -> Tensor:
+    return torch.ones(rows, dtype=torch.bool)
+
+
 def part(whole: Tensor, placement: Placement, layout: Layout, rank: int) -> Tensor:
     """What `rank` holds of a whole tensor that is sharded evenly."""
     for role_kind in placement:
@@ -115,6 +121,7 @@ class Case:
     batch: int = 1  # tokens stand in [batch, tokens / batch, width]
     dispatcher: str = ""
     masked: bool = False
+    steer: str = ""  # who chooses: "" the router, or ids from outside, as `_id` has them
 
     def cell(self, rank: int) -> list[int]:
         """The ranks that share dp and cp with `rank`, in the order of tp."""
@@ -144,8 +151,46 @@ class Case:
         return self.config.dst in (R, I)
 
     def x(self, rank: int) -> Tensor:
-        rows = self.cell_rows("x", rank) if self.whole_in else self.rows("x", rank)
-        return rows.view(self.batch, rows.shape[0] // self.batch, -1) if self.batch > 1 else rows
+        return self._as_x(lambda r: self.rows("x", r), rank)
+
+    def token_mask(self, rank: int) -> Tensor:
+        return torch.arange(self.tokens[rank]) % 3 != 1 if self.masked else _ones(self.tokens[rank])
+
+    def token_ids(self, rank: int) -> Tensor:
+        """This rank's ids, [T, K]; -2 where the router is to choose."""
+        size = (self.tokens[rank], self.config.router.top_k)
+        return torch.tensor([self._id(rank, *at) for at in np.ndindex(size)]).view(size).long()
+
+    def _id(self, rank: int, token: int, choice: int) -> int:
+        experts = self.config.router.num_experts
+        share = experts // self.layout.ep
+        theirs = (self.layout.place(rank)[EP] + 1) % self.layout.ep * share
+        return {
+            "": -2,
+            "one expert": 3 if choice == 0 else -1,
+            "next rank": theirs + (token + choice) % share if choice < share else -1,
+            "some none": -1 if token % 3 == 0 else (5 * token + choice + rank) % experts,
+        }[self.steer]
+
+    def mask(self, rank: int) -> Tensor | None:
+        return self._as_x(self.token_mask, rank) if self.masked else None
+
+    def expert_ids(self, rank: int) -> Tensor | None:
+        return self._as_x(self.token_ids, rank) if self.steer else None
+
+    def _as_x(self, rows_of: Callable[[int], Tensor], rank: int) -> Tensor:
+        """What goes with the tokens, in the shape that they have."""
+        ranks = self.cell(rank) if self.whole_in else [rank]
+        rows = torch.cat([rows_of(r) for r in ranks])
+        return (
+            rows.unflatten(0, (self.batch, rows.shape[0] // self.batch)) if self.batch > 1 else rows
+        )
+
+    def whole_mask(self) -> Tensor:
+        return torch.cat([self.token_mask(r) for r in range(self.layout.world)])
+
+    def whole_ids(self) -> Tensor:
+        return torch.cat([self.token_ids(r) for r in range(self.layout.world)])
 
     def out_rows(self, whole: Tensor, rank: int) -> Tensor:
         """What `rank` gets of its cell's rows where the output is sharded."""
@@ -174,6 +219,9 @@ class Case:
             "experts.w3_eFD": (e, c.hidden, c.width),
             "experts.w2_eDF": (e, c.width, c.hidden),
         }
+        if c.bias:
+            shapes |= {"experts.b1_eF": (e, c.hidden), "experts.b3_eF": (e, c.hidden)}
+            shapes["experts.b2_eD"] = (e, c.width)
         if c.shared is not None:
             names = ("w1_fD", "w3_fD", "w2_Df") if c.shared.sharded else ("w1_FD", "w3_FD", "w2_DF")
             wide = (c.shared.hidden, c.width)

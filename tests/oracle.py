@@ -17,13 +17,12 @@ from spmd_moe.router import RouterConfig
 
 def scores_of(logits: Tensor, config: RouterConfig) -> Tensor:
     """One token's score of every expert."""
-    if config.score == "softmax":
-        return logits.softmax(0)
-    if config.score == "sigmoid":
-        return logits.sigmoid()
-    if config.score == "sqrt_softplus":
-        return F.softplus(logits).sqrt()
-    return logits
+    every = {
+        "softmax": logits.softmax(0),
+        "sigmoid": logits.sigmoid(),
+        "sqrt_softplus": F.softplus(logits).sqrt(),
+    }
+    return every.get(config.score, logits)
 
 
 def choose(scores: Tensor, bias: Tensor, config: RouterConfig) -> list[int]:
@@ -46,11 +45,15 @@ def weights_of(scores: Tensor, ids: list[int], config: RouterConfig) -> Tensor:
     return chosen * config.scale
 
 
+def linear(x: Tensor, w: Mapping[str, Tensor], weight: str, bias: str, e: int) -> Tensor:
+    return w[weight][e] @ x + (w[bias][e] if bias in w else 0)
+
+
 def expert(x: Tensor, w: Mapping[str, Tensor], e: int) -> Tensor:
     """SwiGLU of one token."""
-    return w["experts.w2_eDF"][e] @ (
-        F.silu(w["experts.w1_eFD"][e] @ x) * (w["experts.w3_eFD"][e] @ x)
-    )
+    gate = linear(x, w, "experts.w1_eFD", "experts.b1_eF", e)
+    up = linear(x, w, "experts.w3_eFD", "experts.b3_eF", e)
+    return linear(F.silu(gate) * up, w, "experts.w2_eDF", "experts.b2_eD", e)
 
 
 def shared(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
@@ -59,19 +62,19 @@ def shared(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
 
 
 def moe(
-    x_TD: Tensor, w: Mapping[str, Tensor], config: RouterConfig, mask_T: Tensor | None = None
+    x_TD: Tensor, w: Mapping[str, Tensor], config: RouterConfig, mask_T: Tensor, ids_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The layer's output, and how many choices fell on each expert."""
+    """The layer's output and the choices of each expert. Ids below 0: -1 no expert, -2 choose."""
     rows, counts = [], torch.zeros(config.num_experts, dtype=torch.int64)
-    for t, x in enumerate(x_TD):
-        y = torch.zeros_like(x)
-        if mask_T is None or mask_T[t]:
+    for x, real, given in zip(x_TD, mask_T.tolist(), ids_TK.tolist(), strict=True):
+        y = x * 0
+        if real:
             scores = scores_of(w["router.weight_ED"] @ x, config)
-            ids = choose(scores, w["router.bias_E"], config)
+            ids = choose(scores, w["router.bias_E"], config) if -2 in given else given
+            ids = [e for e in ids if e >= 0]
             for weight, e in zip(weights_of(scores, ids, config), ids, strict=True):
                 y = y + weight * expert(x, w, e)
                 counts[e] += 1
-            if "shared.w1_FD" in w:
-                y = y + shared(x, w)
+            y = y + shared(x, w) if "shared.w1_FD" in w else y
         rows.append(y)
     return torch.stack(rows) if rows else x_TD * 1.0, counts

@@ -27,6 +27,7 @@ ORDER = [
     "ranks",
     "collectives",
     "redistribute",
+    "fault",
     "router",
     "permute",
     "dispatch.protocol",
@@ -45,8 +46,9 @@ ORDER = [
     "losses",
     "init",
     "moe",
+    "load",
 ]
-LAYER = ORDER[ORDER.index("router") :]
+LAYER = ORDER[ORDER.index("fault") :]
 LONGEST = 400
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
+from unittest import mock
 
 import spmd_types
 from spmd_types import MeshAxis, Shard, get_local_type, reinterpret_mesh, set_current_mesh
@@ -39,17 +41,57 @@ LAYER = [
 ]
 
 
+class _Here(threading.local):
+    """The mesh of the rank that this thread is, while it is checked, and what ran there."""
+
+    mesh: MoEMesh | None = None
+    ran: tuple[str, ...] = ()
+
+
+_HERE = _Here()
+
+
 @contextmanager
-def checked(mesh: MoEMesh) -> Iterator[list[str]]:
-    """Strict local checking; yields the list of annotated functions that ran, by name."""
-    ran: list[str] = []
-    undo = [_wrap(owner, name, mesh, ran) for owner, name in _annotated()]
+def signatures() -> Iterator[None]:
+    """Let `checked` read signatures; entered once, around all threads that are to be checked.
+
+    spmd_types patches torch when a thread starts to check and takes the patch back when it ends.
+    The patch is in force in here, and stays so when the first of several threads ends.
+    """
+    undo = [_wrap(owner, name) for owner, name in _annotated()]
     try:
-        with set_current_mesh(_axes(mesh, DENSE)), typecheck(strict_mode="strict", local=True):
-            yield ran
+        with typecheck(), ExitStack() as stack:
+            for name in _PATCHES:
+                stack.enter_context(mock.patch(f"spmd_types.{name}", lambda: None))
+            yield
     finally:
         for restore in undo:
             restore()
+
+
+_PATCHES = [
+    "_checker._install_autograd_apply_patch",
+    "_checker._remove_autograd_apply_patch",
+    "_vmap.install",
+    "_vmap.uninstall",
+    "_backward_hooks.install",
+    "_backward_hooks.uninstall",
+]
+
+
+@contextmanager
+def checked(mesh: MoEMesh) -> Iterator[None]:
+    """Strict local checking of this rank; `what_ran` tells which annotated functions it saw."""
+    _HERE.mesh, _HERE.ran = mesh, ()
+    try:
+        with set_current_mesh(_axes(mesh, DENSE)), typecheck(strict_mode="strict", local=True):
+            yield
+    finally:
+        _HERE.mesh = None
+
+
+def what_ran() -> tuple[str, ...]:
+    return _HERE.ran
 
 
 def declare(x: Tensor, placement: Placement, mesh: MoEMesh) -> Tensor:
@@ -85,7 +127,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     return typing.get_type_hints(function, include_extras=True)
 
 
-def _wrap(owner: Any, name: str, mesh: MoEMesh, ran: list[str]) -> Callable[[], None]:
+def _wrap(owner: Any, name: str) -> Callable[[], None]:
     function = vars(owner)[name]
     hints, signature = _hints(function), inspect.signature(function)
     label = f"{function.__module__.removeprefix('spmd_moe.')}.{function.__qualname__}"
@@ -94,8 +136,11 @@ def _wrap(owner: Any, name: str, mesh: MoEMesh, ran: list[str]) -> Callable[[], 
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        mesh = _HERE.mesh
+        if mesh is None:
+            return function(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
-        ran.append(label)
+        _HERE.ran += (label,)
         with set_current_mesh(_axes(mesh, roles)):
             for n, value in bound.arguments.items():
                 if n in hints:

@@ -15,6 +15,7 @@ from typing import final
 
 import torch
 
+from spmd_moe import fault
 from spmd_moe.collectives import declare_sum, host_ints
 from spmd_moe.dispatch.protocol import Arrived
 from spmd_moe.mesh import MoEMesh
@@ -46,12 +47,12 @@ class AllGather:
     def dispatch(
         self, x_tD: Tokens, scores_tK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, Gathered]:
-        return self._arrive(x_tD, scores_tK, routing.expert_ids_TK, slots)
+        return self._arrive(x_tD, scores_tK, routing.expert_ids_TK, routing.fault, slots)
 
     def _arrive(
-        self, x_tD: Rows, scores_tK: Rows | None, expert_ids_tK: Rows, own: Slots
+        self, x_tD: Rows, scores_tK: Rows | None, expert_ids_tK: Rows, marked: Rows, own: Slots
     ) -> tuple[Arrived, Gathered]:
-        shapes = self._count(expert_ids_tK)
+        shapes = self._count(expert_ids_tK, marked)
         ids_TK, all_E = self._gather(expert_ids_tK, shapes), torch.arange(self.num_experts)
         own_e = redistribute(all_E.to(ids_TK.device), self.axes[1], src=R, dst=S(0))
         local_TK = ids_TK - own_e.select(0, 0)
@@ -75,14 +76,17 @@ class AllGather:
             y = redistribute(y, axis, src=P, dst=S(0), shape=slots, dtype=wide(y))
         return from_slots(y, state.own)
 
-    def _count(self, expert_ids_tK: Rows) -> list[ShardShape]:
+    def _count(self, expert_ids_tK: Rows, marked: Rows) -> list[ShardShape]:
         """How many tokens each rank has; along ep, how many all ranks of its etp group have."""
         tokens = torch.ones_like(expert_ids_tK.select(1, 0)).sum(0, keepdim=True)
-        shapes = []
+        told = torch.stack([tokens, marked.view(1)], 1)
+        shapes, marks = [], 0
         for axis in self.axes:
-            per_rank = redistribute(tokens, axis, src=S(0), dst=R)
-            shapes.append(ShardShape.ragged(host_ints(per_rank)))
-            tokens = per_rank.sum(0, keepdim=True)
+            per_rank = redistribute(told, axis, src=S(0), dst=R)
+            *rows, marks = host_ints(torch.cat([per_rank.select(1, 0), per_rank.sum(0)[1:]]))
+            shapes.append(ShardShape.ragged(rows))
+            told = per_rank.sum(0, keepdim=True)
+        fault.check(marks, f"{self.axes[0].size * self.axes[1].size} ranks")
         return shapes
 
     def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:

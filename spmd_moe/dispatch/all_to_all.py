@@ -19,6 +19,7 @@ import torch
 from spmd_types import register_local_autograd_function
 from torch import Tensor
 
+from spmd_moe import fault
 from spmd_moe.collectives import exchange, host_ints
 from spmd_moe.dispatch.protocol import Arrived
 from spmd_moe.mesh import MoEMesh
@@ -61,9 +62,12 @@ class AllToAll:
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, InTransit]:
-        sent_E, ranks, e = routing.counts_E, self.ep.size, self.num_local
-        got_E = exchange(sent_E, self.ep.group, receives=[e] * ranks, sends=[e] * ranks)
-        counted = self._count(sent_E, got_E)
+        ranks, e = self.ep.size, self.num_local
+        # To every rank the counts of its experts; behind them, what is wrong here, if anything is.
+        marks = routing.fault.view(1, 1).expand(ranks, 1)
+        sent = torch.cat([routing.counts_E.view(ranks, e), marks], 1)
+        got = exchange(sent, self.ep.group, receives=[1] * ranks, sends=[1] * ranks)
+        counted = self._count(sent, got)
         rows_ND = spread(x_TD, slots)
         if scores_TK is None:
             return self._arrive(self._send(rows_ND, counted), None, counted)
@@ -82,12 +86,14 @@ class AllToAll:
     def _send(self, rows_ND: Tokens, counted: Counted) -> Rows:
         return exchange(rows_ND, self.ep.group, receives=counted.receives, sends=counted.sends)
 
-    def _count(self, sent_E: Rows, got_E: Rows) -> Counted:
+    def _count(self, sent: Rows, got: Rows) -> Counted:
         """From the rows that this rank sends to and gets from each expert: all sizes at once."""
         ranks, e = self.ep.size, self.num_local
-        sent_Se, got_Se = sent_E.view(ranks, e), got_E.view(ranks, e)
-        counts_Se = redistribute(got_Se, self.etp, src=S(0), dst=R)
-        rows = host_ints(torch.cat([sent_Se.sum(1), got_Se.sum(1), counts_Se.sum(1)]))
+        from_all = redistribute(got, self.etp, src=S(0), dst=R)
+        counts_Se, marks_S1 = from_all.narrow(1, 0, e), from_all.narrow(1, e, 1)
+        sent_S, got_S = sent.narrow(1, 0, e).sum(1), got.narrow(1, 0, e).sum(1)
+        marks, *rows = host_ints(torch.cat([marks_S1.sum(0), sent_S, got_S, counts_Se.sum(1)]))
+        fault.check(marks, f"{from_all.shape[0]} ranks")
         sends, receives, *by_peer = (rows[i : i + ranks] for i in range(0, len(rows), ranks))
         gathered = ShardShape.ragged([sum(peer) for peer in by_peer])
         return Counted(sends, receives, gathered, counts_Se)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import final
 
+from spmd_moe import fault
 from spmd_moe.dispatch.protocol import Arrived
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh
@@ -35,6 +36,7 @@ class Local:
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, None]:
+        fault.check_alone(routing.fault)
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
         if slots.complete:  # nothing is sent, so rows need not be made before the experts read them
             gather = Gather(slots.token_N, slots.row_TK)

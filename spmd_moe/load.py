@@ -1,0 +1,51 @@
+"""How evenly the experts are used: one record, one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.moe import MoEOutput
+from spmd_moe.placement import DENSE, P, R, Whole
+from spmd_moe.redistribute import redistribute
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the tokens of all ranks chose. Tensors, so that reading them waits for nothing."""
+
+    counts_E: Whole  # int64: choices of each expert
+    max_over_mean: Whole  # 1 when all experts are used alike, E when one is used alone
+    entropy: Whole  # of the shares of the experts, 1 when used alike, 0 when one is used alone
+    dropped: Whole  # int64: choices of unmasked tokens that name no expert
+
+    def __str__(self) -> str:
+        return (
+            f"{int(self.counts_E.sum())} choices of {self.counts_E.numel()} experts: "
+            f"max/mean {float(self.max_over_mean):.2f}, entropy {float(self.entropy):.3f}, "
+            f"dropped {int(self.dropped)}"
+        )
+
+
+@torch.no_grad()
+def expert_load(output: MoEOutput, mesh: MoEMesh) -> Load:
+    """The load of one forward over all ranks. Every rank must call it."""
+    sums = torch.cat([output.counts_E, output.dropped.view(1)])
+    for role in DENSE:
+        sums = redistribute(sums, mesh[role], src=P, dst=R)
+    experts = output.counts_E.shape[0]
+    counts_E = sums.narrow(0, 0, experts)
+    share_E = counts_E / counts_E.sum().clamp(min=1)
+    return Load(counts_E, share_E.max() * experts, _entropy(share_E), sums.select(0, experts))
+
+
+def _entropy(share_E: Whole) -> Tensor:
+    """From 0 to 1; of one expert alone, and of no choices at all, 0."""
+    most = torch.log(torch.full_like(share_E.select(0, 0), max(share_E.shape[0], 2)))
+    summed: Tensor = torch.special.entr(share_E).sum()
+    return summed / most

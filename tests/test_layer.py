@@ -1,0 +1,118 @@
+"""The whole layer against one process, on every layout: outputs, counts and every gradient."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import combinations, product
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.grid import FACTORS, WORLDS, case, choices, layouts
+from tests.layer_runs import compare, run_rank
+from tests.layouts import Case, Layout
+from tests.threads import threaded
+from tests.typed import signatures
+from tests.workers import run
+
+LAYOUTS = [layout for world in WORLDS for layout in layouts(world)]
+CASES_EACH = 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sharded_equals_whole(layout: Layout) -> None:
+    for choice in choices(layout, CASES_EACH):
+        this = case(layout, choice)
+        try:
+            compare(this, threaded(layout.world, run_rank, this))
+        except Exception as error:
+            raise AssertionError(f"{layout} with {choice}: {error}") from error
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.world > 1], ids=str)
+def test_types_are_true_on_every_layout(layout: Layout) -> None:
+    """spmd_types' strict checker agrees with every signature; the values are still right."""
+    with signatures():
+        for choice in choices(layout, 1):
+            this = case(layout, choice)
+            compare(this, threaded(layout.world, run_rank, this, True))
+
+
+def test_any_two_factors_meet() -> None:
+    met = defaultdict(set)
+    for layout in LAYOUTS:
+        for choice in choices(layout, CASES_EACH):
+            for a, b in combinations(FACTORS, 2):
+                met[a, b].add((str(choice[a]), str(choice[b])))
+    for a, b in combinations(FACTORS, 2):
+        wanted = {(str(x), str(y)) for x, y in product(FACTORS[a], FACTORS[b])}
+        assert wanted == met[a, b]
+
+
+def test_the_grid_is_alive() -> None:
+    """What was compared is not zero for want of tokens, and experts are both hit and starved."""
+    hit: set[int] = set()
+    alive: dict[str, int] = defaultdict(int)
+    starved = 0
+    for layout in [x for x in LAYOUTS if x.world == 4]:
+        for choice in choices(layout, CASES_EACH):
+            this = case(layout, choice)
+            whole = compare(this, threaded(layout.world, run_rank, this))
+            for name, tensor in whole.items():
+                alive[name] += bool(tensor.count_nonzero())
+            hit |= set(whole["counts"].nonzero().flatten().tolist())
+            starved += bool((whole["counts"] == 0).any())
+    assert hit == set(range(24)) and starved > 10
+    assert all(count > 10 for name, count in alive.items() if name != "router.bias_E"), alive
+
+
+# --- real processes ---------------------------------------------------------------------------
+
+REAL = [
+    *(x for x in LAYOUTS if x.world == 2),
+    *(x for x in LAYOUTS if x.world == 4 and x.ep * x.etp == 4),
+    Layout(dp=2, cp=2, tp=2, ep=4, etp=2),
+]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("layout", REAL, ids=str)
+def test_on_real_processes(layout: Layout) -> None:
+    for choice in choices(layout, 2):
+        this = case(layout, choice)
+        compare(this, run(layout.world, run_rank, this))
+
+
+@pytest.mark.gloo
+def test_repeats_are_equal_to_the_bit() -> None:
+    this = next(
+        case(Layout(dp=2, tp=2, ep=2, etp=2), choice)
+        for choice in choices(Layout(dp=2, tp=2, ep=2, etp=2), 99)
+        if choice["tokens"] == "2n+3" and choice["variant"] == "groups"
+    )
+    first, second = (run(4, run_rank, this) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- the comparison itself can fail -------------------------------------------------------------
+
+
+def spoiled(by_rank: list[dict[str, Tensor]], name: str) -> list[dict[str, Tensor]]:
+    """The last rank that has something in it gets a wrong value."""
+    copies = [{n: t.clone() for n, t in rank.items()} for rank in by_rank]
+    last = max(r for r, rank in enumerate(copies) if rank[name].numel())
+    copies[last][name].view(-1)[-1] += 1
+    return copies
+
+
+def test_a_wrong_value_anywhere_is_found() -> None:
+    layout = Layout(dp=2, tp=2, ep=2, etp=2)
+    choice = {name: values[0] for name, values in FACTORS.items()} | {"tokens": "2n+3"}
+    this: Case = case(layout, choice)
+    by_rank = threaded(layout.world, run_rank, this)
+    compare(this, by_rank)
+    for name in by_rank[0]:
+        with pytest.raises(AssertionError):
+            compare(this, spoiled(by_rank, name))
