@@ -85,14 +85,12 @@ class Move(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype, grad_dtype: Dtype
     ) -> Tensor:
         ctx.back = group, step.backward(), grad_dtype, dtype
-        ctx.feeds_leaf = x.is_leaf
         y = step.row.run(x if dtype is None else x.to(dtype), group, step)
         return y if dtype is None else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        moved = move(grad, *ctx.back)
-        return _waited(moved) if ctx.feeds_leaf else moved, None, None, None, None
+        return _waited(move(grad, *ctx.back)), None, None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor, group: ProcessGroup, step: Step) -> object:
@@ -119,14 +117,13 @@ class Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]
     ) -> Tensor:
         ctx.back = group, sends, receives
-        ctx.feeds_leaf = x.is_leaf
         return _awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         group, receives, sends = ctx.back
         moved = exchange(grad, group, receives=receives, sends=sends)
-        return _waited(moved) if ctx.feeds_leaf else moved, None, None, None
+        return _waited(moved), None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor, group: ProcessGroup) -> object:
@@ -302,7 +299,10 @@ def _awaitable(result: Tensor) -> Tensor:
 
 
 def _waited(result: Tensor) -> Tensor:
-    """What becomes `.grad` must be there: optimizers read it behind the dispatcher's back."""
+    """A gradient that is there: it may become a `.grad`, which others read without the dispatcher.
+
+    A sum, a view or a copy hands its gradient on as it is, so any gradient may end up there.
+    """
     if not isinstance(result, funcol.AsyncCollectiveTensor):
         return result
     return result.clone() if result.requires_grad else result.wait()  # wait() drops the graph

@@ -59,7 +59,8 @@ def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
     gradients = {name: leaf.grad for name, leaf in [("x", x), *layer.named_parameters()]}
     found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     assert found.keys() == gradients.keys(), f"no gradient for {gradients.keys() - found.keys()}"
-    return {"out": out.hidden.detach(), "counts": out.counts_E, **found}
+    assert all(type(gradient) is Tensor for gradient in found.values()), "not yet waited for"
+    return {"out": out.hidden.detach().clone(), "counts": out.counts_E, **found}
 
 
 def forward(case: Case, layer: MoE, x: Tensor) -> MoEOutput:
