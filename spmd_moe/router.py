@@ -181,8 +181,8 @@ def _weigh(score: Score, chosen_TK: Tokens, expert_ids_TK: Tokens, config: Route
     return weights_TK * config.scale
 
 
-def count(expert_ids_TK: Tokens, num_experts: int) -> Tokens:
-    """How many choices fell on each expert."""
+def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """How many choices fell on each expert; of the kind that the ids have."""
     ids = expert_ids_TK.flatten() + 1  # -1, no expert, is counted first, and dropped
     bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     return bins.scatter_add(0, ids, torch.ones_like(ids)).narrow(0, 1, num_experts)

@@ -16,7 +16,7 @@ from spmd_moe.moe import MoE, MoEOutput
 from spmd_moe.placement import CP, DP, TP, P, Placement, V, placements_of
 from tests import oracle
 from tests.layouts import Case, gradient, meaning, part
-from tests.typed import checked, declare, what_ran
+from tests.typed import checked, declare, name_axes, what_ran
 
 DISPATCHERS: dict[str, Callable[[MoEMesh, int], Any]] = {
     "": lambda mesh, num_experts: None,  # what the layer chooses by itself
@@ -52,8 +52,8 @@ def placements(layer: nn.Module) -> dict[str, Placement]:
 def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
     """What this rank gets: its output, its counts, and every gradient."""
     rank, layer = dist.get_rank(), build(case)
-    x = case.x(rank).requires_grad_()
-    out = forward_typed(case, layer, x) if typed else forward(case, layer, x)
+    x, mask, ids = case.x(rank).requires_grad_(), case.mask(rank), case.expert_ids(rank)
+    out = (forward_typed if typed else forward)(case, layer, x, mask, ids)
     out.hidden.backward(case.upstream(rank).view_as(out.hidden))
     assert torch.equal(layer.router.seen_E, out.counts_E)
     gradients = {name: leaf.grad for name, leaf in [("x", x), *layer.named_parameters()]}
@@ -63,20 +63,22 @@ def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
     return {"out": out.hidden.detach().clone(), "counts": out.counts_E, **found}
 
 
-def forward(case: Case, layer: MoE, x: Tensor) -> MoEOutput:
-    rank = dist.get_rank()
-    out: MoEOutput = layer(x, case.mask(rank), case.expert_ids(rank))
+def forward(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
+    out: MoEOutput = layer(*inputs)
     return out
 
 
-def forward_typed(case: Case, layer: MoE, x: Tensor) -> MoEOutput:
+def forward_typed(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
     """The forward under the strict checker, every signature checked, and the output's type too."""
-    declare(x, Placement((DP[V], CP[V], TP[case.config.src])), layer.mesh)
+    name_axes(layer.mesh)
+    for x in inputs:
+        if x is not None:
+            declare(x, Placement((DP[V], CP[V], TP[case.config.src])), layer.mesh)
     declared = placements(layer)
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         declare(tensor, declared[name], layer.mesh)
     with checked(layer.mesh):
-        out = forward(case, layer, x)
+        out = forward(case, layer, *inputs)
     assert {"experts.Experts.forward", "combine.combine"} <= set(what_ran())
     if case.layout.tp > 1:
         have = get_local_type(out.hidden)[MeshAxis.of(layer.mesh[TP].group)]

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import spmd_types
+import torch.distributed as dist
 from spmd_types import MeshAxis, Shard, get_local_type, reinterpret_mesh, set_current_mesh
 from spmd_types.checker import typecheck
 from torch import Tensor
@@ -88,6 +89,17 @@ def checked(mesh: MoEMesh) -> Iterator[None]:
             yield
     finally:
         _HERE.mesh = None
+
+
+def name_axes(mesh: MoEMesh) -> None:
+    """Make every axis known to spmd_types, whose list of names must not grow while it is read."""
+    with _NAMING:
+        for role in (*DENSE, *EXPERT):
+            _axis(mesh, role)
+    dist.barrier()
+
+
+_NAMING = threading.Lock()
 
 
 def what_ran() -> tuple[str, ...]:
