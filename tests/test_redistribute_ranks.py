@@ -14,8 +14,10 @@ from spmd_types import Shard
 from torch import Tensor
 
 from spmd_moe import TP, I, MoEMesh, P, R, S, ShardShape, redistribute
+from spmd_moe.collectives import MOVES
 from spmd_moe.placement import Kind
 from tests import moves_oracle as oracle
+from tests.bench_moves import rank_main, world_of_one
 from tests.workers import run
 
 KINDS: tuple[Kind, ...] = (R, I, P, S(0), S(1))
@@ -124,3 +126,16 @@ def second_gradients(ranks: int) -> list[str]:
 @pytest.mark.gloo
 def test_second_order_on_real_ranks() -> None:
     assert run(4, second_gradients, 4) == [[]] * 4
+
+
+@pytest.mark.gloo
+def test_the_benchmark_prints_every_move() -> None:
+    found = run(2, rank_main, 5, 3)[0]
+    assert len(found) == len(MOVES) and all(seconds > 0 for *_, seconds, _ in found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_call_in_a_world_of_one_costs_no_more_than_10_us_over_spmd_types() -> None:
+    """Median of many, the two in turn, so a busy machine slows both."""
+    for kinds, ours, theirs in world_of_one(300):
+        assert ours < theirs + 10e-6, kinds

@@ -1,0 +1,92 @@
+"""What the README says that the code knows better: outputs of its programs, tables, files.
+
+python -m tests.readme --write     # after a change that the README should follow; read the diff
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from spmd_moe import SpmdMoeError
+from spmd_moe.redistribute import moves_table
+from tests.simulate import leave_world
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.S)
+FILES = ("spmd_moe", "examples", "typecheck", "tests")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A program, and what it prints or the error that ends it, where the README shows that."""
+
+    number: int
+    code: str
+    shown: str | None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    for number, match in enumerate(BLOCK.finditer(text), 1):
+        yield Block(number, match[1], match[2])
+
+
+def outcome(block: Block) -> str:
+    """What the program prints; the message of ours that ends it, if one does."""
+    printed = io.StringIO()
+    program = compile(block.code, "program.py", "exec")
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(program, {"__name__": "program"})
+    except SpmdMoeError as error:
+        return f"{printed.getvalue()}{error}\n"
+    finally:
+        leave_world()
+    return printed.getvalue()
+
+
+def first_sentence(path: Path) -> str:
+    """What a file says of itself in its first line."""
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return doc.partition("\n")[0].rstrip(".:")
+
+
+def file_tree() -> str:
+    lines: list[str] = []
+    for folder in FILES:
+        lines += ["", f"{folder}/"] if lines else [f"{folder}/"]
+        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda p: (len(p.parts), p)):
+            if sentence := first_sentence(path):
+                lines.append(f"  {path.relative_to(ROOT / folder)!s:<27} {sentence}")
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+GENERATED = {"moves": moves_table, "files": file_tree}
+
+
+def generated(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, make in GENERATED.items():
+        pattern = rf"(<!-- {name}:[^\n]*-->\n).*?(\n<!-- end of {name} -->)"
+        text, found = re.subn(pattern, lambda m: m[1] + make() + m[2], text, flags=re.S)  # noqa: B023  # called at once
+        assert found == 1, f"the README has no place for {name}"
+    return text
+
+
+def rewritten(text: str) -> str:
+    for block in blocks(text):
+        if block.shown is not None:
+            old = f"```python\n{block.code}```\n\n```text\n{block.shown}```"
+            text = text.replace(old, f"```python\n{block.code}```\n\n```text\n{outcome(block)}```")
+    return generated(text)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    README.write_text(rewritten(README.read_text()))

@@ -1,0 +1,44 @@
+"""Every example as a user runs it: alone, and under torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def program(*words: str) -> str:
+    """What a program prints; it must end well."""
+    quiet = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def torchrun(path: Path, *words: str, ranks: int = 4) -> str:
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return program(*launcher, str(path), *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_alone_and_under_torchrun(path: Path) -> None:
+    assert program(str(path)) and torchrun(path)
+    assert "usage:" in program(str(path), "--help")
+
+
+@pytest.mark.slow
+def test_redistribute_is_drawn_rank_by_rank() -> None:
+    drawing = torchrun(ROOT / "examples" / "01_redistribute.py")
+    assert "5 rows as [2, 2, 1, 0] on axis 'tp' (4 ranks)" in drawing
+    after = [line for line in drawing.splitlines() if line.startswith("  after ")]
+    assert after[0].split() == ["after", "a", "b", "c", "d", "e", ".", ".", "."]
+    assert after[1].split() == ["after", *"abcde" * 4]

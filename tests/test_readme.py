@@ -1,0 +1,43 @@
+"""The README is true: its programs print what it shows, its tables and files are the code's."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.readme import README, Block, blocks, file_tree, generated, outcome, rewritten
+
+TEXT = README.read_text()
+
+
+@pytest.mark.parametrize("block", list(blocks(TEXT)), ids=lambda b: f"block {b.number}")
+def test_programs_do_what_is_shown(block: Block) -> None:
+    got = outcome(block)  # an error that is not ours ends the test
+    assert block.shown is None or got == block.shown, block.code
+
+
+def test_generated_parts_are_fresh() -> None:
+    assert generated(TEXT) == TEXT, "python -m tests.readme --write"
+
+
+def test_every_file_says_what_it_is() -> None:
+    assert all(len(line.split()) > 2 for line in file_tree().splitlines() if line.startswith("  "))
+
+
+def test_it_opens_with_a_program_that_fails_and_its_fix() -> None:
+    head = TEXT.splitlines()[:25]
+    assert head.index("```python") < 10 and any(line.startswith("The fix is") for line in head)
+    (fix,) = re.findall(r"The fix is one argument: `(.*)`", TEXT)
+    first = next(blocks(TEXT))
+    failing = first.code.splitlines()[-1].partition("#")[0].strip()
+    program = first.code.replace(failing, fix.replace("(x, ", "(torch.ones(5, 8), "))
+    cured = "from spmd_moe import ShardShape\n" + program
+    assert outcome(Block(0, cured, None)) == "" != outcome(first)
+
+
+def test_a_stale_readme_is_found() -> None:
+    stale = TEXT.replace("all_reduce (P to I)", "all_reduce (P to R)")
+    assert stale != TEXT and generated(stale) == TEXT
+    wrong = TEXT.replace("5 rows as [2, 2, 1, 0] - 2", "5 rows as [2, 2, 1, 0] - 3")
+    assert wrong != TEXT and rewritten(wrong) == TEXT
