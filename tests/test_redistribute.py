@@ -10,6 +10,8 @@ from typing import Any, cast
 import pytest
 import spmd_types
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from spmd_types import MeshAxis, PartitionSpec, Shard, get_local_type, set_current_mesh
 from spmd_types.checker import typecheck
 from torch import Tensor
@@ -101,28 +103,59 @@ def simulation(request: pytest.FixtureRequest) -> Iterator[Simulation]:
 
 @pytest.mark.parametrize(("src", "dst"), PAIRS, ids=str)
 def test_value_and_adjoint(simulation: Simulation, src: Kind, dst: Kind) -> None:
-    """The whole is kept to the bit, and <A g, dx> equals <g, A dx> exactly."""
-    ranks, alive = simulation.axis.size, 0
-    for number, (whole_shape, *by_dim) in enumerate(cases(src, dst, ranks)):
-        shape = shape_for(src, dst, (by_dim[0], by_dim[1]))
-        with simulation.mode.disable():
-            whole = oracle.integers(*whole_shape, seed=number)
-            values = oracle.scattered(whole, src, by_dim[_dim(src)], ranks)
-            cotangent = oracle.integers(*whole_shape, seed=number + 1)
-            gradients = oracle.scattered(cotangent, dst.backward_type(), by_dim[_dim(dst)], ranks)
-        x = simulation.spread(values).requires_grad_()
-        y = redistribute(x, simulation.axis, src=src, dst=dst, shape=shape)
-        y.backward(simulation.spread(gradients))
-        assert x.grad is not None
-        with simulation.mode.disable():
-            assert torch.equal(oracle.meaning(by_rank(y), dst), whole)
-            if isinstance(dst, Shard):
-                assert [t.shape[dst.dim] for t in by_rank(y)] == list(by_dim[dst.dim].sizes)
-            there = oracle.product(by_rank(y), gradients, dst)
-            back = oracle.product(values, by_rank(x.grad), src)
-            assert there == back, (whole_shape, by_dim)
-            alive += there != 0
+    alive = 0
+    for number, (whole_shape, *by_dim) in enumerate(cases(src, dst, simulation.axis.size)):
+        alive += check(simulation, src, dst, whole_shape, (by_dim[0], by_dim[1]), number) != 0
     assert alive > 5, "nearly all products were zero: nothing was compared"
+
+
+def check(
+    simulation: Simulation,
+    src: Kind,
+    dst: Kind,
+    whole_shape: tuple[int, ...],
+    by_dim: tuple[ShardShape, ShardShape],
+    seed: int,
+) -> float:
+    """The whole is kept to the bit, and <A g, dx> equals <g, A dx> exactly; gives the product."""
+    ranks = simulation.axis.size
+    with simulation.mode.disable():
+        whole = oracle.integers(*whole_shape, seed=seed)
+        values = oracle.scattered(whole, src, by_dim[_dim(src)], ranks)
+        cotangent = oracle.integers(*whole_shape, seed=seed + 1)
+        gradients = oracle.scattered(cotangent, dst.backward_type(), by_dim[_dim(dst)], ranks)
+    x = simulation.spread(values).requires_grad_()
+    shape = shape_for(src, dst, by_dim)
+    y = redistribute(x, simulation.axis, src=src, dst=dst, shape=shape)
+    y.backward(simulation.spread(gradients))
+    assert x.grad is not None
+    with simulation.mode.disable():
+        assert torch.equal(oracle.meaning(by_rank(y), dst), whole), (whole_shape, by_dim)
+        if isinstance(dst, Shard):
+            assert [t.shape[dst.dim] for t in by_rank(y)] == list(by_dim[dst.dim].sizes)
+        there = oracle.product(by_rank(y), gradients, dst)
+        back = oracle.product(values, by_rank(x.grad), src)
+        assert there == back, (whole_shape, by_dim)
+    return there
+
+
+SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.sampled_from(PAIRS), SIZES, st.data(), st.integers(0, 2**20))
+def test_any_sizes_at_all(
+    pair: tuple[Kind, Kind], rows: list[int], data: st.DataObject, seed: int
+) -> None:
+    """Sizes that nobody thought of, ragged in both dims, with more dims behind."""
+    columns = data.draw(st.lists(st.integers(0, 4), min_size=len(rows), max_size=len(rows)))
+    behind = data.draw(st.lists(st.integers(0, 3), max_size=2))
+    by_dim = (ShardShape.ragged(rows), ShardShape.ragged(columns))
+    simulation = Simulation(len(rows))
+    try:
+        check(simulation, *pair, (by_dim[0].total, by_dim[1].total, *behind), by_dim, seed)
+    finally:
+        simulation.world.__exit__(None, None, None)
 
 
 def _dim(kind: Kind) -> int:
