@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+class Operator(NamedTuple):
+    name: str
+    dtype: torch.dtype | None  # of the first argument, where that is a tensor
+
+
 @contextmanager
-def operators() -> Iterator[list[str]]:
-    """The names of the operators that this thread runs, forward and backward, as they come."""
-    names: list[str] = []
+def operators() -> Iterator[list[Operator]]:
+    """The operators that this thread runs, forward and backward, as they come."""
+    ran: list[Operator] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(
@@ -22,8 +29,9 @@ def operators() -> Iterator[list[str]]:
             args: tuple[object, ...] = (),
             kwargs: dict[str, object] | None = None,
         ) -> object:
-            names.append(func.name())
+            dtype = args[0].dtype if args and isinstance(args[0], Tensor) else None
+            ran.append(Operator(func.name(), dtype))
             return func(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]  # torch does not type its constructor
-        yield names
+        yield ran
