@@ -1,4 +1,4 @@
-"""Made-up routings, and all that a dispatcher needs to run one on a layout."""
+"""Made-up routings, what a dispatcher needs to run one on a layout, and what must come of it."""
 
 # Shape letters in this file:
 #   T  tokens    K  experts per token    D  model width    E  experts    F  hidden width
@@ -15,11 +15,21 @@ from torch import Tensor
 from spmd_moe.dispatch import AllGather, AllToAll, Arrived, Dispatcher, Local
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, sort_by_expert
-from spmd_moe.placement import EP
+from spmd_moe.placement import EP, ExpertInWeight, ExpertOutWeight, Placement, placement_of
 from spmd_moe.router import Routing, count
 from tests.layouts import Layout
 
 E, D, F = 4, 3, 2
+
+
+def declared(annotation: object) -> Placement:
+    found = placement_of(annotation)
+    assert found is not None
+    return found
+
+
+W1, W2 = declared(ExpertInWeight), declared(ExpertOutWeight)
+
 Make = Callable[[MoEMesh, int], Dispatcher[Any]]
 MAKE: dict[str, Make] = {
     "local": lambda mesh, num_experts: Local(mesh),
@@ -109,3 +119,21 @@ def made_rows(arrived: Arrived) -> Tensor:
     if arrived.gather is None:
         return arrived.rows_RD
     return arrived.rows_RD.index_select(0, arrived.gather.token_R)
+
+
+def by_loop(world: World) -> list[Tensor]:
+    """The output of all tokens, and the gradients of tokens, scores and weights.
+
+    One token, one choice at a time.
+    """
+    x, scores, g = torch.cat(world.x), torch.cat(world.scores), torch.cat(world.g)
+    leaves = [t.clone().requires_grad_() for t in (x, scores, world.w1_EFD, world.w2_EDF)]
+    x, scores, w1, w2 = leaves
+    y = x * 0 + 0 * (scores.sum() + w1.sum() + w2.sum())
+    rows = list(y)
+    for t, ids in enumerate(torch.cat(world.ids).tolist()):
+        for k, e in enumerate(ids):
+            if e >= 0:
+                rows[t] = rows[t] + scores[t, k] * (w2[e] @ (w1[e] @ x[t]))
+    y = torch.stack(rows) if rows else y
+    return [y.detach(), *torch.autograd.grad(y, leaves, g)]

@@ -31,7 +31,7 @@ from spmd_moe.dispatch.all_to_all import pack, unpack
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoEConfig
 from spmd_moe.permute import Slots, spread
-from spmd_moe.placement import EDP, EP, ETP, ExpertInWeight, ExpertOutWeight, R, S, placement_of
+from spmd_moe.placement import EDP, EP, ETP, R, S
 from spmd_moe.redistribute import redistribute
 from spmd_moe.router import RouterConfig, Routing
 from tests.layer_runs import DISPATCHERS, compare, run_rank
@@ -43,9 +43,12 @@ from tests.routings import (
     MAKE,
     PAIRS,
     ROUTINGS,
+    W1,
+    W2,
     D,
     E,
     World,
+    by_loop,
     made_rows,
     mesh_of,
     routing_of,
@@ -57,13 +60,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # --- values and gradients ---------------------------------------------------------------------
 
-W1, W2 = placement_of(ExpertInWeight), placement_of(ExpertOutWeight)
-assert W1 is not None and W2 is not None
-
 
 def on_rank(world: World, name: str, early: bool) -> list[Tensor]:
     """This rank's output, and the gradients of its tokens, scores and weights."""
-    assert W1 is not None and W2 is not None
     rank, lay = dist.get_rank(), world.layout
     dispatcher = MAKE[name](mesh_of(lay), E)
     x, scores = world.x[rank].clone(), world.scores[rank].clone()
@@ -71,10 +70,8 @@ def on_rank(world: World, name: str, early: bool) -> list[Tensor]:
     leaves = [leaf.requires_grad_() for leaf in (x, scores, w1, w2)]
     routing, slots = routing_of(world.ids[rank])
     arrived, state = dispatcher.dispatch(x, scores if early else None, routing, slots)
-    outputs, rows = [], made_rows(arrived).split(arrived.counts_e.tolist())
-    for e, part_RD in enumerate(rows):
-        outputs.append(part_RD @ w1[e].T @ w2[e].T)
-    y_RD = torch.cat(outputs)
+    rows = made_rows(arrived).split(arrived.counts_e.tolist())
+    y_RD = torch.cat([part_RD @ w1[e].T @ w2[e].T for e, part_RD in enumerate(rows)])
     if early:
         assert arrived.scores_R is not None
         y_RD = y_RD * arrived.scores_R.unsqueeze(1)
@@ -84,26 +81,10 @@ def on_rank(world: World, name: str, early: bool) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, world.g[rank])]
 
 
-def by_loop(world: World) -> list[Tensor]:
-    """The same of all tokens: one token, one choice at a time."""
-    x, scores, g = torch.cat(world.x), torch.cat(world.scores), torch.cat(world.g)
-    leaves = [t.clone().requires_grad_() for t in (x, scores, world.w1_EFD, world.w2_EDF)]
-    x, scores, w1, w2 = leaves
-    y = x * 0 + 0 * (scores.sum() + w1.sum() + w2.sum())
-    rows = list(y)
-    for t, ids in enumerate(torch.cat(world.ids).tolist()):
-        for k, e in enumerate(ids):
-            if e >= 0:
-                rows[t] = rows[t] + scores[t, k] * (w2[e] @ (w1[e] @ x[t]))
-    y = torch.stack(rows) if rows else y
-    return [y.detach(), *torch.autograd.grad(y, leaves, g)]
-
-
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("layout", "name"), PAIRS, ids=str)
 def test_values_and_gradients(layout: Layout, name: str, routing: str) -> None:
     """Weights that travel with the rows, and weights that stay with the tokens."""
-    assert W1 is not None and W2 is not None
     world = world_of(layout, routing)
     wanted = by_loop(world)
     assert routing in EMPTY or all(want.any() for want in wanted)
