@@ -64,7 +64,7 @@ def to_the_next(layout: Layout, rank: int) -> Tensor:
 
 
 ROUTINGS: dict[str, Callable[[Layout, int], Tensor]] = {
-    "uneven": lambda _, rank: drawn(rank, 0, (3, 1, 6, 2)[rank], 2),
+    "uneven": lambda _, rank: drawn(rank, 0, (4, 3, 6, 2)[rank], 2),
     "one expert": lambda _, rank: torch.full((2 + rank, 1), 2),
     "next rank": to_the_next,
     "some ranks without tokens": lambda _, rank: drawn(rank, 0, (5, 0, 0, 3)[rank], 2),

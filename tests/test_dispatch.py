@@ -166,7 +166,7 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("routing", ["uneven", "some without expert"])
+@pytest.mark.parametrize("routing", ["uneven", "some without expert", "one expert"])
 @pytest.mark.parametrize(("layout", "name"), PAIRS, ids=str)
 def test_every_expert_gets_its_rows_and_their_weights(
     layout: Layout, name: str, routing: str
