@@ -61,10 +61,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # --- values and gradients ---------------------------------------------------------------------
 
 
-def on_rank(world: World, name: str, early: bool) -> list[Tensor]:
+def on_rank(world: World, name: str) -> list[list[Tensor]]:
+    """Weights that travel with the rows, then weights that stay with the tokens."""
+    dispatcher = MAKE[name](mesh_of(world.layout), E)
+    return [through(dispatcher, world, early) for early in (True, False)]
+
+
+def through(dispatcher: Dispatcher[Any], world: World, early: bool) -> list[Tensor]:
     """This rank's output, and the gradients of its tokens, scores and weights."""
     rank, lay = dist.get_rank(), world.layout
-    dispatcher = MAKE[name](mesh_of(lay), E)
     x, scores = world.x[rank].clone(), world.scores[rank].clone()
     w1, w2 = part(world.w1_EFD, W1, lay, rank), part(world.w2_EDF, W2, lay, rank)
     leaves = [leaf.requires_grad_() for leaf in (x, scores, w1, w2)]
@@ -84,12 +89,10 @@ def on_rank(world: World, name: str, early: bool) -> list[Tensor]:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("layout", "name"), PAIRS, ids=str)
 def test_values_and_gradients(layout: Layout, name: str, routing: str) -> None:
-    """Weights that travel with the rows, and weights that stay with the tokens."""
     world = world_of(layout, routing)
     wanted = by_loop(world)
     assert routing in EMPTY or all(want.any() for want in wanted)
-    for early in (True, False):
-        results = threaded(layout.world, on_rank, world, name, early)
+    for results in zip(*threaded(layout.world, on_rank, world, name), strict=True):
         y, dx, dscores, dw1, dw2 = (list(parts) for parts in zip(*results, strict=True))
         got = [torch.cat(y), torch.cat(dx), torch.cat(dscores)]
         got += [meaning(dw1, gradient(W1), layout), meaning(dw2, gradient(W2), layout)]

@@ -140,6 +140,7 @@ def test_expert_major(counts: list[list[int]]) -> None:
     assert order.dtype is torch.int64
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9).flatmap(lambda n: st.permutations(range(n))))
 def test_inverse(order: list[int]) -> None:
     back = inverse(torch.tensor(order, dtype=torch.int64)).tolist()
@@ -232,6 +233,7 @@ def test_moves_at_the_edges(name: str, case: str) -> None:
     check_move(name, CASES[case], is_complete(CASES[case]))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9).flatmap(lambda n: st.permutations(range(n))))
 def test_reorder(order: list[int]) -> None:
     order_R = torch.tensor(order, dtype=torch.int64)
