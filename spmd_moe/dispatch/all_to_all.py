@@ -152,7 +152,9 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(packed.dtype, dtype)
-        bits = packed.narrow(1, width, packed.shape[1] - width).contiguous()
+        bits = packed.narrow(1, width, packed.shape[1] - width)
+        # Not contiguous(): one row, or none, is that already, and may begin within a wider number.
+        bits = bits.clone(memory_format=torch.contiguous_format)
         scores = bits.view(wide).view(packed.shape[0]).to(dtype)
         return packed.narrow(1, 0, width).contiguous(), scores
 
