@@ -77,6 +77,12 @@ class RouterConfig:
                 "groups are equal in size",
                 f"groups={min(divisors, key=lambda d: abs(d - g))}",
             )
+        if self.group_best not in (1, 2):
+            _refuse(
+                f"group_best is {self.group_best}",
+                "a group is as good as its best expert or its best two",
+                "group_best=2",
+            )
         if not 1 <= kept <= g:
             _refuse(
                 f"groups_kept is {kept}, of {g} groups",
@@ -131,6 +137,14 @@ class Router(nn.Module):
         self.weight_ED = nn.Parameter(torch.empty(config.num_experts, width))
         self.register_buffer("bias_E", torch.zeros(config.num_experts))
         self.register_buffer("seen_E", torch.zeros(config.num_experts, dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """A cast of the model leaves the selection bias alone: small steps are lost in bfloat16."""
+        bias_E = self.bias_E
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch
+        if self.bias_E.dtype is not bias_E.dtype:
+            self.bias_E = bias_E.to(self.bias_E.device)
+        return self
 
     def forward(
         self, x_TD: Tokens, mask_T: Tokens | None = None, expert_ids_TK: Tokens | None = None

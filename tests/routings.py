@@ -111,7 +111,17 @@ def mesh_of(lay: Layout) -> MoEMesh:
 
 def routing_of(ids_TK: Tensor) -> tuple[Routing, Slots]:
     complete, nothing = bool((ids_TK >= 0).all()), torch.zeros(())
-    routing = Routing(ids_TK, nothing, nothing, nothing, count(ids_TK, E), complete)
+    fine = torch.zeros((), dtype=torch.int64)
+    routing = Routing(
+        expert_ids_TK=ids_TK,
+        scores_TK=nothing,
+        logits_TE=nothing,
+        probs_TE=nothing,
+        counts_E=count(ids_TK, E),
+        dropped=fine,
+        fault=fine,
+        complete=complete,
+    )
     return routing, sort_by_expert(ids_TK, complete)
 
 

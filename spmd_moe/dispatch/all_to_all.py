@@ -1,7 +1,7 @@
 """Rows travel to the ranks that have their experts, and back: one exchange each way.
 
-Before that, every rank tells the ranks of its ep group how many rows they will get: the one read of
-device memory by the host.
+Before that, every rank tells the ranks of its ep group how many rows they will get. The host reads
+the answer, for which it waits; where all slots have experts, it waits for the device nowhere else.
 """
 
 # Shape letters in this file (a small letter is this rank's share of the capital):
