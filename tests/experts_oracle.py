@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ def activate(name: str, gate: Tensor, up: Tensor | None) -> Tensor:
     if name == "swiglu":
         return gate / (1 + torch.exp(-gate)) * up
     assert name == "clamped_swiglu(limit=7.0, alpha=1.702)"
+    # Where a value lies on a limit, bf16 may round it across, and finds another slope.
+    assert not any((abs(abs(t) - 7.0) < 0.05).any() for t in (gate, up)), "draw another case"
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-def loop(w: Weights, x_RD: Tensor, counts: list[int], scores_R: Tensor | None, name: str) -> Tensor:
+def loop(
+    w: Weights, x_RD: Tensor, counts: tuple[int, ...], scores_R: Tensor | None, name: str
+) -> Tensor:
     """`y_RD`, with zeros in the rows past the last expert's."""
     assert w.w1_eFD is not None and w.w2_eDF is not None
     parts, start = [], 0
@@ -62,7 +67,7 @@ class Case:
     """What the experts are given. Rows `past` the last expert's are poison: NaN and infinity."""
 
     activation: Activation
-    counts: list[int]
+    counts: tuple[int, ...]
     bias: bool = False
     scored: bool = True
     past: int = 0
@@ -86,7 +91,7 @@ class Case:
             if gated:
                 shapes["b3_eF"] = (e, F)
         # Large enough that clamps clamp, and that no gradient is small by accident.
-        return Weights(**{name: self.drawn(name, *s) * 0.8 for name, s in shapes.items()})
+        return Weights(**{name: self.drawn(name, *s) * 0.75 for name, s in shapes.items()})
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that gets a gradient, by its name."""
@@ -105,6 +110,7 @@ class Case:
         dy[total:] = math.inf
         return dy
 
+    @cache  # noqa: B019  # the same for every kernel; the cases are few and small
     def expected(self) -> dict[str, Tensor]:
         """The output and every gradient, by the loop in float64, on the same rounded values."""
         total = sum(self.counts)
@@ -172,9 +178,8 @@ def compare(case: Case, got: dict[str, Tensor], tolerance: float) -> None:
     for name, want in wanted.items():
         assert bool(want.any()) is (total > 0), f"{name}: nothing was compared"
         near = want.abs().max().item() * tolerance if want.numel() else 0.0
-        torch.testing.assert_close(
-            got[name].double(), want, rtol=0, atol=near, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        off = (got[name].double() - want).abs()
+        torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=near, msg=name)
         if name in Weights._fields:
             empty = [e for e, count in enumerate(case.counts) if not count]
             assert not got[name][empty].any(), f"{name}: an expert without rows"
