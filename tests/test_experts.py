@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any, cast
@@ -52,17 +51,9 @@ WAYS: list[tuple[torch.dtype, Matmul, float]] = [
     (torch.bfloat16, PerExpert(), 2e-2),
     (torch.bfloat16, TorchGroupedMM(), 2e-2),
 ]
+pytestmark = pytest.mark.usefixtures("one_thread")
 by_name = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name.split("(")[0])
 both_ways = pytest.mark.parametrize("matmul", [PerExpert(), TorchGroupedMM()], ids=str)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The tensors are small: two threads would spend their time on waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
