@@ -192,11 +192,13 @@ class OneHot:
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
         one_Re, x_RA = _one_hot(x_RA, ends_e)
-        return torch.einsum("re,ra,eab->rb", one_Re, x_RA, w_eAB)
+        y_eRB = x_RA @ w_eAB
+        return (y_eRB * one_Re.T.unsqueeze(2)).sum(0)
 
     def outer(self, dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor) -> Tensor:
         one_Re, dy_RB = _one_hot(dy_RB, ends_e)
-        return torch.einsum("re,rb,ra->eba", one_Re, dy_RB, _one_hot(x_RA, ends_e)[1])
+        dw_eBA: Tensor = (dy_RB * one_Re.T.unsqueeze(2)).mT @ _one_hot(x_RA, ends_e)[1]
+        return dw_eBA
 
     def __repr__(self) -> str:
         return "OneHot()"

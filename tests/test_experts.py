@@ -111,13 +111,10 @@ def test_one_expert_after_another_equals_all_at_once(
 
 
 @by_name
-@pytest.mark.parametrize("scored", [True, False], ids=["scored", "unscored"])
 @pytest.mark.parametrize("keep", Keep, ids=lambda k: k.value)
 @pytest.mark.parametrize("matmul", [PerExpert(), OneHot()], ids=str)
-def test_gradients_are_slopes(
-    matmul: Matmul, keep: Keep, scored: bool, activation: Activation
-) -> None:
-    case = Case(activation, (1, 0, 2), bias=True, scored=scored, past=1, widths=(3, 2))
+def test_gradients_are_slopes(matmul: Matmul, keep: Keep, activation: Activation) -> None:
+    case = Case(activation, (1, 0, 2), bias=True, past=1, widths=(3, 2))
     leaves = {n: t.detach().nan_to_num().requires_grad_() for n, t in case.leaves().items()}
 
     def call(*values: Tensor) -> Tensor:
