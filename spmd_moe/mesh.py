@@ -161,6 +161,9 @@ class MoEMesh:
 class _Alone(ProcessGroup):
     """The group of one process that knows of no other; nothing is ever sent in it."""
 
+    # torch.compile reads the name of every group that it meets, and such a group has none.
+    group_name = "alone"  # type: ignore[assignment]  # torch has a property of another type
+
     def __init__(self) -> None:
         super().__init__(0, 1)  # type: ignore[call-arg]  # rank and size; torch types another overload
 
