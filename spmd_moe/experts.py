@@ -219,8 +219,6 @@ def _backward(
     if not recipe.exact:
         dx_RD = None if dx_RD is None else block.zero_past_the_end(dx_RD)
         ds_R = None if ds_R is None else block.zero_past_the_end(ds_R)
-    if ds_R is not None and call.scores_R is not None:
-        ds_R = ds_R.to(call.scores_R.dtype)
     return dx_RD, ds_R, *dw
 
 
