@@ -161,6 +161,8 @@ class MoEMesh:
 class _Alone(ProcessGroup):
     """The group of one process that knows of no other; nothing is ever sent in it."""
 
+    group_name = "alone"  # torch.compile asks every group for its name
+
     def __init__(self) -> None:
         super().__init__(0, 1)  # type: ignore[call-arg]  # rank and size; torch types another overload
 

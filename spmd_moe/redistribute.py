@@ -128,13 +128,13 @@ class _RefusalError(Exception):
 def _step_for(
     x: Tensor, group: ProcessGroup, ranks: int, src: Kind, dst: Kind, shape: Shape | None
 ) -> Step:
-    if torch.compiler.is_compiling():  # the compiler sees through the cache, and warns of it
-        return plan.__wrapped__(src, dst, tuple(x.shape), dist.get_rank(group), ranks, shape)
     if isinstance(x, LocalTensor):  # one process plans for every rank it simulates
         at, local = places(group), x._local_tensors
         steps = [plan(src, dst, tuple(t.shape), at[r], ranks, shape) for r, t in local.items()]
         return steps[0]
     rank = 0 if ranks == 1 else dist.get_rank(group)
+    if torch.compiler.is_compiling():  # the compiler sees through the cache, and warns of it
+        return plan.__wrapped__(src, dst, tuple(x.shape), rank, ranks, shape)
     return plan(src, dst, tuple(x.shape), rank, ranks, shape)
 
 
