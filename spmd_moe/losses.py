@@ -129,10 +129,13 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
 
 def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> TokenSums:
     """1 when every expert is used alike, up to E when one is used alone. P on the token axes."""
-    choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
     num_experts = total.counts_BE.shape[1]
-    used_BE = num_experts * total.counts_BE / choices_B1 / total.tokens_B.clamp(min=1).unsqueeze(1)
-    loss = (used_BE.to(terms.prob_sums_BE.dtype) * terms.prob_sums_BE).sum() / total.groups
+    choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
+    tokens_B1 = total.tokens_B.clamp(min=1).unsqueeze(1)
+    # Cast first: a quotient of integers is float32, whatever the probabilities are.
+    counts_BE = total.counts_BE.to(terms.prob_sums_BE.dtype)
+    used_BE = num_experts * counts_BE / choices_B1 / tokens_B1
+    loss = (used_BE * terms.prob_sums_BE).sum() / total.groups.clamp(min=1)
     return declare_sum(loss, mesh[DP].group) if terms.by_sequence else loss
 
 

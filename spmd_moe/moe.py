@@ -9,6 +9,7 @@ enter -> route -> dispatch -> experts -> collect -> combine -> leave
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -136,9 +137,8 @@ class MoE(nn.Module):
             return None
         group_T, groups = None, 1
         if self.config.balance == "sequence":
-            groups = x.shape[0] if x.ndim > 2 else 1
-            length = x.numel() // (x.shape[-1] * groups)
-            sequence = torch.arange(groups, device=x.device).repeat_interleave(length)
+            groups, *lengths = x.shape[:-1] if x.ndim > 2 else (1, x.shape[0])
+            sequence = torch.arange(groups, device=x.device).repeat_interleave(math.prod(lengths))
             group_T = self.boundary.own_rows(sequence, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
         return reduce_on_tp(terms, self.mesh[TP]) if self.boundary.whole else terms
