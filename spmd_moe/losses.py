@@ -22,6 +22,7 @@ from typing import Any, cast, final
 import torch
 from spmd_types import rules
 from torch import Tensor
+from torch.export import register_dataclass
 
 from spmd_moe.collectives import declare_sum
 from spmd_moe.mesh import Axis, MoEMesh
@@ -64,6 +65,11 @@ class Totals:
             self.tokens + other.tokens,
             self.groups,
         )
+
+
+# So that what looks for tensors in outputs (FSDP, torch.export, tree_map) finds them in these.
+register_dataclass(LossTerms)
+register_dataclass(Totals)
 
 
 def loss_terms(
@@ -147,7 +153,7 @@ def z_loss(terms: LossTerms, total: Totals) -> TokenSums:
 def _declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         x = declare_sum(x, axis.group)
-    return x
+    return x.clone()  # a declaration is a view, and of views in a module's output FSDP warns
 
 
 def _summed(x: Tensor, axes: Sequence[Axis]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
@@ -66,6 +67,9 @@ class MoEOutput:
     hidden: Tensor
     losses: LossTerms | None
     counts_E: TokenSums  # int64
+
+
+register_dataclass(MoEOutput)  # as its losses are
 
 
 @final
