@@ -11,18 +11,21 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
+from spmd_types import MeshAxis, get_local_type
 from torch import Tensor
 
 from spmd_moe.losses import LossTerms, Totals, balance_loss, totals, z_loss
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig
-from spmd_moe.placement import CP, DP, TP, I, Kind, P, Placement, R, S, TokenSums
+from spmd_moe.placement import CP, DENSE, DP, TP, I, Kind, P, Placement, R, Role, S, V
 from spmd_moe.router import RouterConfig
 from spmd_moe.shard import ShardShape
 from tests import oracle
-from tests.layer_runs import close
+from tests.layer_runs import close, placements
 from tests.layouts import Layout, meaning
 from tests.threads import threaded
+from tests.typed import checked, declare
+from tests.workers import run
 
 # Shape letters in this file:
 #   B  sequences    L  length    D  model width    E  experts
@@ -162,7 +165,7 @@ def summed(parts: Sequence[Totals]) -> Totals:
     return total
 
 
-def losses_of(terms: Sequence[LossTerms], mesh: MoEMesh, balance: Balance) -> dict[str, TokenSums]:
+def losses_of(terms: Sequence[LossTerms], mesh: MoEMesh, balance: Balance) -> Results:
     """Every loss as a trainer would compute it, from the terms of all micro-batches."""
     counts = [totals(t, mesh) for t in terms]
     own_z = [z_loss(t, n) for t, n in zip(terms, counts, strict=True)]
@@ -188,15 +191,20 @@ def run_rank(layout: Layout, settings: Sequence[Setting]) -> list[Results]:
     return [run_setting(layout, setting, mesh) for setting in settings]
 
 
-def run_setting(layout: Layout, setting: Setting, mesh: MoEMesh) -> Results:
+def build(setting: Setting, mesh: MoEMesh) -> MoE:
     config = MoEConfig(
         WIDTH, 2, setting.router, src=setting.src, dst=setting.dst, balance=setting.balance
     )
-    layer, rank = MoE(config, mesh).to(torch.float64), dist.get_rank()
+    layer = MoE(config, mesh).to(torch.float64)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.fill_(0.1)
         layer.router.weight_ED.copy_(router_weight())
+    return layer
+
+
+def run_setting(layout: Layout, setting: Setting, mesh: MoEMesh) -> Results:
+    layer, rank = build(setting, mesh), dist.get_rank()
 
     def cut(x: Tensor) -> list[Tensor]:
         return [own(step, layout, rank, setting.whole) for step in x.split(STEPS)]
@@ -256,8 +264,16 @@ def check(layout: Layout, settings: Sequence[Setting]) -> None:
         compare(layout, setting, [results[i] for results in by_rank])
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+# On one rank of tp all boundaries are the same; small worlds show it.
+SPLITS = [
+    (layout, boundary)
+    for layout in LAYOUTS
+    for boundary in BOUNDARIES
+    if layout.tp > 1 or layout.world < 4 or boundary == "S"
+]
+
+
+@pytest.mark.parametrize(("layout", "boundary"), SPLITS, ids=str)
 def test_losses_of_every_split(layout: Layout, boundary: str) -> None:
     """Ranks without tokens, and sequences cut over ranks, are among these."""
     src, dst = BOUNDARIES[boundary]
@@ -287,6 +303,46 @@ def test_a_sequence_of_padding_is_balanced_as_it_is() -> None:
     for src in (S(0), I):
         settings = [Setting(b, True, src, src, lengths=lengths) for b in BALANCES]
         check(Layout(dp=2, tp=2), settings)
+
+
+# --- types ------------------------------------------------------------------------------------
+
+
+def types_on_rank(layout: Layout) -> list[dict[Role, list[Kind]]]:
+    """The kinds of both losses on every axis, as the strict checker derives them."""
+    mesh = MoEMesh.init("cpu", dp=layout.dp, cp=layout.cp, tp=layout.tp)
+    axes = [mesh[role] for role in DENSE if layout.sizes[role] > 1]
+    found: list[dict[Role, list[Kind]]] = []
+    for setting in TYPED:
+        layer = build(setting, mesh)
+        x = own(batch(), layout, dist.get_rank(), setting.whole)
+        mask = own(real_tokens(setting), layout, dist.get_rank(), setting.whole)
+        for tensor in (x, mask):
+            declare(tensor, Placement((DP[V], CP[V], TP[setting.src])), mesh)
+        declared = placements(layer)
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            declare(tensor, declared[name], mesh)
+        with checked(mesh) as ran:
+            terms = layer(x, mask).losses
+            total = totals(terms, mesh)
+            losses = balance_loss(terms, total, mesh), z_loss(terms, total)
+        assert "losses.loss_terms" in ran and "losses.LossTerms.__init__" in ran
+        kinds = [get_local_type(loss) for loss in losses]
+        found.append({axis.role: [k[MeshAxis.of(axis.group)] for k in kinds] for axis in axes})
+    return found
+
+
+TYPED = [Setting(b, True, kind, kind) for b in BALANCES for kind in (S(0), R, I)]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(cp=2, tp=2), Layout(dp=2, tp=2)], ids=str)
+def test_losses_have_the_type_that_is_said_of_them(layout: Layout) -> None:
+    for found in run(layout.world, types_on_rank, layout):
+        for setting, kinds in zip(TYPED, found, strict=True):
+            for role, (balance, z) in kinds.items():
+                want = I if role == TP and setting.whole else P
+                assert balance == z == want, (setting, role)
 
 
 # --- edges ------------------------------------------------------------------------------------
