@@ -85,7 +85,7 @@ class Move(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype, grad_dtype: Dtype
     ) -> Tensor:
         ctx.back = group, step.backward(), grad_dtype, dtype
-        ctx.feeds_leaf = x.is_leaf
+        ctx.feeds_leaf = _is_leaf(x)
         y = step.row.run(x if dtype is None else x.to(dtype), group, step)
         return y if dtype is None else y.to(x.dtype)
 
@@ -119,7 +119,7 @@ class Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]
     ) -> Tensor:
         ctx.back = group, sends, receives
-        ctx.feeds_leaf = x.is_leaf
+        ctx.feeds_leaf = _is_leaf(x)
         return _awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group))
 
     @staticmethod
@@ -299,6 +299,11 @@ def _awaitable(result: Tensor) -> Tensor:
     if isinstance(result, funcol.AsyncCollectiveTensor) and type(result.elem) is not Tensor:
         return result.wait()
     return result
+
+
+def _is_leaf(x: Tensor) -> bool:
+    """Whether the gradient of `x` becomes somebody's `.grad` without being computed with."""
+    return x.is_leaf or (x._base is not None and x._base.is_leaf)
 
 
 def _waited(result: Tensor) -> Tensor:

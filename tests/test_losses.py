@@ -131,6 +131,7 @@ def with_gradients(losses: Results, xs: Sequence[Tensor], weight: Tensor) -> Res
     found = {name: loss.detach() for name, loss in losses.items()}
     for name, loss in losses.items():
         *on_x, on_router = torch.autograd.grad(loss, [*xs, weight], retain_graph=True)
+        assert all(type(g) is Tensor for g in (*on_x, on_router)), "a gradient still travels"
         found[f"{name} on x"] = torch.cat([dx.flatten(0, -2) for dx in on_x])
         found[f"{name} on the router"] = on_router
     return found
