@@ -17,17 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from spmd_types import rules
 from torch import Tensor
+from torch.export import register_dataclass
 
 from spmd_moe.collectives import declare_sum
 from spmd_moe.mesh import Axis, MoEMesh
-from spmd_moe.placement import CP, DENSE, DP, TP, I, P, R, Tokens, TokenSums, Whole
+from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens
 from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Router, Routing, count
+
+# What holds however a batch is balanced, and whatever the model around the layer is on tp.
+GroupSums: TypeAlias = Placed[Tensor, CP[P]]
+GroupTotals: TypeAlias = Placed[Tensor, CP[R]]
+Sums: TypeAlias = Placed[Tensor, DP[P], CP[P]]
+BatchTotals: TypeAlias = Placed[Tensor, DP[R], CP[R]]
 
 
 @final
@@ -38,10 +45,10 @@ class LossTerms:
     Balanced by sequence, all but `z_sum` are V on dp, whose ranks have other sequences.
     """
 
-    prob_sums_BE: TokenSums
-    counts_BE: TokenSums  # choices, int64
-    tokens_B: TokenSums  # int64
-    z_sum: TokenSums
+    prob_sums_BE: GroupSums
+    counts_BE: GroupSums  # choices, int64
+    tokens_B: GroupSums  # int64
+    z_sum: Sums
     by_sequence: bool
     whole_on_tp: bool
 
@@ -51,10 +58,10 @@ class LossTerms:
 class Totals:
     """Counts of a whole batch. Those of micro-batches add up to those of the batch."""
 
-    counts_BE: Whole
-    tokens_B: Whole
-    tokens: Whole
-    groups: Whole  # how many times something is balanced: sequences, or batches
+    counts_BE: GroupTotals
+    tokens_B: GroupTotals
+    tokens: BatchTotals
+    groups: BatchTotals  # how many times something is balanced: sequences, or batches
 
     def __add__(self, other: Totals) -> Totals:
         """For a batch in micro-batches that is balanced as one; sequences stay with their own."""
@@ -64,6 +71,11 @@ class Totals:
             self.tokens + other.tokens,
             self.groups,
         )
+
+
+# So that what looks for tensors in outputs (FSDP, torch.export, tree_map) finds them in these.
+register_dataclass(LossTerms)
+register_dataclass(Totals)
 
 
 def loss_terms(
@@ -101,7 +113,7 @@ def loss_terms(
 def reduce_on_tp(terms: LossTerms, tp: Axis) -> LossTerms:
     """P to I on tp, for a model that computes the same on every rank of tp."""
 
-    def whole(x: TokenSums) -> Tensor:
+    def whole(x: GroupSums) -> Tensor:
         return redistribute(x, tp, src=P, dst=I)
 
     return LossTerms(
@@ -127,16 +139,19 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
     return Totals(_summed(terms.counts_BE, sequence_axes), tokens_B, tokens, groups)
 
 
-def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> TokenSums:
+def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
     """1 when every expert is used alike, up to E when one is used alone. P on the token axes."""
-    choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
     num_experts = total.counts_BE.shape[1]
-    used_BE = num_experts * total.counts_BE / choices_B1 / total.tokens_B.clamp(min=1).unsqueeze(1)
-    loss = (used_BE.to(terms.prob_sums_BE.dtype) * terms.prob_sums_BE).sum() / total.groups
+    choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
+    tokens_B1 = total.tokens_B.clamp(min=1).unsqueeze(1)
+    # Cast first: a quotient of integers is float32, whatever the probabilities are.
+    counts_BE = total.counts_BE.to(terms.prob_sums_BE.dtype)
+    used_BE = num_experts * counts_BE / choices_B1 / tokens_B1
+    loss = (used_BE * terms.prob_sums_BE).sum() / total.groups.clamp(min=1)
     return declare_sum(loss, mesh[DP].group) if terms.by_sequence else loss
 
 
-def z_loss(terms: LossTerms, total: Totals) -> TokenSums:
+def z_loss(terms: LossTerms, total: Totals) -> Sums:
     """Keeps logits small. P on the token axes."""
     return terms.z_sum / total.tokens.clamp(min=1)
 
@@ -144,7 +159,7 @@ def z_loss(terms: LossTerms, total: Totals) -> TokenSums:
 def _declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         x = declare_sum(x, axis.group)
-    return x
+    return x.clone()  # a declaration is a view, and of views in a module's output FSDP warns
 
 
 def _summed(x: Tensor, axes: Sequence[Axis]) -> Tensor:

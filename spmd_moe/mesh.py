@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast, final
+from typing import Any, cast, final
 
 import torch
 import torch.distributed as dist
@@ -166,6 +166,10 @@ class _Alone(ProcessGroup):
 
     def __init__(self) -> None:
         super().__init__(0, 1)  # type: ignore[call-arg]  # rank and size; torch types another overload
+
+    @property
+    def group_name(self) -> Any:  # torch.compile asks every group; str, or what torch makes of it
+        return "alone"
 
     def __mesh_axis__(
         self,

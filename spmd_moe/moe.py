@@ -5,7 +5,7 @@ enter -> route -> dispatch -> experts -> collect -> combine -> leave
 
 # Shape letters in this file:
 #   T  tokens of this rank    D  model width    K  experts per token    E  experts
-#   N  slots that have an expert    R  rows at this rank's experts
+#   N  slots that have an expert    R  rows at this rank's experts    B  sequences    L  length
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.export import register_dataclass
 
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
@@ -67,6 +68,9 @@ class MoEOutput:
     losses: LossTerms | None
     counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
     dropped: TokenSums  # int64: choices of no expert, by tokens that are not masked
+
+
+register_dataclass(MoEOutput)  # as its losses are
 
 
 @final
@@ -145,9 +149,10 @@ class MoE(nn.Module):
             return None
         group_T, groups = None, 1
         if self.config.balance == "sequence":
-            groups = x.shape[0] if x.ndim > 2 else 1
-            length = x.numel() // (x.shape[-1] * groups)
-            sequence = torch.arange(groups, device=x.device).repeat_interleave(length)
+            # Counted out of x itself, so that it is on every axis what x is.
+            rows = torch.ones_like(x.select(-1, 0), dtype=torch.int64)
+            rows_BL = rows.flatten(1) if x.ndim > 2 else rows.unsqueeze(0)
+            groups, sequence = rows_BL.shape[0], rows_BL.cumsum(0).flatten() - 1
             group_T = self.boundary.own_rows(sequence, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
         return reduce_on_tp(terms, self.mesh[TP]) if self.boundary.whole else terms
