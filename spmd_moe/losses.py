@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from spmd_moe.collectives import declare_sum
+from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens
 from spmd_moe.redistribute import redistribute
@@ -62,14 +63,25 @@ class Totals:
     tokens_B: GroupTotals
     tokens: BatchTotals
     groups: BatchTotals  # how many times something is balanced: sequences, or batches
+    by_sequence: bool
 
     def __add__(self, other: Totals) -> Totals:
         """For a batch in micro-batches that is balanced as one; sequences stay with their own."""
+        if self.by_sequence or other.by_sequence:
+            raise ConfigError(
+                explain(
+                    "Totals",
+                    "totals of sequences are added",
+                    why="sequence 0 of one micro-batch is not sequence 0 of another",
+                    fixes=["use the totals of each micro-batch for its own loss"],
+                )
+            )
         return Totals(
             self.counts_BE + other.counts_BE,
             self.tokens_B + other.tokens_B,
             self.tokens + other.tokens,
             self.groups,
+            by_sequence=False,
         )
 
 
@@ -101,10 +113,10 @@ def loss_terms(
         ids = torch.where(ids_TK < 0, ids_TK, ids_TK + num_experts * group_T.unsqueeze(1))
         counts_BE = count(ids, groups * num_experts).view(groups, num_experts)
     return LossTerms(
-        prob_sums_BE=_declared(prob_sums_BE, axes),
-        counts_BE=_declared(counts_BE, axes),
-        tokens_B=_declared(tokens_B.to(torch.int64), axes),
-        z_sum=_declared(z_T.sum(), everywhere),
+        prob_sums_BE=declared(prob_sums_BE, axes),
+        counts_BE=declared(counts_BE, axes),
+        tokens_B=declared(tokens_B.to(torch.int64), axes),
+        z_sum=declared(z_T.sum(), everywhere),
         by_sequence=group_T is not None,
         whole_on_tp=False,
     )
@@ -114,7 +126,8 @@ def reduce_on_tp(terms: LossTerms, tp: Axis) -> LossTerms:
     """P to I on tp, for a model that computes the same on every rank of tp."""
 
     def whole(x: GroupSums) -> Tensor:
-        return redistribute(x, tp, src=P, dst=I)
+        # Waited for here: of losses that nobody uses, the results would be kept for ever.
+        return redistribute(x, tp, src=P, dst=I).clone()
 
     return LossTerms(
         whole(terms.prob_sums_BE),
@@ -136,7 +149,8 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
     if terms.by_sequence:
         tokens = _summed(declare_sum(tokens, mesh[DP].group), [mesh[DP]])
         groups = _summed(declare_sum(groups, mesh[DP].group), [mesh[DP]])
-    return Totals(_summed(terms.counts_BE, sequence_axes), tokens_B, tokens, groups)
+    counts_BE = _summed(terms.counts_BE, sequence_axes)
+    return Totals(counts_BE, tokens_B, tokens, groups, terms.by_sequence)
 
 
 def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
@@ -156,7 +170,8 @@ def z_loss(terms: LossTerms, total: Totals) -> Sums:
     return terms.z_sum / total.tokens.clamp(min=1)
 
 
-def _declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+def declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Sums over this rank's tokens as parts of sums over the tokens of all ranks."""
     for axis in axes:
         x = declare_sum(x, axis.group)
     return x.clone()  # a declaration is a view, and of views in a module's output FSDP warns

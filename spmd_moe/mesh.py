@@ -161,19 +161,16 @@ class MoEMesh:
 class _Alone(ProcessGroup):
     """The group of one process that knows of no other; nothing is ever sent in it."""
 
-    # torch.compile reads the name of every group that it meets, and such a group has none.
-    group_name = "alone"  # type: ignore[assignment]  # torch has a property of another type
-
     def __init__(self) -> None:
         super().__init__(0, 1)  # type: ignore[call-arg]  # rank and size; torch types another overload
 
     @property
-    def group_name(self) -> Any:  # torch.compile asks every group; str, or what torch makes of it
+    def group_name(self) -> Any:
+        """torch.compile asks every group for it; what torch returns is more than a str."""
         return "alone"
 
-    def __mesh_axis__(
-        self,
-    ) -> MeshAxis:  # how spmd_types recognises a group that torch did not make
+    def __mesh_axis__(self) -> MeshAxis:
+        """How spmd_types recognises a group that torch did not make."""
         return MeshAxis.of(1, 1)
 
 

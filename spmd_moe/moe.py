@@ -18,12 +18,11 @@ from torch.export import register_dataclass
 
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
-from spmd_moe.collectives import declare_sum
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.errors import ShapeError, describe, explain
 from spmd_moe.experts import Experts, Keep, Weigh
-from spmd_moe.losses import LossTerms, count_in_backward, loss_terms, reduce_on_tp
+from spmd_moe.losses import LossTerms, count_in_backward, declared, loss_terms, reduce_on_tp
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import sort_by_expert
 from spmd_moe.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
@@ -133,14 +132,9 @@ class MoE(nn.Module):
         if self.training:
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
-        counts_E, dropped = self._declared(routing.counts_E), self._declared(routing.dropped)
+        everywhere = [self.mesh[role] for role in DENSE]
+        counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, routing.dropped))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
-
-    def _declared(self, x: Tokens) -> TokenSums:
-        """Sums over this rank's tokens are parts of sums over all tokens."""
-        for role in DENSE:
-            x = declare_sum(x, self.mesh[role].group)
-        return x
 
     def _loss_terms(
         self, x: Tensor, frame: Frame, routing: Routing, mask_T: Tokens | None
