@@ -31,8 +31,9 @@ def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tensor:
 
 
 def check_alone(marked: Tokens) -> None:
-    """For a rank that exchanges nothing. Left out where the read would wait for a device."""
-    if marked.device.type == "cpu":
+    """For a rank that exchanges nothing. Left out where the read would be the only one: it would
+    wait for a device, or break a compiled graph in two."""
+    if marked.device.type == "cpu" and not torch.compiler.is_compiling():
         (marks,) = host_ints(marked.view(1))
         check(marks, "1 rank")
 

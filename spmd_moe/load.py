@@ -1,5 +1,8 @@
 """How evenly the experts are used: one record, one call."""
 
+# Shape letters in this file:
+#   E  experts
+
 from __future__ import annotations
 
 from dataclasses import dataclass

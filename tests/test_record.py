@@ -89,7 +89,7 @@ def test_the_record_is_a_tree() -> None:
     copy = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, out)
     assert isinstance(copy, MoEOutput) and isinstance(copy.losses, LossTerms)
     leaves, spec = tree_flatten(out)
-    assert sum(isinstance(leaf, Tensor) for leaf in leaves) == 6
+    assert sum(isinstance(leaf, Tensor) for leaf in leaves) == 7
     back = tree_unflatten(leaves, spec)
     assert back.hidden is out.hidden and back.losses.z_sum is out.losses.z_sum
     assert back.losses.by_sequence is False and back.losses.whole_on_tp is False
