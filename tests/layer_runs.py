@@ -86,29 +86,34 @@ def forward_typed(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
     return out
 
 
-def compare(case: Case, by_rank: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Every rank's results against the oracle; gives the whole results, for guards."""
+def wanted(case: Case) -> dict[str, Tensor]:
+    """What one process computes: output, counts, gradients of the input and of every weight."""
     weights = {name: t.requires_grad_() for name, t in case.weights().items()}
-    names = {
-        name: name.split(".")[0] + "." + SHARED.get(name.split(".")[1], name.split(".")[1])
-        for name in weights
-    }
+    named = {}
+    for name, weight in weights.items():
+        module, _, own = name.partition(".")
+        named[f"{module}.{SHARED.get(own, own)}"] = weight
     x = torch.cat([case.rows("x", r) for r in range(case.layout.world)]).requires_grad_()
-    mask, ids = case.whole_mask(), case.whole_ids()
-    named = {names[n]: t for n, t in weights.items()}
-    y, counts = oracle.moe(x, named, case.config.router, mask, ids)
+    y, counts = oracle.moe(x, named, case.config.router, case.whole_mask(), case.whole_ids())
     g = torch.cat([case.rows("g", r) for r in range(case.layout.world)])
-    wanted = torch.autograd.grad(
-        y, [x, *weights.values()], g, allow_unused=True, materialize_grads=True
+    inputs = {"x": x, **weights}
+    gradients = torch.autograd.grad(
+        y, list(inputs.values()), g, allow_unused=True, materialize_grads=True
     )
-    compare_rows(case, by_rank, y.detach(), wanted[0])
-    assert torch.equal(sum((b["counts"] for b in by_rank), torch.zeros_like(counts)), counts)
+    return {"out": y.detach(), "counts": counts, **dict(zip(inputs, gradients, strict=True))}
+
+
+def compare(case: Case, by_rank: list[dict[str, Tensor]]) -> None:
+    """Every rank's results against the oracle."""
+    want = wanted(case)
+    compare_rows(case, by_rank, want["out"], want["x"])
+    counts = sum((b["counts"] for b in by_rank), torch.zeros_like(want["counts"]))
+    assert torch.equal(counts, want["counts"])
     declared = placements(MoE(case.config, MoEMesh.single()))
-    for name, want in zip(weights, wanted[1:], strict=True):
+    for name in case.weights():
         if name != "router.bias_E":
             whole = meaning([b[name] for b in by_rank], gradient(declared[name]), case.layout)
-            close(whole, want, f"gradient of {name}")
-    return {"y": y.detach(), "counts": counts} | dict(zip(weights, wanted[1:], strict=True))
+            close(whole, want[name], f"gradient of {name}")
 
 
 def compare_rows(case: Case, by_rank: list[dict[str, Tensor]], y: Tensor, dx: Tensor) -> None:

@@ -29,6 +29,7 @@ from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import exchange
 from spmd_moe.dispatch import Local
 from spmd_moe.experts import Experts, Keep
+from spmd_moe.losses import Totals
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.router import RouterConfig
 from tests.simulate import fake_world
@@ -177,8 +178,17 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_device": called(torch.ones(3, 4, device="meta")),
     "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
+    "moe_scores": called(torch.full((3, 4), torch.nan)),
+    "moe_ids_out_of_range": called(torch.ones(3, 4), None, ids + 8),
+    "totals_of_sequences": lambda: _of_sequences() + _of_sequences(),
+    "router_group_best": routed(groups=2, group_best=3),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
 }
+
+
+def _of_sequences() -> Totals:
+    one = torch.ones(1)
+    return Totals(one, one, one, one, by_sequence=True)
 
 
 def _local_on_two() -> object:

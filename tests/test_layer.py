@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from itertools import combinations, product
 
 import pytest
@@ -10,40 +11,37 @@ import torch
 from torch import Tensor
 
 from tests.grid import FACTORS, WORLDS, case, choices, layouts
-from tests.layer_runs import compare, run_rank
+from tests.layer_runs import compare, run_rank, wanted
 from tests.layouts import Case, Layout
 from tests.threads import threaded
 from tests.typed import signatures
 from tests.workers import run
 
 LAYOUTS = [layout for world in WORLDS for layout in layouts(world)]
-CASES_EACH = 4
+CASES_EACH = {1: 8, 2: 8, 3: 6, 4: 4, 6: 3, 8: 3}
+
+
+def cases(layout: Layout) -> list[Case]:
+    return [case(layout, choice) for choice in choices(layout, CASES_EACH[layout.world])]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_sharded_equals_whole(layout: Layout) -> None:
-    for choice in choices(layout, CASES_EACH):
-        this = case(layout, choice)
+    """The first case of each layout runs under spmd_types' strict checker, signatures checked."""
+    for number, this in enumerate(cases(layout)):
+        typed = number == 0 and layout.world > 1
         try:
-            compare(this, threaded(layout.world, run_rank, this))
+            with signatures() if typed else nullcontext():
+                by_rank = threaded(layout.world, run_rank, this, typed)
+            compare(this, by_rank)
         except Exception as error:
-            raise AssertionError(f"{layout} with {choice}: {error}") from error
-
-
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.world > 1], ids=str)
-def test_types_are_true_on_every_layout(layout: Layout) -> None:
-    """spmd_types' strict checker agrees with every signature; the values are still right."""
-    for choice in choices(layout, 1):
-        this = case(layout, choice)
-        with signatures():
-            by_rank = threaded(layout.world, run_rank, this, True)
-        compare(this, by_rank)
+            raise AssertionError(f"{this}: {error}") from error
 
 
 def test_any_two_factors_meet() -> None:
     met = defaultdict(set)
     for layout in LAYOUTS:
-        for choice in choices(layout, CASES_EACH):
+        for choice in choices(layout, CASES_EACH[layout.world]):
             for a, b in combinations(FACTORS, 2):
                 met[a, b].add((str(choice[a]), str(choice[b])))
     for a, b in combinations(FACTORS, 2):
@@ -52,14 +50,13 @@ def test_any_two_factors_meet() -> None:
 
 
 def test_the_grid_is_alive() -> None:
-    """What was compared is not zero for want of tokens, and experts are both hit and starved."""
+    """What is compared is not zero for want of tokens, and experts are both hit and starved."""
     hit: set[int] = set()
     alive: dict[str, int] = defaultdict(int)
     starved = 0
     for layout in [x for x in LAYOUTS if x.world == 4]:
-        for choice in choices(layout, CASES_EACH):
-            this = case(layout, choice)
-            whole = compare(this, threaded(layout.world, run_rank, this))
+        for this in cases(layout):
+            whole = wanted(this)
             for name, tensor in whole.items():
                 alive[name] += bool(tensor.count_nonzero())
             hit |= set(whole["counts"].nonzero().flatten().tolist())
@@ -80,8 +77,7 @@ REAL = [
 @pytest.mark.gloo
 @pytest.mark.parametrize("layout", REAL, ids=str)
 def test_on_real_processes(layout: Layout) -> None:
-    for choice in choices(layout, 2):
-        this = case(layout, choice)
+    for this in cases(layout)[:2]:
         compare(this, run(layout.world, run_rank, this))
 
 
