@@ -28,6 +28,7 @@ from spmd_moe import per_expert
 from spmd_moe.activation import Activation
 from spmd_moe.collectives import declare_sum
 from spmd_moe.errors import ConfigError, DtypeError, describe, explain
+from spmd_moe.fault import unset
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import AllExperts, Matmul, PerExpert, choose_matmul
 from spmd_moe.mesh import Axis, MoEMesh
@@ -106,14 +107,11 @@ class Experts(nn.Module):
         self.etp, self.activation, self.keep, self.matmul = mesh[ETP], activation, keep, matmul
         e, F = _share("num_experts", num_experts, mesh[EP]), _share("hidden", hidden, self.etp)
 
-        def weight(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape))
-
-        self.w1_eFD, self.w2_eDF = weight(e, F, width), weight(e, width, F)
-        self.w3_eFD = weight(e, F, width) if activation.gated else None
-        self.b1_eF = weight(e, F) if bias else None
-        self.b3_eF = weight(e, F) if bias and activation.gated else None
-        self.b2_eD = weight(e, width) if bias else None
+        self.w1_eFD, self.w2_eDF = unset(e, F, width), unset(e, width, F)
+        self.w3_eFD = unset(e, F, width) if activation.gated else None
+        self.b1_eF = unset(e, F) if bias else None
+        self.b3_eF = unset(e, F) if bias and activation.gated else None
+        self.b2_eD = unset(e, width) if bias else None
 
     def forward(
         self,

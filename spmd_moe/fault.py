@@ -11,7 +11,7 @@ raises the same error, after that exchange and before the next.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spmd_moe.collectives import host_ints
 from spmd_moe.errors import RoutingError, explain
@@ -19,6 +19,11 @@ from spmd_moe.placement import Tokens
 
 # Marks of several ranks may be added up, and still tell the two apart.
 _NOT_FINITE, _NO_SUCH_EXPERT = 1, 1 << 32
+
+
+def unset(*shape: int) -> nn.Parameter:
+    """A parameter that nobody has given a value yet: NaN, so that using it is an error."""
+    return nn.Parameter(torch.full(shape, torch.nan))
 
 
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tensor:
@@ -49,7 +54,10 @@ def check(marks: int, where: str) -> None:
                 "Router",
                 f"scores are NaN or infinite on {scores} of {where}",
                 why="such a token has no best expert, and its gradient would spoil all weights",
-                fixes=["assert x.isfinite().all()   # before the layer, to find where they begin"],
+                fixes=[
+                    "init_weights(layer, mesh, seed=0)   # weights that nobody has set are NaN",
+                    "assert x.isfinite().all()   # before the layer, to find where they begin",
+                ],
             )
         )
     raise RoutingError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from spmd_moe import fault
 from spmd_moe.errors import ConfigError, explain
+from spmd_moe.fault import unset
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.redistribute import redistribute, wide
@@ -134,7 +135,7 @@ class Router(nn.Module):
         self.score = SCORES[config.score]
         self.choose = _in_turn if config.balanced else _best
         self.jitter = _Jitter(config.jitter, mesh)
-        self.weight_ED = nn.Parameter(torch.empty(config.num_experts, width))
+        self.weight_ED = unset(config.num_experts, width)
         self.register_buffer("bias_E", torch.zeros(config.num_experts))
         self.register_buffer("seen_E", torch.zeros(config.num_experts, dtype=torch.int64))
 

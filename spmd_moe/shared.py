@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spmd_moe.activation import Activation
 from spmd_moe.collectives import declare_sum
 from spmd_moe.errors import ConfigError, explain
+from spmd_moe.fault import unset
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import (
     TP,
@@ -48,10 +49,10 @@ class ReplicatedShared(nn.Module):
     ) -> None:
         super().__init__()
         self.tp, self.activation = mesh[TP], activation
-        self.w1_FD = nn.Parameter(torch.empty(hidden, width))
-        self.w3_FD = nn.Parameter(torch.empty(hidden, width)) if activation.gated else None
-        self.w2_DF = nn.Parameter(torch.empty(width, hidden))
-        self.gate_1D = nn.Parameter(torch.empty(1, width)) if gated else None
+        self.w1_FD = unset(hidden, width)
+        self.w3_FD = unset(hidden, width) if activation.gated else None
+        self.w2_DF = unset(width, hidden)
+        self.gate_1D = unset(1, width) if gated else None
 
     def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
         def whole(weight: SharedWeight) -> Tensor:
@@ -89,10 +90,10 @@ class ShardedShared(nn.Module):
                     ],
                 )
             )
-        self.w1_fD = nn.Parameter(torch.empty(share, width))
-        self.w3_fD = nn.Parameter(torch.empty(share, width)) if activation.gated else None
-        self.w2_Df = nn.Parameter(torch.empty(width, share))
-        self.gate_1D = nn.Parameter(torch.empty(1, width)) if gated else None
+        self.w1_fD = unset(share, width)
+        self.w3_fD = unset(share, width) if activation.gated else None
+        self.w2_Df = unset(width, share)
+        self.gate_1D = unset(1, width) if gated else None
 
     def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
         all_TD = redistribute(x_TD, self.tp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x_TD))

@@ -29,6 +29,7 @@ from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import exchange
 from spmd_moe.dispatch import Local
 from spmd_moe.experts import Experts, Keep
+from spmd_moe.init import init_weights
 from spmd_moe.losses import Totals
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.router import RouterConfig
@@ -76,18 +77,26 @@ def routed(**settings: object) -> Callable[[], object]:
     return lambda: RouterConfig(**({"num_experts": 8, "top_k": 2} | settings))  # type: ignore[arg-type]  # wrong on purpose
 
 
-def built(world: int = 4, **settings: object) -> Callable[[], object]:
+def built(
+    world: int = 4, x: torch.Tensor | None = None, **settings: object
+) -> Callable[[], object]:
     def act() -> object:
         with fake_world(world):
             mesh = MoEMesh.init("cpu", tp=world, ep=world)
             config = {"width": 4, "hidden": 8, "router": RouterConfig(8, 2)} | settings
-            return MoE(MoEConfig(**config), mesh)  # type: ignore[arg-type]  # wrong on purpose
+            layer = MoE(MoEConfig(**config), mesh)  # type: ignore[arg-type]  # wrong on purpose
+            return layer if x is None else layer(x)
 
     return act
 
 
 def called(*args: torch.Tensor | None) -> Callable[[], object]:
-    return lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())(*args)
+    def act() -> object:
+        layer = MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
+        init_weights(layer, layer.mesh, seed=0)
+        return layer(*args)
+
+    return act
 
 
 def experts(rows: int, *counts: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
@@ -121,7 +130,7 @@ def disagreeing() -> tuple[str, list[Site]]:
     raise AssertionError("ranks that disagree were not told")
 
 
-x53, ids = torch.ones(5, 3), torch.zeros(3, 2, dtype=torch.int64)
+x53, x34, ids = torch.ones(5, 3), torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "placed_without_kind": lambda: Placed[torch.Tensor, TP],
     "placed_role_twice": lambda: Placed[torch.Tensor, TP[R], TP[V]],
@@ -179,6 +188,9 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
     "moe_scores": called(torch.full((3, 4), torch.nan)),
+    "moe_never_initialised": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())(
+        x34
+    ),
     "moe_ids_out_of_range": called(torch.ones(3, 4), None, ids + 8),
     "totals_of_sequences": lambda: _of_sequences() + _of_sequences(),
     "router_group_best": routed(groups=2, group_best=3),
