@@ -14,6 +14,7 @@ import torch.distributed as dist
 from spmd_types import MeshAxis, get_local_type
 from torch import Tensor
 
+from spmd_moe.init import init_weights
 from spmd_moe.losses import LossTerms, Totals, balance_loss, totals, z_loss
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig
@@ -380,4 +381,5 @@ def test_a_batch_without_tokens_has_no_loss(shape: tuple[int, ...], balance: Bal
 
 def test_no_terms_unless_asked_for() -> None:
     layer = MoE(MoEConfig(WIDTH, 2, RouterConfig(EXPERTS, top_k=2)), MoEMesh.single())
+    init_weights(layer, layer.mesh, seed=0)
     assert layer(torch.ones(2, WIDTH)).losses is None

@@ -99,6 +99,7 @@ def test_the_record_is_a_tree() -> None:
 
 def test_the_record_without_losses_is_a_tree() -> None:
     layer = MoE(replace(CONFIG, balance=None), MoEMesh.single())
+    init_weights(layer, layer.mesh, seed=0)
     out = tree_map(torch.zeros_like, layer(tokens()))
     assert out.losses is None and out.counts_E.tolist() == [0] * 4
 

@@ -1,0 +1,186 @@
+"""Scores that are not finite and ids of no expert: told alike on every rank, with nothing lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch import Tensor
+
+from spmd_moe import (
+    AllGather,
+    AllToAll,
+    Dispatcher,
+    MoE,
+    MoEConfig,
+    MoEMesh,
+    RouterConfig,
+    RoutingError,
+    expert_load,
+    init_weights,
+)
+from tests.threads import threaded
+from tests.workers import run
+
+CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
+# dp, tp, ep, etp of worlds in which each rank meets all others.
+WORLDS = [(4, 1, 4, 1), (2, 2, 2, 2), (1, 4, 1, 4)]
+FAULTS = ["nan", "inf", "id 8", "id -2"]
+
+
+def made(
+    dispatcher: type[AllToAll] | type[AllGather], dp: int, tp: int, ep: int, etp: int
+) -> tuple[MoE, MoEMesh]:
+    mesh = MoEMesh.init("cpu", dp=dp, tp=tp, ep=ep, etp=etp)
+    chosen: Dispatcher[Any] = dispatcher(mesh, 8)
+    layer = MoE(CONFIG, mesh, chosen)
+    init_weights(layer, mesh, seed=0)
+    return layer, mesh
+
+
+def faulty(fault: str) -> tuple[Tensor, Tensor]:
+    """Tokens and ids, one of which is wrong on the last rank only."""
+    x, ids = torch.ones(3, 6), torch.zeros(3, 2, dtype=torch.int64)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        if fault.startswith("id"):
+            ids[1, 1] = int(fault.removeprefix("id "))
+        else:
+            x[1, 1] = float(fault)
+    return x, ids
+
+
+def told(
+    dispatcher: type[AllToAll] | type[AllGather], world: tuple[int, ...], fault: str
+) -> tuple[str, bool]:
+    """What this rank is told, and whether the layer computes the same after it as before."""
+    layer, _ = made(dispatcher, *world)
+    x, ids = torch.ones(3, 6), torch.zeros(3, 2, dtype=torch.int64)
+    before = layer(x, None, ids).hidden
+    try:
+        layer(faulty(fault)[0], None, faulty(fault)[1])
+    except RoutingError as error:
+        return str(error).splitlines()[0], torch.equal(layer(x, None, ids).hidden, before)
+    return "nothing", False
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("world", WORLDS, ids=str)
+@pytest.mark.parametrize("dispatcher", [AllToAll, AllGather])
+def test_every_rank_is_told_alike(
+    dispatcher: type[AllToAll] | type[AllGather], world: tuple[int, ...], fault: str
+) -> None:
+    what = "expert_ids name experts that do not exist" if "id" in fault else "scores are NaN"
+    (text, usable), *others = threaded(4, told, dispatcher, world, fault)
+    assert usable and all(other == (text, True) for other in others)
+    assert what in text and text.endswith("on 1 of 4 ranks.")
+
+
+@pytest.mark.gloo
+def test_every_process_is_told_alike() -> None:
+    (text, usable), *others = run(4, told, AllToAll, WORLDS[1], "nan")
+    assert "scores are NaN or infinite on 1 of 4 ranks" in text
+    assert usable and all(other == (text, True) for other in others)
+
+
+def test_both_faults_at_once_are_counted_apart() -> None:
+    def both() -> str:
+        layer, _ = made(AllToAll, 4, 1, 4, 1)
+        x, ids = torch.ones(1, 6), torch.full((1, 2), 9)
+        x = x * torch.nan if dist.get_rank() < 2 else x
+        with pytest.raises(RoutingError, match="scores are NaN or infinite on 2 of 4 ranks"):
+            layer(x, None, ids)
+        with pytest.raises(RoutingError, match="do not exist on 4 of 4 ranks"):
+            layer(torch.ones(1, 6), None, ids)
+        return "told"
+
+    assert threaded(4, both) == ["told"] * 4
+
+
+def test_what_a_mask_hides_is_no_fault() -> None:
+    mesh = MoEMesh.single()
+    layer = MoE(CONFIG, mesh)
+    init_weights(layer, mesh, seed=0)
+    x = torch.ones(3, 6, requires_grad=True)
+    hidden = torch.tensor([False, True, False])
+    spoiled = torch.where(hidden.unsqueeze(1), torch.nan, x)
+    out = layer(spoiled, ~hidden).hidden
+    out.sum().backward()
+    assert out.isfinite().all() and not out[1].any() and out[0].any()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+# --- the load -----------------------------------------------------------------------------------
+
+
+def loaded() -> tuple[list[int], float, float, int]:
+    """One rank chooses expert 0 twice, the others 1 and 2; the last leaves a choice open."""
+    layer, mesh = made(AllToAll, 2, 2, 4, 1)
+    rank = dist.get_rank()
+    ids = torch.tensor([[0, 0] if rank == 0 else [1, 2 if rank < 3 else -1]])
+    load = expert_load(layer(torch.ones(1, 6), None, ids), mesh)
+    return load.counts_E.tolist(), load.max_over_mean.item(), load.entropy.item(), int(load.dropped)
+
+
+def test_the_load_is_that_of_all_ranks() -> None:
+    shares = torch.tensor([2.0, 3.0, 2.0]) / 7
+    entropy = -(shares * shares.log()).sum().item() / torch.tensor(8.0).log().item()
+    for counts, max_over_mean, spread, dropped in threaded(4, loaded):
+        assert counts == [2, 3, 2, 0, 0, 0, 0, 0] and dropped == 1
+        assert max_over_mean == pytest.approx(3 / 7 * 8) and spread == pytest.approx(entropy)
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_the_load_of_no_choices_and_of_one_expert(experts: int) -> None:
+    mesh = MoEMesh.single()
+    layer = MoE(replace(CONFIG, router=RouterConfig(experts, 1)), mesh)
+    init_weights(layer, mesh, seed=0)
+    none = expert_load(layer(torch.ones(0, 6)), mesh)
+    assert str(none) == f"0 choices of {experts} experts: max/mean 0.00, entropy 0.000, dropped 0"
+    alone = expert_load(layer(torch.ones(5, 6), None, torch.zeros(5, 1, dtype=torch.int64)), mesh)
+    assert alone.entropy == 0 and alone.max_over_mean == experts and alone.counts_E[0] == 5
+
+
+def test_balanced_choices_have_full_entropy() -> None:
+    mesh = MoEMesh.single()
+    layer = MoE(replace(CONFIG, router=RouterConfig(8, 2, balanced=True)), mesh)
+    init_weights(layer, mesh, seed=0)
+    load = expert_load(layer(torch.randn(8, 6)), mesh)
+    assert load.max_over_mean == 1 and load.entropy.item() == pytest.approx(1)
+
+
+# --- jitter -------------------------------------------------------------------------------------
+
+
+def jittered(amount: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A training forward, the same computed again under a checkpoint, and one of evaluation."""
+    torch.manual_seed(5)
+    mesh = MoEMesh.init("cpu", dp=2, tp=2)
+    layer = MoE(replace(CONFIG, router=RouterConfig(8, 2, jitter=amount)), mesh)
+    init_weights(layer, mesh, seed=0, std=1.0)
+    noises: list[Tensor] = []
+
+    def seen(module: Any, args: Any, routing: Any) -> None:
+        noises.append(routing.logits_TE.detach())
+
+    layer.router.register_forward_hook(seen)
+    x = torch.ones(3, 6, requires_grad=True)
+    out = torch.utils.checkpoint.checkpoint(lambda t: layer(t).hidden, x, use_reentrant=False)
+    out.sum().backward()
+    layer.eval()(x)
+    first, again, plain = noises
+    return first, again, plain
+
+
+@pytest.mark.gloo
+def test_noise_differs_by_rank_and_is_the_same_when_computed_again() -> None:
+    """Ranks have other tokens on every dense axis, so each has a stream of its own."""
+    by_rank = run(4, jittered, 0.3)
+    for first, again, plain in by_rank:
+        assert torch.equal(first, again) and not torch.equal(first, plain)
+    firsts = [first for first, _, _ in by_rank]
+    assert all(not torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
+    assert torch.equal(*(plain for _, _, plain in by_rank[:2]))
