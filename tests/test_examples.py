@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,13 @@ def test_redistribute_is_drawn_rank_by_rank() -> None:
     after = [line for line in drawing.splitlines() if line.startswith("  after ")]
     assert after[0].split() == ["after", "a", "b", "c", "d", "e", ".", ".", "."]
     assert after[1].split() == ["after", *"abcde" * 4]
+
+
+@pytest.mark.slow
+def test_one_layer_on_one_process_and_on_four() -> None:
+    path = ROOT / "examples" / "02_layer.py"
+    alone, four = program(str(path)), torchrun(path)
+    agreed = re.findall(r"rank (\d): gradients equal", four)  # lines of ranks may run together
+    assert sorted(agreed) == ["0", "1", "2", "3"]
+    shown = "loss 45.48157" + alone.partition("loss 45.48157")[2].partition("rank 0")[0]
+    assert shown.count("\n") == 11 and shown in four
