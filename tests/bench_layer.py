@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -177,7 +178,7 @@ def measure(pair: Pair, row: Row, seconds: float) -> dict[str, float]:
     functions = pair.functions()
     pair.layer.train(row.training)
     if row.training:
-        return turns({n: lambda f=f: pair.step(f) for n, f in functions.items()}, seconds)
+        return turns({name: partial(pair.step, f) for name, f in functions.items()}, seconds)
     with torch.no_grad():
         return turns(dict(functions), seconds)
 

@@ -36,7 +36,7 @@ def loop_router(x_TD: Tensor, weight_ED: Tensor, top_k: int) -> tuple[Tensor, Te
 def loop_experts(
     x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor, weights: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """Each expert over its tokens. `unbind`, since the backward of w[e] fills all of w, each time."""
+    """Each expert over its tokens. `unbind`: the backward of w[e] would fill all of w each time."""
     w1_FD, w3_FD, w2_DF = (w.unbind(0) for w in weights)
     y_TD = torch.zeros_like(x_TD)
     for e in ids_TK.unique().tolist():
