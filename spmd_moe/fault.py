@@ -28,7 +28,8 @@ def unset(*shape: int) -> nn.Parameter:
 
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tensor:
     """0 where all is well: an int64 that stays on the device."""
-    found = torch.isfinite(logits_TE.detach().sum()).logical_not().to(torch.int64)
+    total = logits_TE.detach().sum()
+    found = (total - total).ne(0).to(torch.int64)  # only NaN and infinity less themselves are not 0
     if expert_ids_TK is None:
         return found
     wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= logits_TE.shape[1])

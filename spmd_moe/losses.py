@@ -124,19 +124,19 @@ def loss_terms(
 
 def reduce_on_tp(terms: LossTerms, tp: Axis) -> LossTerms:
     """P to I on tp, for a model that computes the same on every rank of tp."""
-
-    def whole(x: GroupSums) -> Tensor:
-        # Waited for here: of losses that nobody uses, the results would be kept for ever.
-        return redistribute(x, tp, src=P, dst=I).clone()
-
     return LossTerms(
-        whole(terms.prob_sums_BE),
-        whole(terms.counts_BE),
-        whole(terms.tokens_B),
-        whole(terms.z_sum),
+        _whole(terms.prob_sums_BE, tp),
+        _whole(terms.counts_BE, tp),
+        _whole(terms.tokens_B, tp),
+        _whole(terms.z_sum, tp),
         terms.by_sequence,
         whole_on_tp=True,
     )
+
+
+def _whole(x: GroupSums, tp: Axis) -> Tensor:
+    # Waited for here: of losses that nobody uses, the results would be kept for ever.
+    return redistribute(x, tp, src=P, dst=I).clone()
 
 
 def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:

@@ -54,7 +54,7 @@ def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
         rows = host_ints((ids >= 0).sum(0, keepdim=True))[0]
         slot_N = slot_N.narrow(0, ids.shape[0] - rows, rows)
     row = torch.full_like(ids, slot_N.shape[0])
-    row = row.scatter(0, slot_N, torch.arange(slot_N.shape[0], device=ids.device))
+    row.scatter_(0, slot_N, torch.arange(slot_N.shape[0], device=ids.device))
     return Slots(slot_N, slot_N // k, row.view_as(expert_ids_TK), complete)
 
 
@@ -112,9 +112,7 @@ class _Fold(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, token_N: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
         ctx.save_for_backward(token_N, row_TK)
         ctx.complete = complete
-        if not complete:  # a slot without an expert reads this row of zeros
-            x_ND = fn.pad(x_ND, [0, 0, 0, 1])
-        return add_rows(x_ND, row_TK)
+        return _added(x_ND, row_TK, complete)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,11 +182,15 @@ class _FromSlots(torch.autograd.Function):
 
 def spread(x_TD: Tensor, slots: Slots) -> Tensor:
     """The rows: each token once for every expert that it chose, sorted by expert."""
+    if not torch.is_grad_enabled():  # no backward: nothing to set up, nothing to keep
+        return x_TD.index_select(0, slots.token_N)
     return _call(_Spread, x_TD, slots.token_N, slots.row_TK, slots.complete)
 
 
 def fold(x_ND: Tokens, slots: Slots) -> Tokens:
     """The sum of each token's rows, in the order of its choices."""
+    if not torch.is_grad_enabled():
+        return _added(x_ND, slots.row_TK, slots.complete)
     return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.complete)
 
 
@@ -222,6 +224,12 @@ def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
     for column in columns[1:]:
         y_TD += x_ND.index_select(0, column)
     return y_TD.to(x_ND.dtype)
+
+
+def _added(x_ND: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
+    if not complete:  # a slot without an expert reads this row of zeros
+        x_ND = fn.pad(x_ND, [0, 0, 0, 1])
+    return add_rows(x_ND, row_TK)
 
 
 def _typed(x: Tensor, index: Tensor) -> object:

@@ -166,10 +166,10 @@ class Router(nn.Module):
             expert_ids_TK, dropped = _given(expert_ids_TK, mask_T, config.num_experts)
         if mask_T is not None:
             expert_ids_TK = torch.where(mask_T.unsqueeze(1), expert_ids_TK, -1)
-        chosen_TK = scores_TE.gather(1, expert_ids_TK.clamp(min=0))
+        none_TK = None if complete else expert_ids_TK < 0
         return Routing(
             expert_ids_TK=expert_ids_TK,
-            scores_TK=_weigh(self.score, chosen_TK, expert_ids_TK, config),
+            scores_TK=_weigh(self.score, scores_TE, expert_ids_TK, none_TK, config),
             logits_TE=logits_TE,
             probs_TE=self.score.to_probs(scores_TE),
             counts_E=count(expert_ids_TK, config.num_experts),
@@ -186,14 +186,18 @@ def _given(expert_ids_TK: Tokens, mask_T: Tokens | None, num_experts: int) -> tu
     return expert_ids_TK.masked_fill(none_TK, -1), counted_TK.sum()
 
 
-def _weigh(score: Score, chosen_TK: Tokens, expert_ids_TK: Tokens, config: RouterConfig) -> Tokens:
+def _weigh(
+    score: Score, scores_TE: Tokens, ids_TK: Tokens, none_TK: Tokens | None, config: RouterConfig
+) -> Tokens:
     """The weights of the choices; 0 where there is no expert, in values and gradients."""
-    none_TK = expert_ids_TK < 0
-    weights_TK = score.of_choice(chosen_TK.masked_fill(none_TK, score.of_none))
-    weights_TK = weights_TK.masked_fill(none_TK, 0.0)
+    if none_TK is None:
+        weights_TK = score.of_choice(scores_TE.gather(1, ids_TK))
+    else:
+        chosen_TK = scores_TE.gather(1, ids_TK.clamp(min=0)).masked_fill(none_TK, score.of_none)
+        weights_TK = score.of_choice(chosen_TK).masked_fill(none_TK, 0.0)
     if config.normalize:
         weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=_TINY)
-    return weights_TK * config.scale
+    return weights_TK if config.scale == 1.0 else weights_TK * config.scale
 
 
 def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
@@ -208,11 +212,10 @@ def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
     """The experts of highest biased score, among the groups of highest biased score."""
-    with torch.no_grad():
-        rank_TE = scores_TE + bias_E
-        if config.groups_kept < config.groups:
-            rank_TE = _within_best_groups(rank_TE, config)
-        return rank_TE.topk(config.top_k, dim=1).indices
+    rank_TE = scores_TE.detach() + bias_E
+    if config.groups_kept < config.groups:
+        rank_TE = _within_best_groups(rank_TE, config)
+    return rank_TE.topk(config.top_k, dim=1).indices
 
 
 def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:

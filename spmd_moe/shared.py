@@ -55,13 +55,13 @@ class ReplicatedShared(nn.Module):
         self.gate_1D = unset(1, width) if gated else None
 
     def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
-        def whole(weight: SharedWeight) -> Tensor:
-            return redistribute(weight, self.tp, src=I, dst=R, grad_dtype=wide(weight))
-
-        gate_TF = fn.linear(x_TD, whole(self.w1_FD))
-        up_TF = None if self.w3_FD is None else fn.linear(x_TD, whole(self.w3_FD))
-        y_TD = fn.linear(self.activation.forward(gate_TF, up_TF), whole(self.w2_DF))
+        gate_TF = fn.linear(x_TD, self._whole(self.w1_FD))
+        up_TF = None if self.w3_FD is None else fn.linear(x_TD, self._whole(self.w3_FD))
+        y_TD = fn.linear(self.activation.forward(gate_TF, up_TF), self._whole(self.w2_DF))
         return _gate(y_TD, x_TD, self.gate_1D, self.tp)
+
+    def _whole(self, weight: SharedWeight) -> Tensor:
+        return redistribute(weight, self.tp, src=I, dst=R, grad_dtype=wide(weight))
 
 
 @final

@@ -105,17 +105,15 @@ class AllToAll:
         shape = counted.gathered
         order_R = expert_major(counted.counts_Se, shape.total)
         back_R = inverse(order_R)
-
-        def gather(x: Rows) -> GatheredRows:
-            x = redistribute(x, self.etp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))
-            return reorder(x, order_R, back_R)
-
-        arrived = Arrived(
-            gather(rows_MD),
-            None if scores_M is None else gather(scores_M),
-            counted.counts_Se.sum(0),
-        )
+        rows_RD = reorder(self._gather(rows_MD, shape), order_R, back_R)
+        scores_R = None
+        if scores_M is not None:
+            scores_R = reorder(self._gather(scores_M, shape), order_R, back_R)
+        arrived = Arrived(rows_RD, scores_R, counted.counts_Se.sum(0))
         return arrived, InTransit(counted, order_R, back_R)
+
+    def _gather(self, x: Rows, shape: ShardShape) -> GatheredRows:
+        return redistribute(x, self.etp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))
 
 
 # --- a row and its weight as one row, so that they travel together ----------------------------

@@ -1,0 +1,159 @@
+"""What the layer does not cost: no autograd where there is no backward, no types at run time."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, SharedConfig, Weigh, init_weights
+from tests.bench_layer import FLOAT32, Pair, Row, Sizes, measure
+from tests.test_layering import LAYER, sources
+
+ROUTER = RouterConfig(num_experts=4, top_k=2)
+CONFIGS = {
+    "plain": MoEConfig(16, 32, ROUTER),
+    "bias": MoEConfig(16, 32, ROUTER, bias=True),
+    "weigh_in_combine": MoEConfig(16, 32, ROUTER, weigh=Weigh.IN_COMBINE),
+    "shared": MoEConfig(16, 32, ROUTER, shared=SharedConfig(32, gated=True, sharded=True)),
+    "balance": MoEConfig(16, 32, ROUTER, balance="sequence"),
+}
+
+
+# --- decode -----------------------------------------------------------------------------------
+
+
+def built(config: MoEConfig) -> MoE:
+    mesh = MoEMesh.single()
+    layer = MoE(config, mesh).eval()
+    init_weights(layer, mesh, seed=0)
+    return layer
+
+
+def bookkeeping(
+    patch: pytest.MonkeyPatch, layer: MoE, *inputs: Tensor | None
+) -> tuple[list[str], Tensor]:
+    """What autograd is told in a forward: functions applied, tensors kept. And the output."""
+    told: list[str] = []
+    apply = vars(torch.autograd.Function)["apply"].__func__
+
+    def noted(cls: type, *args: Any, **kwargs: Any) -> Any:
+        told.append(cls.__name__)
+        return apply(cls, *args, **kwargs)
+
+    def kept(x: Tensor) -> Tensor:
+        told.append(f"kept {tuple(x.shape)}")
+        return x
+
+    patch.setattr(torch.autograd.Function, "apply", classmethod(noted))
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
+        out = layer(*inputs)
+    patch.undo()
+    return told, out.hidden
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decode_tells_autograd_nothing(
+    name: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = built(CONFIGS[name]), torch.randn(2, 3, 16)
+    mask = torch.tensor([[True, False, True], [True, True, False]]) if masked else None
+    with torch.no_grad():
+        told, y = bookkeeping(monkeypatch, layer, x, mask)
+    assert told == [] and y.grad_fn is None and not y.requires_grad
+
+
+def test_decode_gives_what_training_gives() -> None:
+    """The way without autograd is another one in places: the same bits come out of it."""
+    layer, x = built(CONFIGS["plain"]), torch.randn(5, 16)
+    mask = torch.tensor([True, False, True, True, True])
+    for given in (None, mask):
+        with torch.no_grad():
+            y = layer(x, given).hidden
+        assert torch.equal(y, layer(x, given).hidden)
+
+
+def test_the_bookkeeping_test_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, y = bookkeeping(monkeypatch, built(CONFIGS["plain"]), torch.randn(3, 16))
+    assert {"_ExpertsFFN", "_Fold", "kept (3, 16)"} <= set(told) and y.grad_fn is not None
+
+
+# --- types ------------------------------------------------------------------------------------
+
+
+class Strip(ast.NodeTransformer):
+    """Takes annotations out of functions. Those of fields stay: dataclasses are made of them."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.returns = None
+        self.generic_visit(node)
+        node.body = [stripped for part in node.body for stripped in self.statement(part)]
+        return node
+
+    def statement(self, node: ast.stmt) -> list[ast.stmt]:
+        if not isinstance(node, ast.AnnAssign):
+            return [node]
+        if node.value is None:
+            return [ast.copy_location(ast.Pass(), node)]
+        return [ast.copy_location(ast.Assign([node.target], node.value), node)]
+
+
+def functions(code: CodeType) -> Iterator[tuple[str, bytes, tuple[object, ...]]]:
+    """Name, bytecode and constants of every function in a module, however deep."""
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            if const.co_flags & inspect.CO_OPTIMIZED:  # a function; the body of a class is not
+                plain = tuple(c for c in const.co_consts if not isinstance(c, CodeType))
+                yield const.co_qualname, const.co_code, plain
+            yield from functions(const)
+
+
+def traces(source: str) -> list[str]:
+    """Functions whose bytecode or constants depend on annotations."""
+    tree = ast.fix_missing_locations(Strip().visit(ast.parse(source)))
+    typed = list(functions(compile(source, "typed", "exec", dont_inherit=True)))
+    bare = list(functions(compile(tree, "bare", "exec", dont_inherit=True)))
+    assert [name for name, *_ in typed] == [name for name, *_ in bare]
+    return [a[0] for a, b in zip(typed, bare, strict=True) if a != b]
+
+
+@pytest.mark.parametrize("name", LAYER)
+def test_types_leave_no_trace_in_functions(name: str) -> None:
+    assert traces(sources()[name]) == []
+
+
+def test_annotations_are_there_to_be_stripped() -> None:
+    source = sources()["moe"]
+    stripped = ast.unparse(Strip().visit(ast.parse(source)))
+    assert "x: Tensor" in source and "x: Tensor" not in stripped
+    assert list(functions(compile(source, "moe", "exec", dont_inherit=True)))
+
+
+def test_the_trace_test_can_fail() -> None:
+    """A function made in each call of another gets its annotations in each call."""
+    lines = ["def outer(x: int) -> int:", "    y: int = x", "    return y"]
+    assert traces("\n".join(lines)) == []
+    lines[2:] = ["    def inner(z: int) -> int:", "        return z", "    return inner(y)"]
+    assert traces("\n".join(lines)) == ["outer"]
+
+
+# --- time -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_small_training_step_is_no_slower_than_the_loop() -> None:
+    """By hand, the gradients of all experts are copied into one tensor. We need about 0.65."""
+    pair = Pair(Sizes(256, 512, 32, 4), FLOAT32, 8, alone=False)
+    took = measure(pair, Row(FLOAT32, 8, True, 1.0), seconds=3.0)
+    assert took["ours"] < took["loop"]
