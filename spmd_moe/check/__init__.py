@@ -1,0 +1,1 @@
+"""Checks that run without GPUs, in one process: see `spmd-moe check --help`."""

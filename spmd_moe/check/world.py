@@ -1,0 +1,170 @@
+"""A world of which only one rank exists: the others are taken to hold what it holds.
+
+torch's fake process group leaves the results of collectives as they happen to be in memory, so code
+that reads sizes from them runs into nonsense. Here a gather returns this rank's own tensor once for
+every rank, a sum is that many times the tensor, and from an exchange comes what this rank would send
+to itself. Every size is then one that could be, whatever the world, and nothing is ever waited for.
+
+    rank 2 of 4    all_gather      x          ->  x x x x
+                   reduce_scatter  a b c d    ->  4 c
+                   all_to_all      a b c d    ->  c c c c
+
+Made with torch's public registration of backends; nothing of torch is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+NAME = "mirror"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """One collective that the traced code issued."""
+
+    op: str
+    group: tuple[int, ...]  # its ranks
+    shape: tuple[int, ...]  # of what this rank gave
+    dtype: torch.dtype
+    splits: tuple[int, ...] = ()  # rows to each rank, where an exchange has them
+
+
+@contextmanager
+def mirror_world(ranks: int, rank: int = 0) -> Iterator[list[Issued]]:
+    """Be rank `rank` of a default process group of `ranks`; yields what is issued, in order."""
+    if NAME not in dist.Backend.backend_list:
+        dist.Backend.register_backend(NAME, _make, devices=["cpu", "cuda", "meta"])
+    log: list[Issued] = []
+    _LOGS.append(log)
+    try:
+        dist.init_process_group(NAME, store=dist.HashStore(), rank=rank, world_size=ranks)
+        yield log
+    finally:
+        _LOGS.remove(log)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+_LOGS: list[list[Issued]] = []  # of the worlds that are open, the last one being in use
+
+
+def _make(store: object, rank: int, ranks: int, timeout: object) -> ProcessGroup:
+    return _Mirror(rank, ranks)
+
+
+def _done(result: object) -> Any:
+    future: torch.futures.Future[object] = torch.futures.Future()
+    future.set_result(result)
+    return torch._C._distributed_c10d._create_work_from_future(future)
+
+
+@final
+class _Mirror(ProcessGroup):
+    """The collectives, with this rank's own tensor in place of everybody's."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__(rank, ranks)  # type: ignore[call-arg]  # torch types another overload
+        self.place, self.ranks = rank, ranks
+
+    def getBackendName(self) -> str:  # noqa: N802  # torch's name for it
+        return NAME
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return self.place
+
+    @property
+    def group_name(self) -> Any:
+        return dist.distributed_c10d._world.pg_names[self]
+
+    @torch.no_grad()
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+        for x in tensors:
+            self._log("all_reduce", x)
+            if _adds(opts):
+                x.mul_(self.ranks)
+        return _done(tensors)
+
+    @torch.no_grad()
+    def all_gather_single(self, out: Tensor, x: Tensor, opts: Any = None) -> Any:
+        self._log("all_gather", x)
+        out.view(self.ranks, *x.shape).copy_(x.unsqueeze(0).expand(self.ranks, *x.shape))
+        return _done(out)
+
+    @torch.no_grad()
+    def reduce_scatter_single(self, out: Tensor, x: Tensor, opts: Any = None) -> Any:
+        self._log("reduce_scatter", x)
+        out.copy_(x.view(self.ranks, *out.shape)[self.place])
+        if _adds(opts):
+            out.mul_(self.ranks)
+        return _done(out)
+
+    def all_gather_single_coalesced(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
+        for out, x in zip(outs, inputs, strict=True):
+            self.all_gather_single(out, x)
+        return _done(outs)
+
+    def reduce_scatter_single_coalesced(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
+        for out, x in zip(outs, inputs, strict=True):
+            self.reduce_scatter_single(out, x, opts)
+        return _done(outs)
+
+    # The names that torch 2.12 renamed.
+    _allgather_base, allgather_into_tensor_coalesced = all_gather_single, all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    @torch.no_grad()
+    def all_to_all_single(
+        self, out: Tensor, x: Tensor, receives: list[int], sends: list[int], opts: Any = None
+    ) -> Any:
+        """What this rank would send to itself comes from every rank, as far as there is room."""
+        ranks = self.ranks
+        sends = list(sends) or [x.shape[0] // ranks] * ranks
+        receives = list(receives) or [out.shape[0] // ranks] * ranks
+        self._log("all_to_all", x, tuple(sends))
+        own = x.split(sends)[self.place]
+        for part in out.split(receives):
+            rows = min(part.shape[0], own.shape[0])
+            part.zero_()
+            part[:rows].copy_(own[:rows])
+        return _done(out)
+
+    alltoall_base = all_to_all_single
+
+    @torch.no_grad()
+    def allgather(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
+        for parts, x in zip(outs, inputs, strict=True):
+            self._log("all_gather", x)
+            for part in parts:
+                part.copy_(x) if part.shape == x.shape else part.zero_()
+        return _done(outs)
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Any, opts: Any = None) -> Any:
+        for x in tensors:
+            self._log("broadcast", x)
+        return _done(tensors)
+
+    def barrier(self, opts: Any = None) -> Any:
+        return _done(None)
+
+    def _log(self, op: str, x: Tensor, splits: Sequence[int] = ()) -> None:
+        ranks = tuple(dist.get_process_group_ranks(self))
+        _LOGS[-1].append(Issued(op, ranks, tuple(x.shape), x.dtype, tuple(splits)))
+
+
+def _adds(opts: Any) -> bool:
+    return opts is None or opts.reduceOp == dist.ReduceOp.SUM
