@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch.distributed as dist
 from spmd_types import MeshAxis, get_local_type
 from torch import Tensor, nn
 
+from spmd_moe.check.signatures import axis, checked, declare, what_ran
 from spmd_moe.dispatch import AllGather, AllToAll
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEOutput
-from spmd_moe.placement import CP, DP, TP, P, Placement, V, placements_of
+from spmd_moe.placement import CP, DENSE, DP, EXPERT, TP, P, Placement, V, placements_of
 from tests import oracle
 from tests.layouts import Case, gradient, meaning, part
-from tests.typed import checked, declare, name_axes, what_ran
 
 DISPATCHERS: dict[str, Callable[[MoEMesh, int], Any]] = {
     "": lambda mesh, num_experts: None,  # what the layer chooses by itself
@@ -114,6 +115,17 @@ def compare(case: Case, by_rank: list[dict[str, Tensor]]) -> None:
         if name != "router.bias_E":
             whole = meaning([b[name] for b in by_rank], gradient(declared[name]), case.layout)
             close(whole, want[name], f"gradient of {name}")
+
+
+def name_axes(mesh: MoEMesh) -> None:
+    """Make every axis known to spmd_types, whose list of names must not grow while it is read."""
+    with _NAMING:
+        for role in (*DENSE, *EXPERT):
+            axis(mesh, role)
+    dist.barrier()
+
+
+_NAMING = threading.Lock()
 
 
 def compare_rows(case: Case, by_rank: list[dict[str, Tensor]], y: Tensor, dx: Tensor) -> None:

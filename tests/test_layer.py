@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from spmd_moe.check.signatures import signatures
 from tests.grid import FACTORS, WORLDS, case, choices, layouts
 from tests.layer_runs import compare, run_rank, wanted
 from tests.layouts import Case, Layout
 from tests.threads import threaded
-from tests.typed import signatures
 from tests.workers import run
 
 LAYOUTS = [layout for world in WORLDS for layout in layouts(world)]
@@ -31,7 +31,7 @@ def test_sharded_equals_whole(layout: Layout) -> None:
     for number, this in enumerate(cases(layout)):
         typed = number == 0 and layout.world > 1
         try:
-            with signatures() if typed else nullcontext():
+            with signatures(["spmd_moe"]) if typed else nullcontext():
                 by_rank = threaded(layout.world, run_rank, this, typed)
             compare(this, by_rank)
         except Exception as error:

@@ -47,8 +47,11 @@ ORDER = [
     "init",
     "moe",
     "load",
+    "check",
+    "check.world",
+    "check.signatures",
 ]
-LAYER = ORDER[ORDER.index("fault") :]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("check")]
 LONGEST = 400
 
 
@@ -124,7 +127,7 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 def test_few_files_talk_to_torch_distributed() -> None:
     """collectives moves tensors; mesh and agree make groups; two ask where they stand."""
     talking = [name for name, source in sources().items() if TALKS.search(source)]
-    assert talking == ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    assert talking == ["agree", "check.world", "collectives", "mesh", "ranks", "redistribute"]
     moving = [n for n, s in sources().items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 

