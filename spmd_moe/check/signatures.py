@@ -20,7 +20,16 @@ from typing import Any
 from unittest import mock
 
 import spmd_types
-from spmd_types import MeshAxis, Shard, get_local_type, reinterpret_mesh, set_current_mesh
+from spmd_types import (
+    MeshAxis,
+    Shard,
+    _backward_hooks,
+    _checker,
+    _vmap,
+    get_local_type,
+    reinterpret_mesh,
+    set_current_mesh,
+)
 from spmd_types.checker import typecheck
 from torch import Tensor, nn
 
@@ -41,12 +50,9 @@ _HERE = _Here()
 # spmd_types patches torch when a thread starts to check and takes the patch back when it ends. It
 # says itself that several threads are not provided for; while `signatures` is open the patch stays.
 _PATCHES = [
-    "_checker._install_autograd_apply_patch",
-    "_checker._remove_autograd_apply_patch",
-    "_vmap.install",
-    "_vmap.uninstall",
-    "_backward_hooks.install",
-    "_backward_hooks.uninstall",
+    (_checker, "_install_autograd_apply_patch", "_remove_autograd_apply_patch"),
+    (_vmap, "install", "uninstall"),
+    (_backward_hooks, "install", "uninstall"),
 ]
 
 
@@ -54,15 +60,15 @@ _PATCHES = [
 def signatures(packages: Iterable[str]) -> Iterator[None]:
     """Let `checked` read the signatures in these packages; entered once, around all threads."""
     modules = _loaded(set(packages))
-    undo = [_wrap(owner, name, modules) for owner, name in _annotated(modules)]
-    try:
-        with typecheck(), ExitStack() as stack:
-            for name in _PATCHES:
-                stack.enter_context(mock.patch(f"spmd_types.{name}", lambda: None))
-            yield
-    finally:
-        for restore in reversed(undo):
-            restore()
+    with ExitStack() as stack:
+        for owner, name in _annotated(modules):
+            stack.callback(_wrap(owner, name, modules))
+        for module, patch, unpatch in _PATCHES:
+            getattr(module, patch)()
+            stack.callback(getattr(module, unpatch))
+            for name in (patch, unpatch):
+                stack.enter_context(mock.patch.object(module, name, lambda: None))
+        yield
 
 
 @contextmanager
