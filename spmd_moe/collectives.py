@@ -220,8 +220,6 @@ def all_gather(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     dim, shape = step.src_dim, step.src_shape
     if shape is None:
         return _awaitable(_all_gather(x.contiguous(), dim, group))
-    if shape.total == 0:  # on all ranks alike, so none of them waits for another
-        return x
     stacked = _awaitable(_all_gather(_pad(x, group, dim, shape), 0, group))
     if dim == 0 and shape.packed:
         return stacked.narrow(0, 0, shape.total)
@@ -234,8 +232,6 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     dim, shape = step.dst_dim, step.dst_shape
     if shape is None:
         return _awaitable(_reduce_scatter(x.contiguous(), "sum", dim, group))
-    if shape.total == 0:
-        return x
     padded = _awaitable(_reduce_scatter(_spread(x, dim, shape), "sum", dim, group))
     return by_rank(group, lambda rank, t: t.narrow(dim, 0, shape.sizes[rank]).contiguous(), padded)
 
@@ -273,16 +269,25 @@ def all_to_all(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
 
 def _pad(x: Tensor, group: ProcessGroup, dim: int, shape: ShardShape) -> Tensor:
     """Rows of zeros behind this rank's own, up to the size of the longest shard."""
-    missing = [shape.padded - size for size in shape.sizes]
+    missing = [_travelling(shape) - size for size in shape.sizes]
     return by_rank(group, lambda rank, t: _with_zeros(t, dim, 0, missing[rank]), x)
 
 
 def _spread(x: Tensor, dim: int, shape: ShardShape) -> Tensor:
     """A whole with every rank's rows padded in place, as a collective wants them."""
     if shape.packed:
-        return _with_zeros(x, dim, 0, shape.padded_total - shape.total)
+        return _with_zeros(x, dim, 0, _travelling(shape) * shape.ranks - shape.total)
     parts = x.split(shape.sizes, dim)
-    return torch.cat([_with_zeros(p, dim, 0, shape.padded - p.shape[dim]) for p in parts], dim)
+    rows = _travelling(shape)
+    return torch.cat([_with_zeros(p, dim, 0, rows - p.shape[dim]) for p in parts], dim)
+
+
+def _travelling(shape: ShardShape) -> int:
+    """Rows of every rank in a collective: at least one, so that none is left out for want of rows.
+
+    Which collectives run, and in what order, then follows from the configuration alone.
+    """
+    return max(shape.padded, 1)
 
 
 def _with_zeros(x: Tensor, dim: int, before: int, after: int) -> Tensor:

@@ -28,7 +28,7 @@ def unset(*shape: int) -> nn.Parameter:
 
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tensor:
     """0 where all is well: an int64 that stays on the device."""
-    total = logits_TE.detach().sum()
+    total = logits_TE.detach().sum()  # spmd: allow detach - a mark has no gradient
     found = (total - total).ne(0).to(torch.int64)  # only NaN and infinity less themselves are not 0
     if expert_ids_TK is None:
         return found

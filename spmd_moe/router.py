@@ -212,6 +212,7 @@ def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
     """The experts of highest biased score, among the groups of highest biased score."""
+    # spmd: allow detach - a choice has no gradient; weights come from the live scores
     rank_TE = scores_TE.detach() + bias_E
     if config.groups_kept < config.groups:
         rank_TE = _within_best_groups(rank_TE, config)

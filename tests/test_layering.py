@@ -47,11 +47,22 @@ ORDER = [
     "init",
     "moe",
     "load",
-    "check",
     "check.world",
     "check.signatures",
+    "check.finding",
+    "check.layout",
+    "check.target",
+    "check.observe",
+    "check.trace",
+    "check.compare",
+    "check.sweep",
+    "check.report",
+    "check.run",
+    "check.cli",
+    "check",
+    "__main__",
 ]
-LAYER = ORDER[ORDER.index("fault") : ORDER.index("check")]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("check.world")]
 LONGEST = 400
 
 
@@ -126,9 +137,10 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 
 def test_few_files_talk_to_torch_distributed() -> None:
     """collectives moves tensors; mesh and agree make groups; two ask where they stand."""
-    talking = [name for name, source in sources().items() if TALKS.search(source)]
-    assert talking == ["agree", "check.world", "collectives", "mesh", "ranks", "redistribute"]
-    moving = [n for n, s in sources().items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
+    files = {n: s for n, s in sources().items() if not n.startswith("check")}
+    talking = [name for name, source in files.items() if TALKS.search(source)]
+    assert talking == ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    moving = [n for n, s in files.items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 
 
@@ -139,6 +151,21 @@ def test_layer_code_has_no_statement_for_a_checker() -> None:
 def test_layer_code_does_not_name_axes() -> None:
     """Names belong to the user; the layer knows roles."""
     assert [name for name in LAYER if QUOTED_AXIS.search(sources()[name])] == []
+
+
+LOADED = "import sys, spmd_moe.{}; sys.exit('spmd_moe.check' in sys.modules)"
+
+
+def python(program: str) -> int:
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode
+
+
+def test_the_layer_never_loads_the_checker() -> None:
+    assert python(LOADED.format("moe")) == 0
+
+
+def test_the_proof_that_it_does_not_can_fail() -> None:
+    assert python(LOADED.format("check")) == 1
 
 
 def test_these_rules_can_fail() -> None:

@@ -204,11 +204,16 @@ def _as_declared(value: Any, hint: Any, mesh: MoEMesh, where: str, crossing: boo
         parts = zip(value, typing.get_args(hint), strict=True)
         return tuple(_as_declared(v, h, mesh, where) for v, h in parts)
     if is_dataclass(value) and not isinstance(value, type):
-        declared = typing.get_type_hints(type(value), include_extras=True)
+        declared = _field_hints(type(value))
         for field in fields(value):
             inside = f"{where}.{field.name}"
             _as_declared(getattr(value, field.name), declared[field.name], mesh, inside)
     return value
+
+
+@functools.cache
+def _field_hints(record: type) -> dict[str, Any]:
+    return typing.get_type_hints(record, include_extras=True)
 
 
 def _seen(x: Tensor, placement: Placement, mesh: MoEMesh, where: str, crossing: bool) -> Tensor:

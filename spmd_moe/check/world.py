@@ -14,9 +14,11 @@ Made with torch's public registration of backends; nothing of torch is patched.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, final
 
 import torch
@@ -37,6 +39,8 @@ class Issued:
     shape: tuple[int, ...]  # of what this rank gave
     dtype: torch.dtype
     splits: tuple[int, ...] = ()  # rows to each rank, where an exchange has them
+    caller: tuple[str, int] | None = None  # file and line that it comes from; None in backward
+    raw: bool = False  # no typed function stands between that line and the collective
 
 
 @contextmanager
@@ -170,7 +174,29 @@ class _Mirror(_Group):  # type: ignore[misc]  # see above
 
     def _log(self, op: str, x: Tensor, splits: Sequence[int] = ()) -> None:
         ranks = tuple(dist.get_process_group_ranks(self))
-        _LOGS[-1].append(Issued(op, ranks, tuple(x.shape), x.dtype, tuple(splits)))
+        caller, raw = _caller()
+        _LOGS[-1].append(Issued(op, ranks, tuple(x.shape), x.dtype, tuple(splits), caller, raw))
+
+
+# Code that knows what types its collectives have, and code that is never the one at fault.
+_TYPED = ("spmd_types", "spmd_moe.collectives", "spmd_moe.agree", "torch.distributed.tensor")
+_BETWEEN = ("torch.", "contextlib", "spmd_moe.redistribute", "spmd_moe.check.")
+
+
+def _caller() -> tuple[tuple[str, int] | None, bool]:
+    """The line of the program it comes from, and whether nothing that is typed lies between."""
+    frame: FrameType | None = sys._getframe(2)
+    raw = True
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith(_TYPED):
+            raw = False
+        elif name == "spmd_moe.check.trace":  # its own call of backward
+            return None, False
+        elif not f"{name}.".startswith(_BETWEEN):
+            return (frame.f_code.co_filename, frame.f_lineno), raw
+        frame = frame.f_back
+    return None, raw
 
 
 def _adds(opts: Any) -> bool:

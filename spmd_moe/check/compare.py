@@ -1,0 +1,210 @@
+"""What must be alike between runs of one layout: at other coordinates, with other token counts.
+
+X2   what is R or I on an axis is computed by the same operations with the same plain arguments
+X5   every coordinate issues the same collectives
+X10  so does every number of tokens, backward too
+X12  every program point has the same types, whatever the number of tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from spmd_moe.check.finding import Finding, allowed, finding, short
+from spmd_moe.check.observe import Operand, Point, Seen, Types
+from spmd_moe.check.trace import Trace
+from spmd_moe.check.world import Issued
+from spmd_moe.placement import DENSE, EXPERT
+
+Found: TypeAlias = Iterator[tuple[Trace, Finding]]
+
+
+def compare(traces: Sequence[Trace]) -> Found:
+    """All traces of one layout, in pairs that differ in one thing; each finding with its trace."""
+    built = [t for t in traces if not t.refused]
+    if not built:
+        return
+    most = max(t.configuration.tokens for t in built)
+    for rank in sorted({t.configuration.rank for t in built}):
+        mine = [t for t in built if t.configuration.rank == rank]
+        many = next((t for t in mine if t.configuration.tokens == most), None)
+        for few in mine:
+            if many is not None and few is not many:
+                yield from _by_tokens(many, few)
+    for tokens in sorted({t.configuration.tokens for t in built}):
+        mine = [t for t in built if t.configuration.tokens == tokens]
+        first = mine[0]
+        for other in mine[1:]:
+            yield from _by_place(first, other)
+
+
+# --- other numbers of tokens --------------------------------------------------------------------
+
+
+def _by_tokens(many: Trace, few: Trace) -> Found:
+    found = list(_other_types(many, few))
+    if not found and not (many.findings or few.findings):
+        found = list(_other_collectives(many, few, "X10", _tokens(many), _tokens(few)))
+    yield from found
+
+
+def _other_types(many: Trace, few: Trace) -> Found:
+    """The first program point whose result has another type with fewer tokens: R -> sum -> R."""
+    for point, passes in few.record.points.items():
+        before = many.record.points.get(point)
+        if before is None:
+            continue
+        known = {seen.results for seen in before}
+        for seen in passes:
+            if seen.results not in known and not allowed("size", *point.lines[-1]):
+                yield few, _depends_on_size(point, many, before[0], few, seen)
+                return
+
+
+def _depends_on_size(point: Point, many: Trace, a: Seen, few: Trace, b: Seen) -> Finding:
+    return finding(
+        "X12",
+        point.at,
+        point.op,
+        f"it gives {_shown(a.results)} with {_tokens(many)}, and {_shown(b.results)} with "
+        f"{_tokens(few)}",
+        "a type must not depend on a size: what is whole on every rank for a few tokens is added "
+        "up as many times as there are ranks, or not at all",
+        "redistribute(x, axis, src=..., dst=S(0), shape=ShardShape.even(tokens, axis.size))"
+        "   # for any number of tokens",
+    )
+
+
+def _shown(results: Sequence[Types]) -> str:
+    return ", ".join(" ".join(f"{a}:{k}" for a, k in types) or "no type" for types in results)
+
+
+def _tokens(trace: Trace) -> str:
+    n = trace.configuration.tokens
+    return f"{n} token{'' if n == 1 else 's'}"
+
+
+# --- other coordinates --------------------------------------------------------------------------
+
+
+def _by_place(first: Trace, other: Trace) -> Found:
+    found = list(_other_plain(first, other))
+    if not found and not (first.findings or other.findings):
+        a, b = (f"rank {t.configuration.rank}" for t in (first, other))
+        found = list(_other_collectives(first, other, "X5", a, b))
+    yield from found
+
+
+def _other_plain(first: Trace, other: Trace) -> Found:
+    """The first operation on what is alike on the ranks that is not alike itself."""
+    axes = _shared_axes(first, other)
+    if not axes:
+        return
+    for point, passes in first.record.points.items():
+        twins = other.record.points.get(point, [])
+        for a, b in zip(passes, twins, strict=False):
+            axis = _differs_alone(a, b, axes)
+            if axis is not None and not allowed("rank", *point.lines[-1]):
+                yield other, _depends_on_rank(point, axis, first, other)
+                return
+
+
+def _differs_alone(a: Seen, b: Seen, axes: set[str]) -> str | None:
+    """The axis on which all operands are alike on both ranks, though the operations differ."""
+    for axis in sorted(axes):
+        pairs = list(zip(a.operands, b.operands, strict=False))
+        alike = [_alike(x, axis) and _alike(y, axis) and x.shape == y.shape for x, y in pairs]
+        offsets = any(
+            x.offset != y.offset for (x, y), same in zip(pairs, alike, strict=True) if same
+        )
+        # Past a read of data, offsets may come from it. What is given is then compared only where
+        # the tensors are the same in value too.
+        if offsets and not a.after_read:
+            return axis
+        if (
+            pairs
+            and all(alike)
+            and a.plain != b.plain
+            and all(x.total == y.total for x, y in pairs)
+        ):
+            return axis
+    return None
+
+
+def _alike(x: Operand, axis: str) -> bool:
+    return dict(x.types).get(axis) in ("R", "I")
+
+
+def _shared_axes(first: Trace, other: Trace) -> set[str]:
+    """The axes along which the two ranks stand in one group, at different places."""
+    layout = first.configuration.layout
+    a, b = layout.place(first.configuration.rank), layout.place(other.configuration.rank)
+    return {
+        role.name
+        for roles in (DENSE, EXPERT)
+        for role in roles
+        if a[role] != b[role] and all(a[r] == b[r] for r in roles if r is not role)
+    }
+
+
+def _depends_on_rank(point: Point, axis: str, first: Trace, other: Trace) -> Finding:
+    ranks = f"{first.configuration.rank} and {other.configuration.rank}"
+    return finding(
+        "X2",
+        point.at,
+        point.op,
+        f"ranks {ranks} take different parts of what is the same on all ranks of {axis}",
+        "a slice by a plain rank keeps the type of the whole, so its gradient is never summed",
+        "redistribute(x, axis, src=R, dst=S(0), shape=...)   # cuts out this rank's part, as a V",
+    )
+
+
+# --- collectives --------------------------------------------------------------------------------
+
+
+def _other_collectives(a: Trace, b: Trace, rule: str, name_a: str, name_b: str) -> Found:
+    for when in ("forward", "backward"):
+        one, two = getattr(a, when), getattr(b, when)
+        for number in range(max(len(one), len(two))):
+            x, y = (_at(issued, number) for issued in (one, two))
+            if x is None or y is None or _key(x) != _key(y) or _misfit(a, when, number, x, y, rule):
+                yield b, _other(rule, when, number, (name_a, x), (name_b, y))
+                return
+
+
+def _at(issued: list[Issued], number: int) -> Issued | None:
+    return issued[number] if number < len(issued) else None
+
+
+def _key(issued: Issued) -> tuple[object, ...]:
+    """What the ranks of a group must agree about, whoever they are."""
+    first = issued.group[0]
+    return issued.op, tuple(rank - first for rank in issued.group), issued.dtype
+
+
+def _misfit(a: Trace, when: str, number: int, x: Issued, y: Issued, rule: str) -> bool:
+    """Other shapes on ranks of one group; sizes that were read from data are not comparable."""
+    read = a.record.first_read
+    comparable = when == "forward" and (read is None or number < read) and x.group == y.group
+    return rule == "X5" and comparable and x.op != "all_to_all" and x.shape != y.shape
+
+
+def _other(rule: str, when: str, number: int, *sides: tuple[str, Issued | None]) -> Finding:
+    what = ", ".join(f"with {name} {_said(issued)}" for name, issued in sides)
+    issued = next(i for _, i in sides if i is not None)
+    at = "backward" if issued.caller is None else f"{short(issued.caller[0])}:{issued.caller[1]}"
+    return finding(
+        rule,
+        at,
+        f"{when}, collective {number}",
+        what,
+        "ranks that do not issue the same collectives wait for each other for ever, or mix up data",
+        "issue it on every rank, with no rows where there are none; hand redistribute the shape",
+    )
+
+
+def _said(issued: Issued | None) -> str:
+    if issued is None:
+        return "there is none"
+    return f"it is {issued.op} of {list(issued.shape)} over {len(issued.group)} ranks"

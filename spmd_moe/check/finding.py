@@ -1,0 +1,76 @@
+"""What a check finds, and the rules by which it finds it."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+# Every rule by its name: what it demands. The README prints this table.
+RULES = {
+    "types": "every operation, signature and declaration agrees with the types of its tensors",
+    "crash": "the module runs, at every coordinate and number of tokens",
+    "untyped": "every tensor in the module has a type on every axis",
+    "X1": "a sum over ranks takes what was declared to be a part of a sum (P), never V",
+    "X2": "what is the same on all ranks of an axis is computed alike on them: "
+    "no slice or size by a plain rank",
+    "X3": "tensors move through typed collectives only, and nothing cuts their gradients or types",
+    "X4": "parameters and buffers keep their declared types",
+    "X5": "all coordinates issue the same collectives in the same order, with fitting shapes",
+    "X9": "a name in a specification matches exactly what it is meant for",
+    "X10": "backward reaches every trainable parameter, with the same collectives "
+    "however few rows there are",
+    "X11": "types are true of the values, and all ranks together compute what one process does",
+    "X12": "types do not depend on the number of tokens",
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong; `text` has the five parts of an error."""
+
+    rule: str
+    at: str  # file:line of the checked code
+    text: str
+
+    def __str__(self) -> str:
+        return f"[{self.rule}] {self.text}"
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What makes two findings the same mistake, seen twice."""
+        return self.rule, self.at
+
+
+def finding(rule: str, at: str, where: str, what: str, why: str, *fixes: str) -> Finding:
+    lines = [f"{where}: {what}.", f"  why: {why}."]
+    lines += [f"  fix: {fix}" for fix in fixes]
+    lines.append(f"  at:  {at}")
+    return Finding(rule, at, "\n".join(lines))
+
+
+# --- allowed in place ---------------------------------------------------------------------------
+
+_ALLOWED = re.compile(r"# spmd: allow ([\w ,]+) - \S")
+
+
+def allowed(what: str, file: str, line: int) -> bool:
+    """Whether a comment on the line, or on one of its own before it, allows `what`, and says why.
+
+    `# spmd: allow detach - counts have no gradient`
+    """
+    lines = [linecache.getline(file, line)]
+    before = linecache.getline(file, line - 1)
+    if before.lstrip().startswith("#"):
+        lines.append(before)
+    matches = (_ALLOWED.search(text) for text in lines)
+    return any(what in re.split(r"[ ,]+", m[1]) for m in matches if m is not None)
+
+
+def short(file: str) -> str:
+    """A path as the user would write it."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file

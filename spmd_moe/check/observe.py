@@ -1,0 +1,284 @@
+"""What a traced run does, operation by operation: where, on what types, with what plain arguments.
+
+The observer stands before spmd_types' checker and looks at what comes out of it. A program point is
+the chain of lines of checked code that leads to an operation, with the operation's name; in a loop
+it is passed several times.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any, final
+
+import torch
+from spmd_types import MeshAxis, P, V, get_local_type
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from spmd_moe.check.finding import Finding, allowed, finding, short
+from spmd_moe.check.world import Issued
+from spmd_moe.errors import describe
+
+Types = tuple[tuple[str, str], ...]  # axis and kind, by axis
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place in the program: lines of checked code, the innermost last, and an operation."""
+
+    lines: tuple[tuple[str, int], ...]
+    op: str
+
+    @property
+    def at(self) -> str:
+        file, line = self.lines[-1]
+        return f"{short(file)}:{line}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor as an operation gets it."""
+
+    types: Types
+    shape: tuple[int, ...]
+    offset: int  # in its storage
+    total: float  # of its elements: enough to tell that two are not the same
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One operation: its operands and results, and what it was given beside tensors."""
+
+    operands: tuple[Operand, ...]
+    plain: tuple[object, ...]
+    results: tuple[Types, ...]
+    after_read: bool  # sizes may have come from data by then
+
+
+@final
+@dataclass(slots=True)
+class Record:
+    """What the observer saw."""
+
+    points: dict[Point, list[Seen]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
+    tensors: int = 0
+    untyped: int = 0
+    first_read: int | None = None  # how many collectives came before a size was read from data
+
+
+@final
+class Observer(TorchFunctionMode):
+    """Sees every operation before the type checker does, and the types of its results after."""
+
+    def __init__(
+        self, packages: set[str], names: Mapping[Any, str], log: list[Issued], typed: bool
+    ) -> None:
+        super().__init__()
+        self.record, self.log, self.typed = Record(), log, typed
+        self._lines, self._names = Lines(packages), names
+        self._shown: dict[object, Types] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        owner = getattr(func, "__self__", None)
+        if func.__name__ == "apply" and isinstance(owner, type):
+            # An autograd.Function, whose `apply` the checker has patched: ask for it anew.
+            run, name = owner.apply, owner.__name__  # type: ignore[attr-defined]  # see above
+        else:
+            run, name = func, _name_of(func)
+        lines = self._lines.here(sys._getframe(1))
+        if not lines:
+            return run(*args, **kwargs)
+        given = tuple(self._operand(x) for x in _tensors((args, kwargs)))
+        self._before(func, name, args, kwargs, lines)
+        result = run(*args, **kwargs)
+        found = tuple(self._types(x) for x in _tensors(result))
+        after_read = self.record.first_read is not None
+        seen = Seen(given, tuple(_plain((args, kwargs))), found, after_read)
+        self.record.points.setdefault(Point(lines, name), []).append(seen)
+        self.record.files.add(lines[-1][0])
+        self._count(name, result, found, lines)
+        return result
+
+    def _operand(self, x: Tensor) -> Operand:
+        types = self._types(x)
+        if isinstance(x, DTensor) or all(kind == "V" for _, kind in types):
+            return Operand(types, tuple(x.shape), 0, 0.0)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            total = float(x.sum())
+        return Operand(types, tuple(x.shape), int(x.storage_offset()), total)
+
+    def _types(self, x: Tensor) -> Types:
+        if isinstance(x, DTensor):
+            names = x.device_mesh.mesh_dim_names or tuple(map(str, range(x.device_mesh.ndim)))
+            return tuple(zip(names, map(_short_placement, x.placements), strict=True))
+        kinds = get_local_type(x)
+        key = frozenset(kinds.items())
+        if key not in self._shown:
+            shown = ((self._names.get(axis, str(axis)), repr(k)) for axis, k in kinds.items())
+            self._shown[key] = tuple(sorted(shown))
+        return self._shown[key]
+
+    def _before(
+        self, func: Any, name: str, args: Any, kwargs: Any, lines: tuple[tuple[str, int], ...]
+    ) -> None:
+        if name in _READS and self.record.first_read is None:
+            self.record.first_read = len(self.log)
+        if name in _CUTS and _has_gradient(args):
+            self._say("X3", "detach", lines, f"{name} cuts the gradient of {describe(args[0])}",
+                "what flows back stops here, and a parameter before it learns nothing of it",
+                "leave the tensor whole, or move this line under a no_grad of its own")  # fmt: skip
+        if not _moves(func, name):
+            return
+        x = args[0]
+        if x.is_floating_point() and not torch.is_grad_enabled():
+            self._say("X3", "no_grad", lines, f"{name} of {describe(x)} under no_grad",
+                "the gradient of what is moved has no way back over the ranks",
+                "move it outside of no_grad, and only what has no gradient inside")  # fmt: skip
+        if func.__module__.startswith("spmd_types") and name in _SUMS:
+            self._check_sum(name, x, args, kwargs, lines)
+
+    def _check_sum(
+        self, name: str, x: Tensor, args: Any, kwargs: Any, lines: tuple[tuple[str, int], ...]
+    ) -> None:
+        axis = args[1] if len(args) > 1 else kwargs.get("axis")
+        if axis is None or not self.typed:
+            return
+        axis = axis if isinstance(axis, MeshAxis) else MeshAxis.of(axis)
+        kind = get_local_type(x).get(axis)
+        if axis.size() > 1 and kind is not P and kwargs.get("src", P) in (P, V):
+            label = self._names.get(axis, str(axis))
+            what = f"{name} takes {describe(x)}, which is {kind!r} on {label}"
+            self._say("X1", "sum", lines, what,
+                "only parts of a sum may be added up; these are rows of different things",
+                "declare_sum(x, group)   # where x is made, if it is a part of a sum")  # fmt: skip
+
+    def _count(
+        self, name: str, result: Any, found: tuple[Types, ...], lines: tuple[tuple[str, int], ...]
+    ) -> None:
+        self.record.tensors += len(found)
+        missing = sum(not types for types in found)
+        if not missing or not self.typed:
+            return
+        self.record.untyped += missing
+        first = next(x for x, types in zip(_tensors(result), found, strict=True) if not types)
+        self._say("untyped", "untyped", lines, f"{name} gives {describe(first)}, which has no type",
+            "what has no type is followed by no check",
+            "Placed[Tensor, ...] in the signature or class that it comes from")  # fmt: skip
+
+    def _say(self, rule: str, what: str, lines: tuple[tuple[str, int], ...], *text: str) -> None:
+        file, line = lines[-1]
+        if not allowed(what, file, line):
+            where = self._lines.function.get(lines[-1], "forward")
+            at = f"{short(file)}:{line}"
+            self.record.findings.append(finding(rule, at, where, *text))
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+_READS = {"tolist", "item", "__int__", "__index__", "__bool__", "__float__"}
+_CUTS = {"detach", "detach_", "data"}
+_SUMS = {"all_reduce", "reduce_scatter"}
+_MOVES = {*_SUMS, "all_gather", "all_to_all", "redistribute", "Move", "Exchange"}
+
+
+def _moves(func: Any, name: str) -> bool:
+    module = getattr(func, "__module__", None) or ""
+    return name in _MOVES and (module.startswith("spmd_types") or name in ("Move", "Exchange"))
+
+
+def _name_of(func: Any) -> str:
+    name: str = getattr(func, "__name__", "?")
+    if name in ("__get__", "__set__"):  # of a property of tensors
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return name
+
+
+def _has_gradient(args: Any) -> bool:
+    x = args[0]
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (x for x in _leaves(values) if isinstance(x, Tensor))
+
+
+def _plain(values: Any) -> Iterator[object]:
+    plain = (int, float, bool, str, slice, torch.dtype)
+    return (repr(x) for x in _leaves(values) if isinstance(x, plain))
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """What is in arguments or results; torch's own walk knows more containers, and takes longer."""
+    if isinstance(values, tuple | list):
+        for value in values:
+            yield from _leaves(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _leaves(value)
+    else:
+        yield values
+
+
+def _short_placement(placement: Any) -> str:
+    if placement.is_shard():
+        return f"S({placement.dim})"
+    return "R" if placement.is_replicate() else "P"
+
+
+# --- lines --------------------------------------------------------------------------------------
+
+
+@final
+class Lines:
+    """Which lines of checked code are being run."""
+
+    def __init__(self, packages: set[str]) -> None:
+        self.packages = packages
+        self.function: dict[tuple[str, int], str] = {}
+        self._ours: dict[CodeType, bool] = {}
+
+    def here(self, frame: FrameType | None) -> tuple[tuple[str, int], ...]:
+        """File and line of every frame of checked code, the innermost last."""
+        found: list[tuple[str, int]] = []
+        while frame is not None:
+            code = frame.f_code
+            ours = self._ours.get(code)
+            if ours is None:
+                ours = self._ours[code] = is_checked(frame, self.packages)
+            if ours:
+                line = (code.co_filename, frame.f_lineno)
+                if not found:
+                    self.function[line] = code.co_qualname
+                found.append(line)
+            elif found and code.co_filename == _HERE:
+                break
+            frame = frame.f_back
+        return tuple(reversed(found))
+
+
+_HERE = __file__
+
+
+def is_checked(frame: FrameType, packages: set[str]) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name.partition(".")[0] in packages and not name.startswith(_NOT_CHECKED)
+
+
+# The typed collectives are what checked code stands on; their insides have types of their own.
+_NOT_CHECKED = ("spmd_moe.check", "spmd_moe.collectives", "spmd_moe.agree", "spmd_moe.redistribute")

@@ -1,0 +1,76 @@
+"""Which configurations of a layout are traced, and what comes out of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from spmd_moe.check.compare import compare
+from spmd_moe.check.finding import Finding
+from spmd_moe.check.layout import Layout
+from spmd_moe.check.target import Target
+from spmd_moe.check.trace import Configuration, Trace, trace
+from spmd_moe.placement import DENSE, EXPERT, TP
+
+
+@final
+@dataclass(slots=True)
+class Result:
+    """What came out for one layout."""
+
+    layout: Layout
+    traced: int = 0
+    tensors: int = 0
+    untyped: int = 0
+    refused: str = ""  # why the target does not build it, if it does not
+    findings: list[tuple[Configuration, Finding]] = field(default_factory=list)
+
+
+def token_counts(layout: Layout) -> list[int]:
+    """None, one, around the number of ranks that share them, and many."""
+    n = layout.tp
+    return sorted({0, 1, n - 1, n, n + 1, 6 * n + 5})
+
+
+def coordinates(layout: Layout, tokens: int) -> list[int]:
+    """The first and the last rank on every axis, and the first past the last full shard."""
+    last = {role: size - 1 for role, size in layout.sizes.items()}
+    full_shards = tokens // max(1, -(-tokens // layout.tp))
+    ranks = {0, layout.world - 1, min(full_shards, last[TP])}
+    for roles in (DENSE, EXPERT):
+        ranks.update(layout.rank({role: last[role]}, roles) for role in roles)
+    return sorted(ranks)
+
+
+def configurations(layout: Layout, tokens: Sequence[int] = ()) -> Iterator[Configuration]:
+    """Every number of tokens on rank 0; every coordinate at one, a few and the most of them."""
+    counts = sorted(tokens) or token_counts(layout)
+    yield from (Configuration(layout, n) for n in counts)
+    uneven = min((n for n in counts if n > layout.tp), default=counts[0])
+    for n in sorted({counts[-1], uneven, min(1, counts[-1])}):
+        yield from (Configuration(layout, n, rank) for rank in coordinates(layout, n) if rank)
+
+
+def check_layout(
+    target: Target, layout: Layout, packages: set[str], tokens: Sequence[int] = ()
+) -> Result:
+    """Trace every configuration of a layout and compare them; inside `signatures(packages)`."""
+    result, traces = Result(layout), list[Trace]()
+    for configuration in configurations(layout, tokens):
+        found = trace(target, configuration, packages)
+        if found.refused:
+            result.refused = found.refused
+            continue
+        traces.append(found)
+        result.traced += 1
+        result.tensors += found.record.tensors
+        result.untyped += found.record.untyped
+    compared = list(compare(traces))
+    # Where a type depends on the size, that is what is wrong; what fails of it is not shown beside.
+    sized = {id(t) for t, f in compared if f.rule == "X12"}
+    for found in traces:
+        if id(found) not in sized:
+            result.findings += [(found.configuration, f) for f in found.findings]
+    result.findings += [(t.configuration, f) for t, f in compared]
+    return result

@@ -1,0 +1,212 @@
+"""One traced run: the real module, forward and backward, as one rank of a world of mirrors."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from spmd_types import Shard, SpmdTypeError, get_local_type
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from spmd_moe.check.finding import Finding, allowed, finding, short
+from spmd_moe.check.layout import Layout
+from spmd_moe.check.observe import Observer, Record, is_checked
+from spmd_moe.check.signatures import axis, checked, declare
+from spmd_moe.check.target import Built, Target, build
+from spmd_moe.check.world import Issued, mirror_world
+from spmd_moe.errors import SpmdMoeError
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.placement import DENSE, EXPERT, Placement, V, placements_of
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One thing to trace: a layout, how many tokens a cell of dp and cp has, which rank to be."""
+
+    layout: Layout
+    tokens: int
+    rank: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.tokens} tokens, rank {self.rank}"
+
+
+@final
+@dataclass(slots=True)
+class Trace:
+    """What one run did, and what was found."""
+
+    configuration: Configuration
+    record: Record = field(default_factory=Record)
+    findings: list[Finding] = field(default_factory=list)
+    forward: list[Issued] = field(default_factory=list)
+    backward: list[Issued] = field(default_factory=list)
+    shapes: tuple[tuple[int, ...], ...] = ()  # of the outputs
+    refused: str = ""  # why the target does not build this
+
+
+def trace(target: Target, configuration: Configuration, packages: set[str]) -> Trace:
+    """Run the target once as one rank; to be called inside `signatures(packages)`."""
+    found = Trace(configuration)
+    # The same numbers on every rank: what is R or I is then the same on all of them.
+    with _seeded(), mirror_world(configuration.layout.world, configuration.rank) as log:
+        mesh = configuration.layout.mesh()
+        try:
+            built = build(target, mesh, configuration.tokens)
+        except ValueError as error:  # ours among them: what a module says of a layout it cannot do
+            found.refused = str(error)
+            return found
+        declared = declared_types(built.module)
+        for tensor, placement in (*declared.values(), *built.tensors()):
+            declare(tensor, placement, mesh)
+        log.clear()
+        try:
+            _run(built, mesh, found, log, packages)
+            found.findings += _changed(declared, mesh)
+        except Exception as error:  # whatever the checked code raises is its mistake, and shown
+            found.findings.append(_raised(error, packages))
+        found.findings += found.record.findings
+        found.findings += _raw(found.forward + found.backward or log)
+    return found
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def declared_types(module: nn.Module) -> dict[str, tuple[Tensor, Placement]]:
+    """Each parameter and buffer that its class declares, by its full name."""
+    found = {}
+    for prefix, part in module.named_modules():
+        for name, placement in _placements(type(part)).items():
+            tensor = getattr(part, name, None)
+            if isinstance(tensor, Tensor):
+                found[f"{prefix}.{name}".removeprefix(".")] = (tensor, placement)
+    return found
+
+
+_KNOWN: dict[type, dict[str, Placement]] = {}
+
+
+def _placements(kind: type) -> dict[str, Placement]:
+    """Those of a class. Torch's own declare none, and their annotations name what is not there."""
+    if kind not in _KNOWN:
+        ours = not kind.__module__.startswith("torch.")
+        _KNOWN[kind] = placements_of(kind) if ours else {}
+    return _KNOWN[kind]
+
+
+def _run(built: Built, mesh: MoEMesh, found: Trace, log: list[Issued], packages: set[str]) -> None:
+    names = {axis(mesh, role): mesh[role].name for role in (*EXPERT, *DENSE)}
+    typed = not any(isinstance(t, DTensor) for t in (*built.args, *built.module.parameters()))
+    observer = Observer(packages, names, log, typed and any(a.size() > 1 for a in names))
+    found.record = observer.record
+    with _checking(mesh, typed), observer:
+        out = built.module(*built.args)
+    found.forward = list(log)
+    results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    found.shapes = tuple(tuple(t.shape) for t in results)
+    log.clear()
+    roots = [t for t in results if t.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
+    found.backward = list(log)
+    found.findings += _without_gradient(built.module, bool(roots))
+
+
+@contextmanager
+def _checking(mesh: MoEMesh, typed: bool) -> Iterator[None]:
+    """DTensors know their own placements, and spmd_types' checker does not know DTensors."""
+    if not typed:
+        yield
+        return
+    with checked(mesh):
+        yield
+
+
+def _without_gradient(module: nn.Module, any_root: bool) -> Iterator[Finding]:
+    if not any_root:
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            yield finding(
+                "X10",
+                name,
+                type(module).__name__,
+                f"backward gives {name} no gradient",
+                "somewhere between it and the output the graph is cut, so it never learns",
+                "look for no_grad, detach, or a value read on the host, on its way to the output",
+            )
+
+
+def _changed(declared: Mapping[str, tuple[Tensor, Placement]], mesh: MoEMesh) -> Iterator[Finding]:
+    """Parameters and buffers that have other types than they had."""
+    for name, (tensor, placement) in declared.items():
+        kinds = get_local_type(tensor)
+        for k in placement:
+            want = V if isinstance(k.kind, Shard) else k.kind
+            have = kinds.get(axis(mesh, k.role))
+            if mesh[k.role].size > 1 and have is not want:
+                yield finding(
+                    "X4",
+                    name,
+                    name,
+                    f"it is {have!r} on {mesh[k.role]} after the step, and declared {k.kind!r}",
+                    "an operation in place gave it values that differ from what every rank expects",
+                    f"reduce what is added to it over {mesh[k.role].name} first",
+                )
+
+
+def _raw(issued: Iterable[Issued]) -> Iterator[Finding]:
+    for one in issued:
+        if one.raw and one.caller is not None and not allowed("raw", *one.caller):
+            file, line = one.caller
+            at = f"{short(file)}:{line}"
+            yield finding(
+                "X3",
+                at,
+                one.op,
+                f"{one.op} of {list(one.shape)} is called directly",
+                "a collective that is not typed moves tensors behind the checker's back, "
+                "and has no backward",
+                "redistribute(x, axis, src=..., dst=...)",
+                "# spmd: allow raw - <reason>   # on that line, where it moves no activations",
+            )
+
+
+# --- errors of the checked code -----------------------------------------------------------------
+
+
+def _raised(error: Exception, packages: set[str]) -> Finding:
+    at, where = place_of(error, packages)
+    rule = "types" if isinstance(error, SpmdTypeError) else "crash"
+    if isinstance(error, SpmdMoeError):
+        lines = str(error).splitlines()
+        kept = [line for line in lines if not line.startswith("  at:")]
+        return Finding(rule, at, "\n".join([*kept, f"  at:  {at}"]))
+    text = str(error).strip().split("\n\n")[0].replace("\n", " ")
+    if rule == "types":
+        why = "the kinds of the operands do not go together in this operation"
+        return finding(rule, at, where, text, why, "redistribute one of them first")
+    kind = type(error).__name__
+    return finding(rule, at, where, f"{kind}: {text}", "the module raises it in this configuration")
+
+
+def place_of(error: BaseException, packages: set[str]) -> tuple[str, str]:
+    """The innermost line of the checked code that an error came through, and its function."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    for frame, line in reversed(frames):
+        if is_checked(frame, packages):
+            return f"{short(frame.f_code.co_filename)}:{line}", frame.f_code.co_qualname
+    frame, line = frames[-1]
+    return f"{short(frame.f_code.co_filename)}:{line}", frame.f_code.co_qualname
