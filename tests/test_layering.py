@@ -156,10 +156,6 @@ def test_layer_code_does_not_name_axes() -> None:
 LOADED = "import sys, spmd_moe.{}; sys.exit('spmd_moe.check' in sys.modules)"
 
 
-def python(program: str) -> int:
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode
-
-
 def test_the_layer_never_loads_the_checker() -> None:
     assert python(LOADED.format("moe")) == 0
 
