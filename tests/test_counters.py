@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from spmd_moe.check.threads import threaded
 from spmd_moe.init import init_weights
 from spmd_moe.losses import update_selection_bias
 from spmd_moe.mesh import MoEMesh
@@ -26,7 +27,6 @@ from spmd_moe.placement import DENSE
 from spmd_moe.router import Router, RouterConfig
 from tests.layer_runs import placements
 from tests.layouts import Layout, part
-from tests.threads import threaded
 
 # Shape letters in this file:
 #   T  tokens    D  model width    E  experts    L  layers

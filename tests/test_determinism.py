@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from spmd_moe import MoE, MoEConfig, MoEMesh, PerExpert, RouterConfig, SharedConfig, init_weights
+from spmd_moe.check.threads import threaded
 from spmd_moe.moe import Weigh
-from tests.threads import threaded
 
 WIDTH, TOKENS = 64, 120
 COMPANY = (1, 2, 3, 5, 8, 18, 64)  # none leaves a last batch of one

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmd_moe.check.threads import threaded
 from spmd_moe.collectives import exchange
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import Arrived, Dispatcher
@@ -54,7 +55,6 @@ from tests.routings import (
     routing_of,
     world_of,
 )
-from tests.threads import threaded
 
 ROOT = Path(__file__).resolve().parent.parent
 

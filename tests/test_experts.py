@@ -25,6 +25,7 @@ from spmd_moe.activation import (
     Activation,
     clamped_swiglu,
 )
+from spmd_moe.check.threads import threaded
 from spmd_moe.experts import Experts, Gather, Keep, Weigh, experts_ffn
 from spmd_moe.ffn import Weights
 from spmd_moe.grouped import Matmul, PerExpert, TorchGroupedMM, choose_matmul
@@ -33,7 +34,6 @@ from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig
 from spmd_moe.router import RouterConfig
 from tests.experts_oracle import HIDDEN, WIDTH, Case, OneHot, compare
-from tests.threads import threaded
 
 ACTIVATIONS = [SWIGLU, CLAMPED_SWIGLU, SQUARED_RELU, GELU]
 # Rows per expert: an expert without, all rows on one, none at all, one each.

@@ -23,7 +23,7 @@ from spmd_moe import (
     expert_load,
     init_weights,
 )
-from tests.threads import threaded
+from spmd_moe.check.threads import threaded
 from tests.workers import run
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from spmd_moe.check.signatures import signatures
+from spmd_moe.check.threads import threaded
 from tests.grid import FACTORS, WORLDS, case, choices, layouts
 from tests.layer_runs import compare, run_rank, wanted
 from tests.layouts import Case, Layout
-from tests.threads import threaded
 from tests.workers import run
 
 LAYOUTS = [layout for world in WORLDS for layout in layouts(world)]

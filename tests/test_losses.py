@@ -15,6 +15,7 @@ from spmd_types import MeshAxis, get_local_type
 from torch import Tensor
 
 from spmd_moe.check.signatures import checked, declare, signatures, what_ran
+from spmd_moe.check.threads import threaded
 from spmd_moe.init import init_weights
 from spmd_moe.losses import LossTerms, Totals, balance_loss, totals, z_loss
 from spmd_moe.mesh import MoEMesh
@@ -25,7 +26,6 @@ from spmd_moe.shard import ShardShape
 from tests import oracle
 from tests.layer_runs import close, placements
 from tests.layouts import Layout, meaning
-from tests.threads import threaded
 from tests.workers import run
 
 # Shape letters in this file:

@@ -17,6 +17,7 @@ from spmd_moe.check.sweep import Result
 from spmd_moe.check.target import cannot, load
 from spmd_moe.errors import SpmdMoeError
 
+VALUE_WORLD = 4
 CHECK = """\
 Run a module as single ranks of worlds that are not there, with every tensor typed: all layouts of
 up to --world ranks, several numbers of tokens, the coordinates where something can differ. Needs
@@ -61,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     check.add_argument("target", metavar="TARGET", help="package.module:callable")
-    check.add_argument("--world", type=int, default=WORLD, help=f"most ranks of a layout ({WORLD})")
+    check.add_argument(
+        "--world", type=int, help=f"most ranks of a layout ({WORLD}; with --values {VALUE_WORLD})"
+    )
+    check.add_argument(
+        "--values", action="store_true", help="also run all ranks, and compare with one process"
+    )
     check.add_argument(
         "--layout",
         action="append",
@@ -110,7 +116,8 @@ def _check(args: argparse.Namespace) -> int:
     progress = _Progress(quiet=args.json)
     report = examine(
         load(args.target),
-        world=args.world,
+        world=_world(args),
+        values=args.values,
         chosen=args.layout,
         tokens=args.tokens,
         packages=args.package,
@@ -146,3 +153,8 @@ class _Progress:
     def end(self) -> None:
         if self.bar:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _world(args: argparse.Namespace) -> int:
+    usual = VALUE_WORLD if args.values else WORLD
+    return usual if args.world is None else int(args.world)

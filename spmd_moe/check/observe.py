@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import Any, final
 
@@ -86,6 +86,10 @@ class Observer(TorchFunctionMode):
         self.record, self.log, self.typed = Record(), log, typed
         self._lines, self._names = Lines(packages), names
         self._shown: dict[object, Types] = {}
+        self._made, self._kept = (
+            set[int](),
+            list[Tensor](),
+        )  # by factories; kept, so ids stay theirs
 
     def __torch_function__(
         self,
@@ -105,8 +109,13 @@ class Observer(TorchFunctionMode):
         if not lines:
             return run(*args, **kwargs)
         given = tuple(self._operand(x) for x in _tensors((args, kwargs)))
+        if name.endswith("_") and given:  # what was in it is overwritten, and may be anything
+            given = (replace(given[0], total=0.0), *given[1:])
         self._before(func, name, args, kwargs, lines)
         result = run(*args, **kwargs)
+        if not given:  # a factory: what it makes is of a size that the rank gave it
+            self._made.update(map(id, kept := list(_tensors(result))))
+            self._kept += kept
         found = tuple(self._types(x) for x in _tensors(result))
         after_read = self.record.first_read is not None
         seen = Seen(given, tuple(_plain((args, kwargs))), found, after_read)
@@ -117,7 +126,8 @@ class Observer(TorchFunctionMode):
 
     def _operand(self, x: Tensor) -> Operand:
         types = self._types(x)
-        if isinstance(x, DTensor) or all(kind == "V" for _, kind in types):
+        varying = all(kind == "V" for _, kind in types)
+        if varying or isinstance(x, DTensor) or id(x) in self._made:
             return Operand(types, tuple(x.shape), 0, 0.0)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             total = float(x.sum())

@@ -38,6 +38,7 @@ def examine(
     chosen: Iterable[Layout] | None = None,
     tokens: Sequence[int] = (),
     packages: Iterable[str] = (),
+    values: bool = False,
     jobs: int = 1,
     seconds: float = SECONDS,
     tell: Tell = lambda number, of, result: None,
@@ -45,14 +46,15 @@ def examine(
     """Trace the target on all layouts of up to `world` ranks, or on those that are `chosen`.
 
     `tokens` replaces the numbers of tokens that are tried, `packages` adds to the code that is
-    looked at: the packages of the module's classes. `seconds` is the most that a layout may take.
+    looked at: the packages of the module's classes. With `values`, all ranks also run with real
+    numbers, and compared with one process. `seconds` is the most that a layout may take.
     With several `jobs` the process is forked; leave that to programs that have not computed yet.
     """
     begin = time.monotonic()
     everything = list(chosen if chosen is not None else layouts(_sensible(world, tokens)))
     looked_at = _packages(target, everything) | set(packages)
     results = list[Result]()
-    work = _Work(target, tuple(tokens), looked_at, seconds)
+    work = _Work(target, tuple(tokens), looked_at, seconds, values)
     with closing(_each(work, everything, jobs)) as found:
         for number, result in enumerate(found, 1):
             results.append(result)
@@ -95,14 +97,19 @@ class _Work:
     """What is done for one layout; made once, before processes are forked."""
 
     def __init__(
-        self, target: Target, tokens: tuple[int, ...], packages: set[str], seconds: float
+        self,
+        target: Target,
+        tokens: tuple[int, ...],
+        packages: set[str],
+        seconds: float,
+        values: bool,
     ) -> None:
         self.target, self.tokens, self.packages = target, tokens, packages
-        self.seconds = seconds
+        self.seconds, self.value_seconds = seconds, seconds / 4 if values else 0.0
 
     def __call__(self, layout: Layout) -> Result:
         with _limit(self.seconds, layout):
-            return check_layout(self.target, layout, self.packages, self.tokens)
+            return check_layout(self.target, layout, self.packages, self.tokens, self.value_seconds)
 
 
 _WORK: list[_Work] = []  # in a forked process, what it is there for

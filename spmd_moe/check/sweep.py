@@ -11,6 +11,7 @@ from spmd_moe.check.finding import Finding
 from spmd_moe.check.layout import Layout
 from spmd_moe.check.target import Target
 from spmd_moe.check.trace import Configuration, Trace, trace
+from spmd_moe.check.values import check_values
 from spmd_moe.placement import DENSE, EXPERT, TP
 
 
@@ -53,9 +54,16 @@ def configurations(layout: Layout, tokens: Sequence[int] = ()) -> Iterator[Confi
 
 
 def check_layout(
-    target: Target, layout: Layout, packages: set[str], tokens: Sequence[int] = ()
+    target: Target,
+    layout: Layout,
+    packages: set[str],
+    tokens: Sequence[int] = (),
+    value_seconds: float = 0.0,
 ) -> Result:
-    """Trace every configuration of a layout and compare them; inside `signatures(packages)`."""
+    """Trace every configuration of a layout and compare them; inside `signatures(packages)`.
+
+    With `value_seconds`, run all ranks with values too, each time for that long at most.
+    """
     result, traces = Result(layout), list[Trace]()
     for configuration in configurations(layout, tokens):
         found = trace(target, configuration, packages)
@@ -73,4 +81,8 @@ def check_layout(
         if id(found) not in sized:
             result.findings += [(found.configuration, f) for f in found.findings]
     result.findings += [(t.configuration, f) for t, f in compared]
+    if value_seconds and traces:
+        for count in {c.configuration.tokens for c in traces if c.configuration.rank}:
+            found_values = check_values(target, layout, count, packages, value_seconds)
+            result.findings += [(Configuration(layout, count), f) for f in found_values]
     return result

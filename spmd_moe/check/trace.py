@@ -71,7 +71,7 @@ def trace(target: Target, configuration: Configuration, packages: set[str]) -> T
             _run(built, mesh, found, log, packages)
             found.findings += _changed(declared, mesh)
         except Exception as error:  # whatever the checked code raises is its mistake, and shown
-            found.findings.append(_raised(error, packages))
+            found.findings.append(raised(error, packages))
         found.findings += found.record.findings
         found.findings += _raw(found.forward + found.backward or log)
     return found
@@ -187,7 +187,7 @@ def _raw(issued: Iterable[Issued]) -> Iterator[Finding]:
 # --- errors of the checked code -----------------------------------------------------------------
 
 
-def _raised(error: Exception, packages: set[str]) -> Finding:
+def raised(error: Exception, packages: set[str]) -> Finding:
     at, where = place_of(error, packages)
     rule = "types" if isinstance(error, SpmdTypeError) else "crash"
     if isinstance(error, SpmdMoeError):
