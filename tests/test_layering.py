@@ -21,6 +21,7 @@ ROOT = PACKAGE.parent
 ORDER = [
     "errors",
     "placement",
+    "declare",
     "shard",
     "agree",
     "mesh",
@@ -47,8 +48,10 @@ ORDER = [
     "init",
     "moe",
     "load",
+    "obligations",
+    "optim",
 ]
-LAYER = ORDER[ORDER.index("fault") :]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("obligations")]
 LONGEST = 400
 
 
@@ -122,9 +125,13 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 
 
 def test_few_files_talk_to_torch_distributed() -> None:
-    """collectives moves tensors; mesh and agree make groups; two ask where they stand."""
+    """collectives moves tensors; mesh and agree make groups; two ask where they stand.
+
+    Whole models are stored as DTensors, whose names obligations and optim know.
+    """
     talking = [name for name, source in sources().items() if TALKS.search(source)]
-    assert talking == ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    layer = ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    assert sorted(talking) == sorted([*layer, "obligations", "optim"])
     moving = [n for n, s in sources().items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 
