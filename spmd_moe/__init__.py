@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from spmd_moe.activation import SWIGLU as SWIGLU
     from spmd_moe.activation import Activation as Activation
     from spmd_moe.activation import clamped_swiglu as clamped_swiglu
+    from spmd_moe.declare import declare as declare
     from spmd_moe.dispatch import AllGather as AllGather
     from spmd_moe.dispatch import AllToAll as AllToAll
     from spmd_moe.dispatch import Arrived as Arrived
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from spmd_moe.dispatch import Local as Local
     from spmd_moe.errors import ConfigError as ConfigError
     from spmd_moe.errors import DtypeError as DtypeError
+    from spmd_moe.errors import GradientError as GradientError
     from spmd_moe.errors import MeshError as MeshError
     from spmd_moe.errors import PlacementError as PlacementError
     from spmd_moe.errors import RoutingError as RoutingError
@@ -43,6 +45,11 @@ if TYPE_CHECKING:
     from spmd_moe.moe import MoEConfig as MoEConfig
     from spmd_moe.moe import MoEOutput as MoEOutput
     from spmd_moe.moe import SharedConfig as SharedConfig
+    from spmd_moe.obligations import Obligation as Obligation
+    from spmd_moe.obligations import Obligations as Obligations
+    from spmd_moe.obligations import obligations as obligations
+    from spmd_moe.optim import clip_grad_norm_ as clip_grad_norm_
+    from spmd_moe.optim import reduce_gradients as reduce_gradients
     from spmd_moe.permute import Slots as Slots
     from spmd_moe.permute import spread as spread
     from spmd_moe.permute import take_scores as take_scores
@@ -75,9 +82,10 @@ else:
 
     _FILES = {
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
+        "declare": "declare",
         "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
-        "errors": "ConfigError DtypeError MeshError PlacementError RoutingError ShapeError "
-        "SpmdMoeError",
+        "errors": "ConfigError DtypeError GradientError MeshError PlacementError RoutingError "
+        "ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",
         "grouped": "PerExpert",
         "init": "init_weights",
@@ -85,6 +93,8 @@ else:
         "losses": "LossTerms Totals balance_loss totals update_selection_bias z_loss",
         "mesh": "Axis MoEMesh",
         "moe": "MoE MoEConfig MoEOutput SharedConfig",
+        "obligations": "Obligation Obligations obligations",
+        "optim": "clip_grad_norm_ reduce_gradients",
         "permute": "Slots spread take_scores",
         "placement": "CP DP EDP EP ETP TP I P Placed Placement R Role S V placement_of "
         "placements_of",

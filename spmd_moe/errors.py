@@ -39,6 +39,10 @@ class RoutingError(SpmdMoeError, ValueError):
     """Scores or expert ids that no token can be sent by."""
 
 
+class GradientError(SpmdMoeError, RuntimeError):
+    """Gradients that are not in the state that a step needs."""
+
+
 class MeshError(SpmdMoeError, ValueError):
     """Degrees, axes or ranks that do not make a mesh."""
 

@@ -12,22 +12,23 @@ import torch
 from spmd_types import Shard
 from torch import Tensor, nn
 
+from spmd_moe.declare import declared
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import Placement, placements_of
+from spmd_moe.placement import Placement
 
 
 @torch.no_grad()
 def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) -> None:
     """Normal weights and zero biases, for all parameters; all of them must declare a placement."""
     for prefix, module in layer.named_modules():
-        declared = placements_of(type(module))
+        placements = declared(module)
         for name, parameter in module.named_parameters(recurse=False):
             if name.startswith("b"):
                 parameter.zero_()
             else:
-                _draw(parameter, f"{seed}/{prefix}.{name}", declared[name], mesh, std)
+                _draw(parameter, f"{seed}/{prefix}.{name}", placements[name], mesh, std)
         for name, buffer in module.named_buffers(recurse=False):
-            if name in declared:
+            if name in placements:
                 buffer.zero_()
 
 

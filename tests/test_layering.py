@@ -21,6 +21,7 @@ ROOT = PACKAGE.parent
 ORDER = [
     "errors",
     "placement",
+    "declare",
     "shard",
     "agree",
     "mesh",
@@ -47,6 +48,8 @@ ORDER = [
     "init",
     "moe",
     "load",
+    "obligations",
+    "optim",
     "check.world",
     "check.signatures",
     "check.finding",
@@ -65,7 +68,7 @@ ORDER = [
     "check",
     "__main__",
 ]
-LAYER = ORDER[ORDER.index("fault") : ORDER.index("check.world")]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("obligations")]
 LONGEST = 400
 
 
@@ -139,10 +142,14 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 
 
 def test_few_files_talk_to_torch_distributed() -> None:
-    """collectives moves tensors; mesh and agree make groups; two ask where they stand."""
+    """collectives moves tensors; mesh and agree make groups; two ask where they stand.
+
+    Whole models are stored as DTensors, whose names obligations and optim know.
+    """
     files = {n: s for n, s in sources().items() if not n.startswith("check")}
     talking = [name for name, source in files.items() if TALKS.search(source)]
-    assert talking == ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    layer = ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    assert sorted(talking) == sorted([*layer, "obligations", "optim"])
     moving = [n for n, s in files.items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 

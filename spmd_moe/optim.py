@@ -1,0 +1,224 @@
+"""Between backward and the optimizer's step: gradients reduced, their norm, and clipping.
+
+loss.backward()
+reduce_gradients(model, mesh)          # without FSDP, which reduces in backward
+clip_grad_norm_(model, mesh, 1.0)
+optimizer.step()
+optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from spmd_moe.errors import ConfigError, GradientError, explain
+from spmd_moe.mesh import Axis, MoEMesh
+from spmd_moe.obligations import Obligation, trained
+from spmd_moe.placement import P, R, Role, S
+from spmd_moe.redistribute import redistribute, wide
+
+BUCKET_BYTES = 64 * 2**20  # gradients that travel together; a copy of so much exists meanwhile
+
+# Gradients that `reduce_gradients` has summed. Whatever is added to one later, it stays in here:
+# the old part would be summed twice.
+_REDUCED = WeakIdKeyDictionary()
+
+Trained: TypeAlias = tuple[Obligation, nn.Parameter]
+
+
+@torch.no_grad()
+def reduce_gradients(model: nn.Module, mesh: MoEMesh) -> None:
+    """Sum every gradient over the axes on which its parameter is R. Every rank must call it.
+
+    Once for each step, after the backward of its last micro-batch; again only after `zero_grad`.
+    Sums are taken in float32 at least. A gradient that is None on some ranks counts as zero there.
+    """
+    pairs = trained(model, mesh)
+    for row, parameter in pairs:
+        if isinstance(parameter, DTensor):
+            raise GradientError(
+                explain(
+                    "reduce_gradients",
+                    f"{row.name!r} is sharded by parallelize",
+                    why="FSDP has reduced its gradient in backward already",
+                    fixes=["leave reduce_gradients out"],
+                )
+            )
+        if parameter.grad is not None and parameter.grad in _REDUCED:
+            raise GradientError(
+                explain(
+                    "reduce_gradients",
+                    f"the gradient of {row.name!r} has been reduced before",
+                    why="what was summed over the ranks then would be summed again",
+                    fixes=["optimizer.zero_grad()   # after each step, before the next backward"],
+                )
+            )
+    for bucket in _buckets(pairs, mesh):
+        _reduce(bucket, [mesh[role] for role in _owed(bucket[0][0], mesh)])
+    for _, parameter in pairs:
+        if parameter.grad is not None:
+            _REDUCED[parameter.grad] = True
+
+
+def _owed(row: Obligation, mesh: MoEMesh) -> tuple[Role, ...]:
+    return tuple(role for role in row.reduce_axes if mesh[role].size > 1)
+
+
+def _buckets(pairs: Sequence[Trained], mesh: MoEMesh) -> Iterator[list[Trained]]:
+    """Parameters that are reduced together: over the same axes, of one dtype, not too many."""
+    filling: dict[object, list[Trained]] = {}
+    room: dict[object, int] = {}
+    for row, parameter in pairs:
+        key = (_owed(row, mesh), parameter.dtype, parameter.device)
+        if not key[0]:
+            continue
+        room[key] = room.get(key, BUCKET_BYTES) - parameter.numel() * parameter.itemsize
+        filling.setdefault(key, []).append((row, parameter))
+        if room[key] <= 0:
+            yield filling.pop(key)
+            del room[key]
+    yield from filling.values()
+
+
+def _reduce(bucket: list[Trained], axes: list[Axis]) -> None:
+    """One exchange for the bucket on each axis.
+
+    The last numbers of it count the ranks that have each gradient, so that a parameter without
+    one on all ranks stays without, as in one process.
+    """
+    parameters = [parameter for _, parameter in bucket]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    some = grads[0]
+    have = torch.tensor([float(p.grad is not None) for p in parameters])
+    flat = torch.cat([*(g.reshape(-1) for g in grads), have.to(some.device, some.dtype)])
+    for axis in axes:
+        flat = redistribute(flat, axis, src=P, dst=R, dtype=wide(flat))
+    *sums, have = flat.split([*(g.numel() for g in grads), len(grads)])
+    torch._foreach_copy_(grads, [s.view_as(g) for s, g in zip(sums, grads, strict=True)])
+    if any(parameter.grad is None for parameter in parameters):  # else nothing waits for a device
+        for parameter, grad, ranks in zip(parameters, grads, have.tolist(), strict=True):
+            parameter.grad = grad if ranks else None
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    model: nn.Module,
+    mesh: MoEMesh,
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+    pipeline: ProcessGroup | None = None,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale the gradients so that their norm over the whole model is at most `max_norm`.
+
+    Returns the norm before, which is what one process with the whole model computes, the same on
+    all ranks. With `pipeline`, the model is one stage of a pipeline whose ranks that group has.
+    """
+    norm_type = float(norm_type)
+    if not norm_type > 0:
+        raise ConfigError(
+            explain(
+                "clip_grad_norm_",
+                f"norm_type is {norm_type}",
+                why="a norm is a root of a sum of powers, or a maximum",
+                fixes=["norm_type=2.0", "norm_type=math.inf"],
+            )
+        )
+    pairs = [(row, p) for row, p in trained(model, mesh) if p.grad is not None]
+    total = _total_norm(pairs, mesh, norm_type, pipeline, model)
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise GradientError(
+            explain(
+                "clip_grad_norm_",
+                "the norm of the gradients is not finite",
+                why="scaling by it would make every gradient unusable",
+                fixes=["error_if_nonfinite=False   # torch's own way: scale all the same"],
+            )
+        )
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for _, same in _alike([_local(p.grad) for _, p in pairs if p.grad is not None]):
+        if foreach is False:
+            for grad in same:
+                grad.mul_(scale.to(grad.device))
+        else:
+            torch._foreach_mul_(same, scale.to(same[0].device))
+    return total
+
+
+def _total_norm(
+    pairs: Sequence[Trained],
+    mesh: MoEMesh,
+    norm_type: float,
+    pipeline: ProcessGroup | None,
+    model: nn.Module,
+) -> Tensor:
+    """Each part is counted once: powers are added over the axes on which ranks have other parts."""
+    parts: dict[tuple[Role, ...], list[Tensor]] = {}
+    for row, parameter in pairs:
+        assert parameter.grad is not None
+        if _owed(row, mesh) and parameter.grad not in _REDUCED:
+            raise GradientError(
+                explain(
+                    "clip_grad_norm_",
+                    f"the gradient of {row.name!r} is still to be summed over "
+                    f"{', '.join(map(str, _owed(row, mesh)))}",
+                    why="a sum that is not taken has no norm",
+                    fixes=["reduce_gradients(model, mesh)   # before it"],
+                )
+            )
+        parts.setdefault(row.norm_axes, []).append(_local(parameter.grad))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # An axis list may be empty on this rank only; all ranks of a stage have the same rows.
+    sums = [torch.zeros((), device=device)]
+    for roles, grads in sorted(parts.items(), key=lambda item: str(item[0])):
+        power = _power(grads, norm_type, device)
+        for role in roles:
+            power = _over(power, mesh[role].group, norm_type)
+        sums.append(power)
+    power = _joined(sums, norm_type)
+    if pipeline is not None:
+        power = _over(power, pipeline, norm_type)
+    return power if math.isinf(norm_type) else power ** (1.0 / norm_type)
+
+
+def _power(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The norm of some tensors to the power of its type, or their maximum."""
+    norms = [
+        norm.to(device=device, dtype=wide(norm))
+        for _, same in _alike(grads)
+        for norm in torch._foreach_norm(same, norm_type, wide(same[0]))
+    ]
+    return _joined(norms if math.isinf(norm_type) else [n**norm_type for n in norms], norm_type)
+
+
+def _joined(powers: list[Tensor], norm_type: float) -> Tensor:
+    stacked = torch.stack(powers)
+    return stacked.amax() if math.isinf(norm_type) else stacked.sum()
+
+
+def _over(power: Tensor, group: ProcessGroup, norm_type: float) -> Tensor:
+    """The powers of all ranks joined: gathered, so that one way serves sums and maxima."""
+    every = redistribute(power.reshape(1), group, src=S(0), dst=R)
+    return every.amax() if math.isinf(norm_type) else every.sum()
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _alike(tensors: list[Tensor]) -> Iterator[tuple[object, list[Tensor]]]:
+    """Tensors of one device and dtype together: what one foreach kernel takes."""
+    groups: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    yield from groups.items()

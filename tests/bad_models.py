@@ -1,0 +1,97 @@
+"""What whole models are refused for: the cases of `test_errors.py` that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed.tensor as torch_tensor
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from spmd_moe import (
+    CP,
+    DP,
+    EDP,
+    EP,
+    TP,
+    I,
+    MoEMesh,
+    Placement,
+    R,
+    S,
+    V,
+    clip_grad_norm_,
+    declare,
+    obligations,
+    reduce_gradients,
+)
+from spmd_moe.placement import RoleKind, SharedWeight, Whole
+from tests.simulate import fake_world
+
+
+def owing(*kinds: RoleKind) -> Callable[[], object]:
+    """The obligations of a module that is declared to be of these kinds."""
+
+    def act() -> object:
+        model = nn.Linear(2, 2, bias=False)
+        declare(model, {"weight": Placement(kinds)})
+        return obligations(model, MoEMesh.single())
+
+    return act
+
+
+def tied() -> object:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    declare(model, {"0.weight": SharedWeight, "1.weight": Whole})
+    return obligations(model, MoEMesh.single())
+
+
+def with_gradient(value: float = 1.0) -> nn.Module:
+    model = nn.Linear(2, 2, bias=False)
+    declare(model, {"weight": SharedWeight})
+    model.weight.grad = torch.full((2, 2), value)
+    return model
+
+
+def twice() -> None:
+    model = with_gradient()
+    reduce_gradients(model, MoEMesh.single())
+    reduce_gradients(model, MoEMesh.single())
+
+
+def not_finite() -> None:
+    clip_grad_norm_(with_gradient(torch.inf), MoEMesh.single(), 1.0, error_if_nonfinite=True)
+
+
+def unreduced() -> None:
+    with fake_world(2):
+        clip_grad_norm_(with_gradient(), MoEMesh.init("cpu", dp=2), 1.0)
+
+
+def stored() -> None:
+    """As after `parallelize`."""
+    with fake_world(2):
+        mesh, model = MoEMesh.init("cpu", dp=2), with_gradient()
+        whole = DTensor.from_local(torch.ones(1, 2), mesh.dense[DP.name], [torch_tensor.Shard(0)])
+        model.register_parameter("weight", nn.Parameter(whole))
+        reduce_gradients(model, mesh)
+
+
+BAD_MODELS: dict[str, Callable[[], object]] = {
+    "declare_nothing": lambda: declare(nn.Linear(2, 2), {"wieght": SharedWeight}),
+    "declare_twice": lambda: declare(nn.Linear(2, 2), {"*": SharedWeight, "bias": SharedWeight}),
+    "declare_no_placement": lambda: declare(nn.Linear(2, 2), {"*": torch.Tensor}),
+    "obligations_undeclared": lambda: obligations(nn.Linear(2, 2), MoEMesh.single()),
+    "obligations_missing_axis": owing(DP[R], CP[R]),
+    "obligations_both_meshes": owing(EDP[R], EP[R], TP[I]),
+    "obligations_varying": owing(DP[R], CP[R], TP[V]),
+    "obligations_no_such_dim": owing(DP[R], CP[R], TP[S(2)]),
+    "obligations_tied": tied,
+    "reduce_twice": twice,
+    "reduce_stored": stored,
+    "clip_norm_type": lambda: clip_grad_norm_(nn.Sequential(), MoEMesh.single(), 1.0, 0.0),
+    "clip_not_finite": not_finite,
+    "clip_unreduced": unreduced,
+}
