@@ -230,9 +230,10 @@ def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
 
 
 def _in_turn(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
-    tokens, k = scores_TE.shape[0], config.top_k
-    slots = torch.arange(tokens * k, device=scores_TE.device)
-    return (slots % config.num_experts).view(tokens, k)
+    # Counted out of the scores, so that the choices are of the kind that these are.
+    token_T = torch.ones_like(scores_TE.select(1, 0), dtype=torch.int64).cumsum(0) - 1
+    choice_K = torch.arange(config.top_k, device=scores_TE.device)
+    return (token_T.unsqueeze(1) * config.top_k + choice_K) % config.num_experts
 
 
 # --- scores -----------------------------------------------------------------------------------
