@@ -1,0 +1,93 @@
+"""The plan's collectives are those that a traced run issues: each one, in order, to the byte."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, SharedConfig, Weigh, init_weights
+from spmd_moe.activation import SQUARED_RELU
+from spmd_moe.boundary import INSIDE
+from spmd_moe.check import Built, Layout
+from spmd_moe.check.forecast import Collective, forecast, group
+from spmd_moe.check.signatures import signatures
+from spmd_moe.check.trace import Configuration, Trace, trace
+from spmd_moe.check.world import Issued
+from spmd_moe.dispatch import AllGather, AllToAll
+from spmd_moe.placement import CP, DENSE, DP, EXPERT, TP, I, Placement, R, S, V
+from spmd_moe.shard import ShardShape
+
+PLAIN = MoEConfig(16, 24, RouterConfig(12, 2, balanced=True))
+CONFIGS = {
+    "plain": PLAIN,
+    "whole": dataclasses.replace(PLAIN, src=R, dst=I, balance="batch"),
+    "gathered": dataclasses.replace(PLAIN, dst=R, shared=SharedConfig(24, gated=True)),
+    "invariant": dataclasses.replace(
+        PLAIN, src=I, dst=R, shared=SharedConfig(24, gated=True, sharded=True)
+    ),
+    "late": dataclasses.replace(PLAIN, weigh=Weigh.IN_COMBINE, activation=SQUARED_RELU),
+    "not gated": dataclasses.replace(
+        PLAIN, activation=SQUARED_RELU, shared=SharedConfig(24), router=RouterConfig(12, 3, balanced=True)
+    ),
+}
+LAYOUTS = [Layout(dp=2, tp=4, ep=2, etp=2), Layout(cp=2, tp=3, ep=3), Layout(tp=4, etp=4), Layout()]
+DISPATCHERS = {"all_to_all": AllToAll, "all_gather": AllGather, "chosen": None}
+
+
+def traced(
+    config: MoEConfig, dispatcher: Any, configuration: Configuration, dtype: torch.dtype
+) -> tuple[Trace, list[Collective]]:
+    """A run in which all ranks are like this one, and the plan of such a world."""
+    planned: list[Collective] = []
+    layout, rank, tokens = configuration.layout, configuration.rank, configuration.tokens
+
+    def target(mesh: MoEMesh, tokens: int) -> Built:
+        made = None if dispatcher is None else dispatcher(mesh, config.router.num_experts)
+        layer = MoE(config, mesh, made)
+        init_weights(layer, mesh, seed=0)
+        tp = mesh[TP]
+        share = ShardShape.even(tokens, tp.size)
+        mine = share.sizes[tp.rank]
+        rows = mine if config.src == INSIDE else tokens
+        x = torch.randn(rows, config.width, dtype=dtype, requires_grad=True)
+        # Inside the layer a whole of R or I is shared out evenly; all else is this rank's mirror.
+        tokens_r = [mine] * layout.world
+        if config.src != INSIDE:
+            for other, size in zip(group(layout, rank, TP), share.sizes, strict=True):
+                tokens_r[other] = size
+        planned.extend(forecast(layer.to(dtype), layout, rank, tokens_r, dtype))
+        kind = S(0) if config.src == INSIDE else config.src
+        return Built(layer, (x,), (Placement((DP[V], CP[V], TP[kind])),))
+
+    with signatures({"spmd_moe"}):
+        return trace(target, configuration, {"spmd_moe"}), planned
+
+
+def said(layout: Layout, rank: int, when: str, issued: Issued) -> tuple[object, ...]:
+    roles = [r for r in (*DENSE, *EXPERT) if tuple(group(layout, rank, r)) == issued.group]
+    return when, issued.op, roles, issued.shape, issued.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_forecast_is_what_happens(
+    config: str, layout: Layout, dispatcher: str, dtype: torch.dtype
+) -> None:
+    for tokens, rank in ((6 * layout.tp, 0), (5, layout.world - 1), (0, 0), (1, 0)):
+        made = DISPATCHERS[dispatcher]
+        run, planned = traced(CONFIGS[config], made, Configuration(layout, tokens, rank), dtype)
+        assert run.findings == []
+        happened = [said(layout, rank, "forward", i) for i in run.forward]
+        happened += [said(layout, rank, "backward", i) for i in run.backward]
+        foreseen = [(c.when, c.op, c.role, c.shape, c.dtype) for c in planned]
+        assert len(happened) == len(foreseen)
+        for (when, op, roles, *rest), (when_, op_, role, *rest_) in zip(
+            happened, foreseen, strict=True
+        ):
+            assert (when, op, rest) == (when_, op_, rest_) and role in roles
+        assert bool(happened) == (layout.world > 1)
