@@ -134,9 +134,18 @@ class MoEMesh:
     def expert(self) -> DeviceMesh:
         return self._device_mesh(1)
 
-    def agree(self, where: str, settings: Mapping[str, object], device_type: str) -> None:
+    def agree(self, where: str, settings: Mapping[str, object]) -> None:
         """Raise on every rank if `settings` differ between ranks. One small exchange."""
-        agree(where, settings, [self[role].group for role in reversed(DENSE)], device_type)
+        groups = [self[role].group for role in reversed(DENSE) if self[role].size > 1]
+        if groups:
+            agree(where, settings, groups, self.dense.device_type)
+
+    def same_layout(self, other: MoEMesh) -> bool:
+        """This rank has the same place in both."""
+        if other is self:
+            return True
+        pairs = ((self[role], other[role]) for role in self._axes)
+        return all((a.size, a.rank) == (b.size, b.rank) for a, b in pairs)
 
     def _device_mesh(self, which: int) -> DeviceMesh:
         if not self._device_meshes:

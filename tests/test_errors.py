@@ -27,10 +27,10 @@ import spmd_moe
 from spmd_moe import TP, I, MoEMesh, P, Placed, R, S, ShardShape, SpmdMoeError, V, redistribute
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import exchange
-from spmd_moe.dispatch import Local
+from spmd_moe.dispatch import AllToAll, Local
 from spmd_moe.experts import Experts, Keep
 from spmd_moe.init import init_weights
-from spmd_moe.losses import Totals
+from spmd_moe.losses import Totals, totals, update_selection_bias
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.router import RouterConfig
 from tests.simulate import fake_world
@@ -86,6 +86,15 @@ def built(
             config = {"width": 4, "hidden": 8, "router": RouterConfig(8, 2)} | settings
             layer = MoE(MoEConfig(**config), mesh)  # type: ignore[arg-type]  # wrong on purpose
             return layer if x is None else layer(x)
+
+    return act
+
+
+def dispatched(make: Callable[[MoEMesh], object]) -> Callable[[], object]:
+    def act() -> object:
+        with fake_world(2):
+            mesh = MoEMesh.init("cpu", tp=2, ep=2)
+            return MoE(MoEConfig(4, 8, RouterConfig(8, 2)), mesh, make(mesh))  # type: ignore[arg-type]  # wrong on purpose
 
     return act
 
@@ -176,6 +185,21 @@ CASES: dict[str, Callable[[], object]] = {
     "router_groups_too_small": routed(groups=4, groups_kept=1, top_k=3),
     "router_dtype": routed(dtype=torch.bfloat16),
     "router_jitter": routed(jitter=1.5),
+    "whole_number": routed(top_k=2.0),
+    "config_width": lambda: MoEConfig(0, 8, RouterConfig(8, 2)),
+    "config_balance": lambda: MoEConfig(4, 8, RouterConfig(8, 2), balance="all"),  # type: ignore[arg-type]  # wrong on purpose
+    "config_activation": built(activation="swiglu"),
+    "moe_without_mesh": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), None),  # type: ignore[arg-type]  # wrong on purpose
+    "dispatcher_class": dispatched(lambda mesh: AllToAll),
+    "dispatcher_of_other_experts": dispatched(lambda mesh: AllToAll(mesh, 16)),
+    "dispatcher_of_other_mesh": dispatched(lambda mesh: Local(MoEMesh.single())),
+    "init_other_mesh": lambda: _initialised(lambda layer: (layer, MoEMesh.single())),
+    "init_undeclared": lambda: _initialised(
+        lambda layer: (torch.nn.Sequential(torch.nn.Linear(4, 4), layer), layer.mesh)
+    ),
+    "losses_none": lambda: totals(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
+    "bias_of_no_list": lambda: update_selection_bias(_layer().router, MoEMesh.single(), 0.1),  # type: ignore[arg-type]  # wrong on purpose
+    "bias_of_layers": lambda: update_selection_bias([_layer()], MoEMesh.single(), 0.1),  # type: ignore[list-item]  # wrong on purpose
     "experts_over_ep": built(router=RouterConfig(6, 2)),
     "boundary_kind": built(src=S(1)),
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
@@ -184,6 +208,11 @@ CASES: dict[str, Callable[[], object]] = {
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_counts": experts(3, 1, 3),
     "moe_width": called(torch.ones(3, 5)),
+    "moe_one_token": called(torch.ones(4)),
+    "moe_dims": called(torch.ones(2, 3, 5, 4)),
+    "moe_dtype": called(torch.ones(3, 4, dtype=torch.bfloat16)),
+    "moe_mask_dtype": called(torch.ones(3, 4), torch.ones(3)),
+    "moe_ids_shape": called(torch.ones(3, 4), None, ids[:2]),
     "moe_device": called(torch.ones(3, 4, device="meta")),
     "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
@@ -196,6 +225,16 @@ CASES: dict[str, Callable[[], object]] = {
     "router_group_best": routed(groups=2, group_best=3),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
 }
+
+
+def _layer() -> MoE:
+    return MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
+
+
+def _initialised(pick: Callable[[MoE], tuple[torch.nn.Module, MoEMesh]]) -> None:
+    with fake_world(2):
+        mesh = MoEMesh.init("cpu", tp=2, ep=2)
+        init_weights(*pick(MoE(MoEConfig(4, 8, RouterConfig(8, 2)), mesh)), seed=0)
 
 
 def _of_sequences() -> Totals:

@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "placement",
     "shard",
+    "settings",
     "agree",
     "mesh",
     "ranks",
@@ -45,6 +46,7 @@ ORDER = [
     "boundary",
     "losses",
     "init",
+    "inputs",
     "moe",
     "load",
 ]

@@ -56,8 +56,8 @@ class AllToAll:
     """The dispatcher for experts sharded on ep and on etp, either of which may have size 1."""
 
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
-        self.ep, self.etp = mesh[EP], mesh[ETP]
-        self.num_local = num_experts // self.ep.size
+        self.axes = self.ep, self.etp = mesh[EP], mesh[ETP]
+        self.num_experts, self.num_local = num_experts, num_experts // self.ep.size
 
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots

@@ -19,10 +19,11 @@ from spmd_moe.router import Routing
 
 @final
 class Local:
-    """The dispatcher of a rank that has all experts, whole."""
+    """The dispatcher of a rank that has all experts, whole: `Local(mesh)`, of any number."""
 
     def __init__(self, mesh: MoEMesh) -> None:
-        for axis in (mesh[EP], mesh[ETP]):
+        self.axes = mesh[EP], mesh[ETP]
+        for axis in self.axes:
             if axis.size > 1:
                 raise ConfigError(
                     explain(
