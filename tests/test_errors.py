@@ -24,7 +24,22 @@ from spmd_types.checker import typecheck
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import spmd_moe
-from spmd_moe import TP, I, MoEMesh, P, Placed, R, S, ShardShape, SpmdMoeError, V, redistribute
+from spmd_moe import (
+    EP,
+    ETP,
+    TP,
+    I,
+    MoEMesh,
+    P,
+    Placed,
+    R,
+    S,
+    ShardShape,
+    SpmdMoeError,
+    V,
+    fault,
+    redistribute,
+)
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import exchange
 from spmd_moe.dispatch import AllToAll, Local
@@ -216,7 +231,8 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_device": called(torch.ones(3, 4, device="meta")),
     "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
-    "moe_scores": called(torch.full((3, 4), torch.nan)),
+    "moe_scores": called(torch.cat([x34[:1] * torch.nan, x34[1:]])),
+    "moe_scores_of_ranks": lambda: _scores_of_ranks(),
     "moe_never_initialised": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())(
         x34
     ),
@@ -225,6 +241,12 @@ CASES: dict[str, Callable[[], object]] = {
     "router_group_best": routed(groups=2, group_best=3),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
 }
+
+
+def _scores_of_ranks() -> None:
+    with fake_world(4):
+        mesh = MoEMesh.init("cpu", tp=4, ep=2, etp=2)
+        fault.check([0, 1, 0, 1], (mesh[ETP], mesh[EP]), 4, 8)
 
 
 def _layer() -> MoE:

@@ -37,7 +37,7 @@ class Local:
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, None]:
-        fault.check_alone(routing.fault)
+        fault.check_alone(routing.fault, routing.logits_TE)
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
         if slots.complete:  # nothing is sent, so rows need not be made before the experts read them
             gather = Gather(slots.token_N, slots.row_TK)
