@@ -8,6 +8,7 @@ After a deliberate change, write the files anew and read the diff:
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 import sys
 import traceback
@@ -69,7 +70,7 @@ def moved(x: torch.Tensor, **how: object) -> Callable[[], object]:
 def meshed(world: int, **degrees: object) -> Callable[[], object]:
     def act() -> object:
         with fake_world(world):
-            return MoEMesh.init("cpu", **degrees)  # type: ignore[arg-type]  # wrong on purpose
+            return MoEMesh.init(**({"device_type": "cpu"} | degrees))  # type: ignore[arg-type]  # wrong on purpose
 
     return act
 
@@ -157,6 +158,7 @@ def disagreeing() -> tuple[str, list[Site]]:
 x53, x34, ids = torch.ones(5, 3), torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "placed_without_kind": lambda: Placed[torch.Tensor, TP],
+    "placed_alone": lambda: Placed[torch.Tensor],
     "placed_role_twice": lambda: Placed[torch.Tensor, TP[R], TP[V]],
     "role_with_no_kind": lambda: TP["S"],  # type: ignore[index]  # wrong on purpose
     "shard_no_ranks": lambda: ShardShape.ragged([]),
@@ -180,6 +182,16 @@ CASES: dict[str, Callable[[], object]] = {
     "move_from_v": moved(x53, src=V, dst=R),
     "move_to_v": moved(x53, src=R, dst=V),
     "move_no_such_dim": moved(x53, src=R, dst=S(2)),
+    "move_to_the_class_s": moved(x53, src=R, dst=S),
+    "move_from_text": moved(x53, src="R", dst=S(0)),
+    "move_shape_list": moved(x53, src=R, dst=S(0), shape=[2, 2, 1, 0]),
+    "move_dtype_text": moved(x53, src=P, dst=R, dtype="float32"),
+    "move_on_a_role": lambda: redistribute(x53, TP, src=P, dst=R),  # type: ignore[arg-type]  # wrong on purpose
+    "move_on_a_name": lambda: redistribute(x53, "ep", src=P, dst=R),  # type: ignore[arg-type]  # wrong on purpose
+    "mesh_device_type": lambda: MoEMesh.single("gpu"),
+    "mesh_device_index": meshed(1, device_type="cuda:0"),
+    "layer_pickled": lambda: pickle.dumps(_layer()),
+    "mesh_pickled": lambda: pickle.dumps(MoEMesh.single()),
     "move_needs_shape": moved(x53, src=R, dst=S(0)),
     "move_shape_without_shard": moved(x53, src=P, dst=R, shape=ShardShape.even(5, 4)),
     "move_two_shapes_for_one": moved(x53, src=P, dst=S(0), shape=(ShardShape.even(5, 4),) * 2),

@@ -23,6 +23,7 @@ ORDER = [
     "placement",
     "shard",
     "settings",
+    "degrees",
     "agree",
     "mesh",
     "ranks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,16 +14,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spmd_moe import (
+    CLAMPED_SWIGLU,
+    EP,
     AllGather,
     AllToAll,
     Arrived,
+    Experts,
     Local,
     MoE,
     MoEConfig,
     MoEMesh,
     RouterConfig,
+    SharedConfig,
     SpmdMoeError,
     init_weights,
+    placements_of,
 )
 from tests.simulate import fake_world
 from tests.threads import threaded
@@ -211,3 +217,51 @@ def test_a_mesh_of_the_same_layout_is_the_same() -> None:
         init_weights(layer, mesh_of_four(), seed=0)
         with pytest.raises(SpmdMoeError, match="the layer is on"):
             init_weights(layer, MoEMesh.init("cpu", tp=4, ep=4), seed=0)
+
+
+# --- copies -----------------------------------------------------------------------------------
+
+
+def copied() -> tuple[bool, bool, bool]:
+    """Same output; same mesh, groups and activation; weights of its own."""
+    mesh = mesh_of_four() if dist.is_initialized() else MoEMesh.single()
+    layer = MoE(replace(CONFIG, activation=CLAMPED_SWIGLU, shared=SharedConfig(8)), mesh)
+    init_weights(layer, mesh, seed=0)
+    twin, x = copy.deepcopy(layer), torch.ones(3, 6)
+    before = layer(x).hidden
+    with torch.no_grad():
+        twin.experts.w1_eFD.zero_()
+    shared = twin.mesh is mesh and twin.experts.etp is layer.experts.etp
+    same = twin.config == layer.config and twin.experts.activation is CLAMPED_SWIGLU
+    return (
+        torch.equal(layer(x).hidden, before),
+        shared and same,
+        torch.equal(twin(x).hidden, before),
+    )
+
+
+def test_a_copy_of_a_layer_is_on_the_same_mesh() -> None:
+    assert copied() == (True, True, False)
+    mesh = MoEMesh.single()
+    assert copy.copy(mesh) is mesh and copy.copy(mesh[EP]) is mesh[EP]
+
+
+@pytest.mark.gloo
+def test_a_copy_of_a_layer_on_processes() -> None:
+    assert run(4, copied) == [(True, True, False)] * 4
+
+
+def test_what_a_copy_computes() -> None:
+    layer = MoE(CONFIG, MoEMesh.single())
+    init_weights(layer, layer.mesh, seed=0)
+    x = torch.randn(5, 6)
+    assert torch.equal(copy.deepcopy(layer)(x).hidden, layer(x).hidden)
+
+
+# --- kinds, asked of an object ----------------------------------------------------------------
+
+
+def test_placements_of_an_object_are_those_of_its_class() -> None:
+    layer = MoE(CONFIG, MoEMesh.single())
+    assert placements_of(layer.experts) == placements_of(Experts) != {}
+    assert placements_of(layer.experts.forward) == placements_of(Experts.forward) != {}
