@@ -12,8 +12,10 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from spmd_moe import (
+    EP,
     AllGather,
     AllToAll,
+    Axis,
     Dispatcher,
     MoE,
     MoEConfig,
@@ -24,6 +26,7 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.check.threads import threaded
+from spmd_moe.fault import check
 from tests.workers import run
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
@@ -76,13 +79,15 @@ def test_every_rank_is_told_alike(
     what = "expert_ids name experts that do not exist" if "id" in fault else "scores are NaN"
     (text, usable), *others = threaded(4, told, dispatcher, world, fault)
     assert usable and all(other == (text, True) for other in others)
-    assert what in text and text.endswith("on 1 of 4 ranks.")
+    _, _, ep, etp = world
+    place = f"ep {ep - 1}" if dispatcher is AllGather else f"etp {etp - 1} ep {ep - 1}"
+    assert what in text and text.endswith(f"on 1 of 4 ranks ({place}).")
 
 
 @pytest.mark.gloo
 def test_every_process_is_told_alike() -> None:
     (text, usable), *others = run(4, told, AllToAll, WORLDS[1], "nan")
-    assert "scores are NaN or infinite on 1 of 4 ranks" in text
+    assert "scores are NaN or infinite on 1 of 4 ranks (etp 1 ep 1)." in text
     assert usable and all(other == (text, True) for other in others)
 
 
@@ -91,13 +96,40 @@ def test_both_faults_at_once_are_counted_apart() -> None:
         layer, _ = made(AllToAll, 4, 1, 4, 1)
         x, ids = torch.ones(1, 6), torch.full((1, 2), 9)
         x = x * torch.nan if dist.get_rank() < 2 else x
-        with pytest.raises(RoutingError, match="scores are NaN or infinite on 2 of 4 ranks"):
+        with pytest.raises(
+            RoutingError, match=r"or infinite on 2 of 4 ranks \(etp 0 ep 0, etp 0 ep 1\)"
+        ):
             layer(x, None, ids)
-        with pytest.raises(RoutingError, match="do not exist on 4 of 4 ranks"):
+        with pytest.raises(RoutingError, match=r"do not exist on 4 of 4 ranks\.") as error:
             layer(torch.ones(1, 6), None, ids)
-        return "told"
+        fix = str(error.value).split("fix: ")[1].splitlines()[0]
+        given = {"expert_ids": torch.tensor([[9, -2]])}
+        exec(fix, given)
+        return "told" if layer(torch.ones(1, 6), None, given["expert_ids"]).dropped == 2 else fix
 
     assert threaded(4, both) == ["told"] * 4
+
+
+@pytest.mark.parametrize("ranks_of_nan", [1, 4])
+def test_init_weights_is_offered_where_it_can_help(ranks_of_nan: int) -> None:
+    """Weights that nobody set are NaN on all ranks; NaN on some ranks is in their tokens."""
+
+    def offered() -> bool:
+        layer, _ = made(AllToAll, 4, 1, 4, 1)
+        x = torch.ones(1, 6) * (torch.nan if dist.get_rank() < ranks_of_nan else 1)
+        with pytest.raises(RoutingError) as error:
+            layer(x)
+        return "init_weights" in str(error.value)
+
+    assert threaded(4, offered) == [ranks_of_nan == 4] * 4
+
+
+def test_many_ranks_are_named_in_part() -> None:
+    axis = Axis(EP, "north", 64, 0, MoEMesh.single()[EP].group)
+    with pytest.raises(
+        RoutingError, match=r"on 63 of 64 ranks \(north 1, .* north 8 and 55 more\)"
+    ):
+        check([0] + [1] * 63, [axis], 64, num_experts=64)
 
 
 def test_what_a_mask_hides_is_no_fault() -> None:

@@ -32,7 +32,7 @@ from spmd_moe import (
     ShardShape,
     redistribute,
 )
-from spmd_moe.mesh import _nearest_divisor
+from spmd_moe.degrees import _nearest_divisor
 from spmd_moe.placement import Kind
 from tests.simulate import fake_world, simulated
 from tests.workers import run
