@@ -238,6 +238,15 @@ def test_no_routers_and_nothing_seen_change_nothing() -> None:
     assert layer.router.bias_E.tolist() == [0.0] * 8
 
 
+def test_large_counts_are_told_apart() -> None:
+    """float32 has no number between 2**24 and 2**24 + 2."""
+    mesh = MoEMesh.single()
+    router = Router(RouterConfig(4, top_k=2), 3, mesh)
+    router.seen_E.copy_(torch.tensor([2**24 + 1, 2**24] * 2))
+    update_selection_bias([router], mesh, RATE)
+    assert router.bias_E.tolist() == [-RATE, RATE] * 2
+
+
 def test_updates_spread_the_load() -> None:
     """A router that would send everything to two experts comes to use all."""
     layer, loads, x = single(), [], tokens(3).detach()
