@@ -340,6 +340,13 @@ def test_every_row_has_a_stream_of_its_own() -> None:
     assert len(set(firsts)) == len(firsts) == 7
 
 
+def test_layers_of_a_model_begin_with_values_of_their_own() -> None:
+    layers = torch.nn.ModuleList([single(), single()])
+    init_weights(layers, MoEMesh.single(), seed=0)
+    for name, value in layers[0].named_parameters():
+        assert not torch.isin(value, layers[1].get_parameter(name)).any(), name
+
+
 def test_initial_values_have_the_spread_that_is_asked_for() -> None:
     mesh, layer = MoEMesh.single(), single(replace(CONFIG, width=64))
     init_weights(layer, mesh, seed=0, std=0.02)
