@@ -27,6 +27,7 @@ from spmd_moe import (
 )
 from spmd_moe.check.threads import threaded
 from spmd_moe.fault import check
+from spmd_moe.router import Router
 from tests.workers import run
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
@@ -187,11 +188,11 @@ def test_balanced_choices_have_full_entropy() -> None:
 # --- jitter -------------------------------------------------------------------------------------
 
 
-def jittered(amount: float) -> tuple[Tensor, Tensor, Tensor]:
+def jittered(degrees: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
     """A training forward, the same computed again under a checkpoint, and one of evaluation."""
     torch.manual_seed(5)
-    mesh = MoEMesh.init("cpu", dp=2, tp=2)
-    layer = MoE(replace(CONFIG, router=RouterConfig(8, 2, jitter=amount)), mesh)
+    mesh = MoEMesh.init("cpu", **degrees)
+    layer = MoE(replace(CONFIG, router=RouterConfig(8, 2, jitter=0.3)), mesh)
     init_weights(layer, mesh, seed=0, std=1.0)
     noises: list[Tensor] = []
 
@@ -208,11 +209,22 @@ def jittered(amount: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.gloo
-def test_noise_differs_by_rank_and_is_the_same_when_computed_again() -> None:
+@pytest.mark.parametrize("degrees", [{"dp": 2, "tp": 2}, {"cp": 4}, {"dp": 2, "cp": 2}], ids=str)
+def test_noise_differs_by_rank_and_is_the_same_when_computed_again(degrees: dict[str, int]) -> None:
     """Ranks have other tokens on every dense axis, so each has a stream of its own."""
-    by_rank = run(4, jittered, 0.3)
+    by_rank = run(4, jittered, degrees)
     for first, again, plain in by_rank:
         assert torch.equal(first, again) and not torch.equal(first, plain)
     firsts = [first for first, _, _ in by_rank]
     assert all(not torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
     assert torch.equal(*(plain for _, _, plain in by_rank[:2]))
+
+
+def test_noise_scales_up_as_much_as_down() -> None:
+    torch.manual_seed(0)
+    router = Router(RouterConfig(4, 2, jitter=0.25), 4, MoEMesh.single())
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.eye(4))  # so that a logit is an input with its noise
+    noise = router(torch.ones(500, 4)).logits_TE
+    assert 0.75 <= noise.min() < 0.76 and 1.24 < noise.max() <= 1.25
+    assert noise.mean().item() == pytest.approx(1, abs=0.01)
