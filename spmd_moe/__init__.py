@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from spmd_moe.activation import SWIGLU as SWIGLU
     from spmd_moe.activation import Activation as Activation
     from spmd_moe.activation import clamped_swiglu as clamped_swiglu
+    from spmd_moe.collectives import Dtype as Dtype
     from spmd_moe.declare import declare as declare
     from spmd_moe.dispatch import AllGather as AllGather
     from spmd_moe.dispatch import AllToAll as AllToAll
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
     from spmd_moe.experts import Experts as Experts
     from spmd_moe.experts import Keep as Keep
     from spmd_moe.experts import Weigh as Weigh
+    from spmd_moe.grouped import GroupedMatmul as GroupedMatmul
+    from spmd_moe.grouped import Matmul as Matmul
     from spmd_moe.grouped import PerExpert as PerExpert
     from spmd_moe.init import init_weights as init_weights
     from spmd_moe.load import Load as Load
     from spmd_moe.load import expert_load as expert_load
+    from spmd_moe.losses import BatchTotals as BatchTotals
+    from spmd_moe.losses import GroupSums as GroupSums
+    from spmd_moe.losses import GroupTotals as GroupTotals
     from spmd_moe.losses import LossTerms as LossTerms
+    from spmd_moe.losses import Sums as Sums
     from spmd_moe.losses import Totals as Totals
     from spmd_moe.losses import balance_loss as balance_loss
     from spmd_moe.losses import totals as totals
@@ -50,6 +57,7 @@ if TYPE_CHECKING:
     from spmd_moe.obligations import obligations as obligations
     from spmd_moe.optim import clip_grad_norm_ as clip_grad_norm_
     from spmd_moe.optim import reduce_gradients as reduce_gradients
+    from spmd_moe.permute import Gather as Gather
     from spmd_moe.permute import Slots as Slots
     from spmd_moe.permute import spread as spread
     from spmd_moe.permute import take_scores as take_scores
@@ -59,20 +67,34 @@ if TYPE_CHECKING:
     from spmd_moe.placement import EP as EP
     from spmd_moe.placement import ETP as ETP
     from spmd_moe.placement import TP as TP
+    from spmd_moe.placement import ExpertHiddenBias as ExpertHiddenBias
+    from spmd_moe.placement import ExpertInWeight as ExpertInWeight
+    from spmd_moe.placement import ExpertOutBias as ExpertOutBias
+    from spmd_moe.placement import ExpertOutWeight as ExpertOutWeight
+    from spmd_moe.placement import GatheredRows as GatheredRows
     from spmd_moe.placement import I as I
+    from spmd_moe.placement import Kind as Kind
     from spmd_moe.placement import P as P
     from spmd_moe.placement import Placed as Placed
     from spmd_moe.placement import Placement as Placement
     from spmd_moe.placement import R as R
     from spmd_moe.placement import Role as Role
+    from spmd_moe.placement import RoleKind as RoleKind
+    from spmd_moe.placement import RouterWeight as RouterWeight
+    from spmd_moe.placement import RowSums as RowSums
     from spmd_moe.placement import S as S
+    from spmd_moe.placement import Tokens as Tokens
+    from spmd_moe.placement import TokenSums as TokenSums
     from spmd_moe.placement import V as V
+    from spmd_moe.placement import Whole as Whole
     from spmd_moe.placement import placement_of as placement_of
     from spmd_moe.placement import placements_of as placements_of
+    from spmd_moe.redistribute import Shape as Shape
     from spmd_moe.redistribute import redistribute as redistribute
     from spmd_moe.router import Router as Router
     from spmd_moe.router import RouterConfig as RouterConfig
     from spmd_moe.router import Routing as Routing
+    from spmd_moe.router import ScoreName as ScoreName
     from spmd_moe.shard import ShardShape as ShardShape
 else:
     # Each name is loaded from its file when it is first asked for, so that a tool which needs one
@@ -83,23 +105,26 @@ else:
     _FILES = {
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
         "declare": "declare",
+        "collectives": "Dtype",
         "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
         "errors": "ConfigError DtypeError GradientError MeshError PlacementError RoutingError "
         "ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",
-        "grouped": "PerExpert",
+        "grouped": "GroupedMatmul Matmul PerExpert",
         "init": "init_weights",
         "load": "Load expert_load",
-        "losses": "LossTerms Totals balance_loss totals update_selection_bias z_loss",
+        "losses": "BatchTotals GroupSums GroupTotals LossTerms Sums Totals balance_loss totals "
+        "update_selection_bias z_loss",
         "mesh": "Axis MoEMesh",
         "moe": "MoE MoEConfig MoEOutput SharedConfig",
         "obligations": "Obligation Obligations obligations",
         "optim": "clip_grad_norm_ reduce_gradients",
-        "permute": "Slots spread take_scores",
-        "placement": "CP DP EDP EP ETP TP I P Placed Placement R Role S V placement_of "
-        "placements_of",
-        "redistribute": "redistribute",
-        "router": "Router RouterConfig Routing",
+        "permute": "Gather Slots spread take_scores",
+        "placement": "CP DP EDP EP ETP TP ExpertHiddenBias ExpertInWeight ExpertOutBias "
+        "ExpertOutWeight GatheredRows I Kind P Placed Placement R Role RoleKind RouterWeight "
+        "RowSums S TokenSums Tokens V Whole placement_of placements_of",
+        "redistribute": "Shape redistribute",
+        "router": "Router RouterConfig Routing ScoreName",
         "shard": "ShardShape",
     }
     _HOME = {name: file for file, names in _FILES.items() for name in names.split()}

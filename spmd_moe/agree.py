@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from spmd_types import no_typecheck
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import local_tensor_mode
 
 from spmd_moe.errors import MeshError, explain
 
-_LONGEST_TEXT = 256  # bytes of settings that a rank tells the others; fixed, so that all fit
+_LONGEST_TEXT = 2048  # bytes of settings that a rank tells the others; fixed, so that all fit
 
 
 def agree(
@@ -22,29 +24,49 @@ def agree(
 ) -> None:
     """Raise on every rank if the ranks called with different settings.
 
-    Gathered along one group after another, so the groups of a mesh reach all of its ranks.
+    A digest is gathered along one group after another, so the groups of a mesh reach all of its
+    ranks. Where the digests differ, so do the settings, and these are gathered to be told.
     """
     if local_tensor_mode() is not None:
         return  # all simulated ranks run this very call
-    text = " ".join(f"{name}={value}" for name, value in settings.items())
-    mine = text.encode()[:_LONGEST_TEXT].ljust(_LONGEST_TEXT)
+    text = "\n".join(f"{name}={value}" for name, value in settings.items()).encode()
+    with no_typecheck():
+        digests = _gathered(hashlib.sha256(text).digest(), groups, device_type)
+        if len(set(digests)) == 1:
+            return
+        texts = _gathered(text[:_LONGEST_TEXT].ljust(_LONGEST_TEXT), groups, device_type)
+    raise MeshError(
+        explain(
+            where,
+            f"the ranks were called with different settings: {_differing(texts)}",
+            why="ranks that disagree wait for each other for ever",
+            fixes=["give every rank the same settings"],
+        )
+    )
+
+
+def _gathered(
+    mine: bytes, groups: Sequence[ProcessGroup | None], device_type: str
+) -> Sequence[bytes]:
+    """What every rank says, in the order of the ranks."""
     rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device_type)
+    if type(rows) is not torch.Tensor:
+        return [mine]  # a layer without memory (FakeTensorMode) has no values to exchange
     for group in groups:
         size = dist.get_world_size(group)
         if size > 1:
             parts = [torch.empty_like(rows) for _ in range(size)]
             dist.all_gather(parts, rows, group=group)
             rows = torch.cat(parts)
+    return [bytes(row) for row in rows.tolist()]
+
+
+def _differing(texts: Sequence[bytes]) -> str:
+    """The settings that are not the same on all ranks, with the ranks that have each."""
+    lines = [text.decode(errors="replace").strip().split("\n") for text in texts]
+    everywhere = set(lines[0]).intersection(*lines[1:])
     said: dict[str, list[int]] = {}
-    for rank, row in enumerate(rows.tolist()):
-        said.setdefault(bytes(row).decode(errors="replace").strip(), []).append(rank)
-    if len(said) > 1:
-        each = " | ".join(f"{text} on ranks {ranks}" for text, ranks in said.items())
-        raise MeshError(
-            explain(
-                where,
-                f"the ranks were called with different settings: {each}",
-                why="ranks that disagree wait for each other for ever",
-                fixes=["give every rank the same settings"],
-            )
-        )
+    for rank, own in enumerate(lines):
+        text = " ".join(line for line in own if line not in everywhere)
+        said.setdefault(text, []).append(rank)
+    return " | ".join(f"{text} on ranks {ranks}" for text, ranks in said.items())

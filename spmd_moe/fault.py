@@ -10,15 +10,20 @@ raises the same error, after that exchange and before the next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import torch
 from torch import Tensor, nn
 
 from spmd_moe.collectives import host_ints
 from spmd_moe.errors import RoutingError, explain
+from spmd_moe.mesh import Axis
 from spmd_moe.placement import Tokens
 
 # Marks of several ranks may be added up, and still tell the two apart.
 _NOT_FINITE, _NO_SUCH_EXPERT = 1, 1 << 32
+_TOLD = 8  # ranks that a message names
 
 
 def unset(*shape: int) -> nn.Parameter:
@@ -36,36 +41,60 @@ def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tensor:
     return found * _NOT_FINITE + wrong_TK.any().to(torch.int64) * _NO_SUCH_EXPERT
 
 
-def check_alone(marked: Tokens) -> None:
+def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
     """For a rank that exchanges nothing. Left out where the read would be the only one: it would
     wait for a device, or break a compiled graph in two."""
     if marked.device.type == "cpu" and not torch.compiler.is_compiling():
         (marks,) = host_ints(marked.view(1))
-        check(marks, "1 rank")
+        if marks:
+            unset = bool(logits_TE.isnan().all())
+            raise _error([marks], [], 1, logits_TE.shape[1], unset)
 
 
-def check(marks: int, where: str) -> None:
-    """Raise if any of the marks, added up, is set."""
-    if not marks:
-        return
-    scores, ids = marks % _NO_SUCH_EXPERT, marks // _NO_SUCH_EXPERT
-    if scores:
-        raise RoutingError(
+def check(marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int) -> None:
+    """Raise if any mark is set. They stand in the order of the ranks of `axes`, the last in turn;
+    where that is fewer than `ranks`, each is the sum of several."""
+    if any(marks):
+        everywhere = sum(m % _NO_SUCH_EXPERT for m in marks) == ranks
+        raise _error(marks, axes, ranks, num_experts, unset=everywhere)
+
+
+def _error(
+    marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int, unset: bool
+) -> RoutingError:
+    scores = [m % _NO_SUCH_EXPERT for m in marks]
+    if any(scores):
+        fixes = ["assert x.isfinite().all()   # before the layer, to find where they begin"]
+        if unset:
+            fixes.insert(0, "init_weights(layer, mesh, seed=0)   # if nobody has set the weights")
+        return RoutingError(
             explain(
                 "Router",
-                f"scores are NaN or infinite on {scores} of {where}",
+                f"scores are NaN or infinite on {_who(scores, axes, ranks)}",
                 why="such a token has no best expert, and its gradient would spoil all weights",
-                fixes=[
-                    "init_weights(layer, mesh, seed=0)   # weights that nobody has set are NaN",
-                    "assert x.isfinite().all()   # before the layer, to find where they begin",
-                ],
+                fixes=fixes,
             )
         )
-    raise RoutingError(
+    ids = [m // _NO_SUCH_EXPERT for m in marks]
+    return RoutingError(
         explain(
             "Router",
-            f"expert_ids name experts that do not exist on {ids} of {where}",
-            why="ids run from 0 to num_experts - 1, and -1 is no expert",
-            fixes=["expert_ids = expert_ids.where(expert_ids < num_experts, -1)"],
+            f"expert_ids name experts that do not exist on {_who(ids, axes, ranks)}",
+            why=f"ids of {num_experts} experts are 0 to {num_experts - 1}, and -1 is no expert",
+            fixes=[
+                f"expert_ids = expert_ids.where(expert_ids < {num_experts}, -1).clamp(min=-1)"
+                "   # no expert instead"
+            ],
         )
     )
+
+
+def _who(counts: Sequence[int], axes: Sequence[Axis], ranks: int) -> str:
+    """How many ranks, and where they stand on the axes: `1 of 4 ranks (ep 3)`."""
+    text = f"{sum(counts)} of {ranks} rank{'s' if ranks > 1 else ''}"
+    if sum(counts) == ranks:
+        return text
+    places = product(*([f"{axis.name} {rank}" for rank in range(axis.size)] for axis in axes))
+    found = [" ".join(place) for count, place in zip(counts, places, strict=True) if count]
+    more = f" and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+    return f"{text} ({', '.join(found[:_TOLD])}{more})"

@@ -15,7 +15,7 @@ taken outside, once: the loss is again P, and summed over ranks it is what one p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast, final
 
@@ -30,6 +30,7 @@ from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens
 from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Router, Routing, count
+from spmd_moe.settings import a_thing, instance
 
 # What holds however a batch is balanced, and whatever the model around the layer is on tp.
 GroupSums: TypeAlias = Placed[Tensor, CP[P]]
@@ -141,6 +142,7 @@ def _whole(x: GroupSums, tp: Axis) -> Tensor:
 
 def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
     """The counts that the losses of one batch are taken by."""
+    _check_terms("totals", terms)
     over_tp = [] if terms.whole_on_tp else [mesh[TP]]
     token_axes = [mesh[CP], *over_tp]
     sequence_axes = token_axes if terms.by_sequence else [mesh[DP], *token_axes]
@@ -155,6 +157,7 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
 
 def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
     """1 when every expert is used alike, up to E when one is used alone. P on the token axes."""
+    _check_terms("balance_loss", terms)
     num_experts = total.counts_BE.shape[1]
     choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
     tokens_B1 = total.tokens_B.clamp(min=1).unsqueeze(1)
@@ -166,7 +169,8 @@ def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
 
 
 def z_loss(terms: LossTerms, total: Totals) -> Sums:
-    """Keeps logits small. P on the token axes."""
+    """Keeps logits small. P on the token axes. Its sums too are there only with `balance`."""
+    _check_terms("z_loss", terms)
     return terms.z_sum / total.tokens.clamp(min=1)
 
 
@@ -181,6 +185,12 @@ def _summed(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         x = redistribute(x, axis, src=P, dst=R)
     return x
+
+
+def _check_terms(where: str, terms: object) -> None:
+    fix = "MoEConfig(..., balance='batch')   # out.losses is None without it"
+    why = "the layer makes sums for losses only where its balance is set"
+    instance(where, "terms", terms, LossTerms, fix, why)
 
 
 # --- selection bias ---------------------------------------------------------------------------
@@ -217,11 +227,12 @@ def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: Tensor) -> Tokens:
 
 
 @torch.no_grad()
-def update_selection_bias(routers: Sequence[Router], mesh: MoEMesh, rate: float) -> None:
+def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float) -> None:
     """After each optimizer step: a push towards the experts that were chosen too seldom.
 
     One reduction for all routers. The counters start anew.
     """
+    routers = _routers(routers)
     if not routers:
         return
     seen_LE = torch.stack([router.seen_E for router in routers])
@@ -230,3 +241,20 @@ def update_selection_bias(routers: Sequence[Router], mesh: MoEMesh, rate: float)
     for router, push_E in zip(routers, push_LE, strict=True):
         router.bias_E += push_E.to(router.bias_E.dtype)
         router.seen_E.zero_()
+
+
+def _routers(given: object) -> list[Router]:
+    """What is given, if it is routers: not a layer, nor one router that is in no list."""
+    routers = list(given) if isinstance(given, Iterable) else []
+    # Not by class: one that is compiled is of another class.
+    wrong = [router for router in routers if not hasattr(router, "seen_E")]
+    if wrong or not isinstance(given, Iterable):
+        raise ConfigError(
+            explain(
+                "update_selection_bias",
+                f"{a_thing(wrong[0] if wrong else given)} is given; it must be a list of routers",
+                why="the counts of all layers are summed over the ranks at once",
+                fixes=["update_selection_bias([layer.router for layer in layers], mesh, rate)"],
+            )
+        )
+    return routers

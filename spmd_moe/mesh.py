@@ -14,18 +14,17 @@ or fetched once, in the constructor. An axis of size 1 is an axis like any other
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, NoReturn, cast, final
 
-import torch
 import torch.distributed as dist
 from spmd_types import MeshAxis
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spmd_moe.agree import agree
+from spmd_moe.degrees import check_degrees, check_dense, check_device_type, expert_data_degree
 from spmd_moe.errors import MeshError, explain
 from spmd_moe.placement import DENSE, EXPERT, Role
 
@@ -43,6 +42,16 @@ class Axis:
     size: int
     rank: int
     group: ProcessGroup
+
+    def __deepcopy__(self, memo: object) -> Axis:
+        """A copy of a layer is on the same axis: a process group cannot be copied."""
+        return self
+
+    def __copy__(self) -> Axis:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise _not_pickled(self)
 
     def __str__(self) -> str:
         return f"axis '{self.name}' ({self.size} rank{'s' if self.size > 1 else ''})"
@@ -65,6 +74,7 @@ class MoEMesh:
         Every rank must call it, with the same degrees.
         """
         where = "MoEMesh.init"
+        check_device_type(where, device_type)
         if not dist.is_initialized():
             raise MeshError(
                 explain(
@@ -81,9 +91,9 @@ class MoEMesh:
         # First of all, so that even a rank with nonsense in its degrees is told on every rank.
         agree(where, degrees, [dist.group.WORLD], device_type)
         world = dist.get_world_size()
-        _check_degrees(where, degrees)
-        _check_dense(where, degrees, world)
-        edp = _expert_data_degree(where, ep, etp, world)
+        check_degrees(where, degrees)
+        check_dense(where, degrees, world)
+        edp = expert_data_degree(where, ep, etp, world)
         dense = init_device_mesh(device_type, (dp, cp, tp), mesh_dim_names=_names(DENSE))
         expert = init_device_mesh(device_type, (edp, ep, etp), mesh_dim_names=_names(EXPERT))
         return _of_device_meshes((dense, _own_names(DENSE)), (expert, _own_names(EXPERT)))
@@ -120,7 +130,7 @@ class MoEMesh:
     @staticmethod
     def single(device_type: str = "cpu") -> MoEMesh:
         """One process alone: every axis has size 1. Needs no process group."""
-        torch.device(device_type)  # refuses an unknown one
+        check_device_type("MoEMesh.single", device_type)
         return MoEMesh((_axis_of_one(role) for role in (*DENSE, *EXPERT)), ())
 
     def __getitem__(self, role: Role) -> Axis:
@@ -134,9 +144,27 @@ class MoEMesh:
     def expert(self) -> DeviceMesh:
         return self._device_mesh(1)
 
-    def agree(self, where: str, settings: Mapping[str, object], device_type: str) -> None:
+    def agree(self, where: str, settings: Mapping[str, object]) -> None:
         """Raise on every rank if `settings` differ between ranks. One small exchange."""
-        agree(where, settings, [self[role].group for role in reversed(DENSE)], device_type)
+        groups = [self[role].group for role in reversed(DENSE) if self[role].size > 1]
+        if groups:
+            agree(where, settings, groups, self.dense.device_type)
+
+    def same_layout(self, other: MoEMesh) -> bool:
+        """This rank has the same place in both."""
+        if other is self:
+            return True
+        pairs = ((self[role], other[role]) for role in self._axes)
+        return all((a.size, a.rank) == (b.size, b.rank) for a, b in pairs)
+
+    def __deepcopy__(self, memo: object) -> MoEMesh:
+        return self
+
+    def __copy__(self) -> MoEMesh:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise _not_pickled(self)
 
     def _device_mesh(self, which: int) -> DeviceMesh:
         if not self._device_meshes:
@@ -153,6 +181,17 @@ class MoEMesh:
     def __repr__(self) -> str:
         sizes = [f"{axis.name} {axis.size}" for axis in self._axes.values()]
         return f"MoEMesh({' x '.join(sizes[:3])} = {' x '.join(sizes[3:])})"
+
+
+def _not_pickled(held: object) -> MeshError:
+    return MeshError(
+        explain(
+            "pickle",
+            f"{held} is pickled, alone or in a layer",
+            why="a process group means nothing to another process, or after a restart",
+            fixes=["torch.save(layer.state_dict(), path)   # the weights, without the mesh"],
+        )
+    )
 
 
 # --- axes and their groups --------------------------------------------------------------------
@@ -291,8 +330,8 @@ def _derive_expert(
         )
     ep, etp = (1 if size is None else cast(int, size) for size in (given[r] for r in EXPERT[1:]))
     agree(where, {"ep": ep, "etp": etp}, [dist.group.WORLD], dense.device_type)
-    _check_degrees(where, {"ep": ep, "etp": etp})
-    edp = _expert_data_degree(where, ep, etp, ranks.numel())
+    check_degrees(where, {"ep": ep, "etp": etp})
+    edp = expert_data_degree(where, ep, etp, ranks.numel())
     order = [name for role in DENSE if role in bound for name in _as_tuple(bound[role])]
     have = list(dense.mesh_dim_names or ())
     order += [name for name in have if name not in order]
@@ -318,59 +357,3 @@ def _check_same_ranks(where: str, dense: DeviceMesh, expert: DeviceMesh) -> None
 
 def _binding_error(where: str, what: str, why: str, fixes: list[str]) -> MeshError:
     return MeshError(explain(where, what, why=why, fixes=fixes))
-
-
-# --- degrees ----------------------------------------------------------------------------------
-
-
-def _check_degrees(where: str, degrees: Mapping[str, object]) -> None:
-    for name, degree in degrees.items():
-        if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
-            raise MeshError(
-                explain(
-                    where,
-                    f"{name} is {degree!r}; it must be an integer of 1 or more",
-                    why="it is a number of ranks",
-                    fixes=[f"{name}=1"],
-                )
-            )
-
-
-def _check_dense(where: str, degrees: Mapping[str, int], world: int) -> None:
-    sizes = {name: degrees[name] for name in ("dp", "cp", "tp")}
-    product = math.prod(sizes.values())
-    if product != world:
-        solved = {
-            n: world // (product // d) for n, d in sizes.items() if world % (product // d) == 0
-        }
-        fixes = [f"{n}={d}   # the others as they are" for n, d in solved.items()]
-        raise MeshError(
-            explain(
-                where,
-                f"{' x '.join(f'{n} {d}' for n, d in sizes.items())} = {product} ranks, "
-                f"but the process group has {world}",
-                why="the dense mesh holds every rank exactly once",
-                fixes=fixes or [f"dp={world}, cp=1, tp=1"],
-            )
-        )
-
-
-def _expert_data_degree(where: str, ep: int, etp: int, world: int) -> int:
-    """edp: how many ranks hold the same experts."""
-    if world % (ep * etp) == 0:
-        return world // (ep * etp)
-    fit_etp = _nearest_divisor(etp, world)
-    fit_ep = _nearest_divisor(ep, world // fit_etp)
-    raise MeshError(
-        explain(
-            where,
-            f"ep {ep} x etp {etp} = {ep * etp} does not divide the {world} ranks",
-            why="the expert mesh holds every rank exactly once, as edp x ep x etp",
-            fixes=[f"ep={fit_ep}, etp={fit_etp}   # the nearest that fit"],
-        )
-    )
-
-
-def _nearest_divisor(wanted: int, whole: int) -> int:
-    divisors = (d for d in range(1, whole + 1) if whole % d == 0)
-    return min(divisors, key=lambda d: (abs(d - wanted), d))

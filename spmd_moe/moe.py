@@ -20,13 +20,15 @@ from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import AllToAll, Dispatcher, Local
-from spmd_moe.errors import ShapeError, describe, explain
+from spmd_moe.dispatch.protocol import check_dispatcher
 from spmd_moe.experts import Experts, Keep, Weigh
+from spmd_moe.inputs import check_inputs
 from spmd_moe.losses import LossTerms, count_in_backward, declared, loss_terms, reduce_on_tp
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import sort_by_expert
 from spmd_moe.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
 from spmd_moe.router import Router, RouterConfig, Routing
+from spmd_moe.settings import instance, one_of, spoken, whole_numbers
 from spmd_moe.shared import ReplicatedShared, ShardedShared
 
 
@@ -39,11 +41,21 @@ class SharedConfig:
     gated: bool = False
     sharded: bool = False
 
+    def __post_init__(self) -> None:
+        whole_numbers("SharedConfig", hidden=self.hidden)
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class MoEConfig:
-    """What the layer computes, and how the caller holds tokens on tp (`src`, `dst`)."""
+    """What the layer computes, and how the caller holds tokens.
+
+    `width` is that of a token, `hidden` that of one expert inside. `bias` gives the experts biases.
+    `weigh` says where the router's weights are applied, `keep` what waits for backward. `shared`
+    adds an expert that all tokens pass. `src` and `dst` are the kinds of the tokens on tp, as they
+    come and as they go: S(0), rows of its own on each rank, or R or I, all rows on each. `balance`
+    is what experts are balanced over, and so which sums `MoEOutput.losses` has; None has none.
+    """
 
     width: int
     hidden: int
@@ -57,14 +69,27 @@ class MoEConfig:
     dst: Kind = INSIDE
     balance: Literal["batch", "sequence"] | None = None
 
+    def __post_init__(self) -> None:
+        """What is wrong on any mesh. What does not fit a mesh, the parts of the layer refuse."""
+        where = "MoEConfig"
+        whole_numbers(where, width=self.width, hidden=self.hidden)
+        instance(where, "router", self.router, RouterConfig, "router=RouterConfig(8, top_k=2)")
+        instance(where, "activation", self.activation, Activation, "activation=SWIGLU")
+        instance(where, "weigh", self.weigh, Weigh, "weigh=Weigh.BEFORE_SECOND_MATMUL")
+        instance(where, "keep", self.keep, Keep, "keep=Keep.ACTIVATIONS")
+        if self.shared is not None:
+            fix = f"shared=SharedConfig({self.hidden})"
+            instance(where, "shared", self.shared, SharedConfig, fix)
+        one_of(where, "balance", self.balance, ("batch", "sequence", None))
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class MoEOutput:
     """The tokens, the sums that losses are made of, and how this rank's tokens chose."""
 
-    hidden: Tensor
-    losses: LossTerms | None
+    hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
+    losses: LossTerms | None  # None where MoEConfig.balance is None
     counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
     dropped: TokenSums  # int64: choices of no expert, by tokens that are not masked
 
@@ -74,12 +99,21 @@ register_dataclass(MoEOutput)  # as its losses are
 
 @final
 class MoE(nn.Module):
-    """A Mixture-of-Experts layer on a mesh."""
+    """A Mixture-of-Experts layer on a mesh.
+
+    Every rank of the mesh builds it, with the same config: ranks that differ are told so. Its
+    weights are NaN until `init_weights` or a checkpoint sets them. Without a `dispatcher`, the
+    layer takes `Local` where a rank has all experts whole, else `AllToAll`. All ranks of the ep and
+    etp groups call the layer together, each with tokens of its own, which may be none.
+    """
 
     def __init__(
         self, config: MoEConfig, mesh: MoEMesh, dispatcher: Dispatcher[Any] | None = None
     ) -> None:
         super().__init__()
+        instance("MoE", "config", config, MoEConfig, "MoEConfig(width=64, hidden=128, router=...)")
+        instance("MoE", "mesh", mesh, MoEMesh, "MoEMesh.single()   # one process alone")
+        mesh.agree("MoE", {**spoken(config), "dispatcher": type(dispatcher).__name__})
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh
         self.experts = Experts(
@@ -95,6 +129,7 @@ class MoE(nn.Module):
         if dispatcher is None:
             alone = mesh[EP].size * mesh[ETP].size == 1
             dispatcher = Local(mesh) if alone else AllToAll(mesh, num_experts)
+        check_dispatcher(dispatcher, num_experts, mesh)
         self.dispatcher: Dispatcher[Any] = dispatcher
         self.shared: ReplicatedShared | ShardedShared | None = None
         if shared is not None:
@@ -109,7 +144,7 @@ class MoE(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, expert_ids: Tensor | None = None
     ) -> MoEOutput:
         """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
-        self._check(x, mask, expert_ids)
+        check_inputs(x, mask, expert_ids, self.config.width, self.router, self.experts)
         x_TD, frame = self.boundary.enter(x)
         mask_T = None if mask is None else self.boundary.own_rows(mask.flatten(), frame)
         if expert_ids is not None:
@@ -150,45 +185,3 @@ class MoE(nn.Module):
             group_T = self.boundary.own_rows(sequence, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
         return reduce_on_tp(terms, self.mesh[TP]) if self.boundary.whole else terms
-
-    def _check(self, x: Tensor, mask: Tensor | None, expert_ids: Tensor | None) -> None:
-        """Refuse what does not fit, before any communication; every rank sees the same."""
-        weight, lead = self.router.weight_ED, x.shape[:-1]
-        top_k = self.config.router.top_k
-        if x.ndim < 2 or x.shape[-1] != self.config.width:
-            _refuse(
-                f"x {describe(x)} does not end in the layer's width {self.config.width}",
-                "x is [B, L, D] or [T, D]",
-                f"MoEConfig(width={x.shape[-1]}, ...)",
-            )
-        if x.device != weight.device:
-            _refuse(
-                f"x is on {x.device} and the layer on {weight.device}",
-                "they meet in a product",
-                f"x.to({str(weight.device)!r})",
-            )
-        if mask is not None and (mask.shape != lead or mask.dtype != torch.bool):
-            _refuse(
-                f"mask {describe(mask)} does not fit x {describe(x)}",
-                "it says True or False of each token",
-                f"a bool mask of shape {list(lead)}",
-            )
-        if expert_ids is not None and (
-            expert_ids.shape != (*lead, top_k) or expert_ids.dtype != torch.int64
-        ):
-            _refuse(
-                f"expert_ids {describe(expert_ids)} does not fit x {describe(x)}",
-                f"each token has {top_k} ids",
-                f"int64 ids of shape {[*lead, top_k]}",
-            )
-        for name, given in (("mask", mask), ("expert_ids", expert_ids)):
-            if given is not None and given.device != x.device:
-                _refuse(
-                    f"{name} is on {given.device} and x on {x.device}",
-                    "they go together",
-                    f"{name}.to({str(x.device)!r})",
-                )
-
-
-def _refuse(what: str, why: str, fix: str) -> None:
-    raise ShapeError(explain("MoE.forward", what, why=why, fixes=[fix]))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import isclass, isroutine
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, final
 
 from spmd_types import I as I
@@ -54,6 +55,15 @@ else:
 
         def __class_getitem__(cls, items: object) -> object:
             tensor, *kinds = items if isinstance(items, tuple) else (items,)
+            if not kinds:
+                raise PlacementError(
+                    explain(
+                        "Placed",
+                        f"{getattr(tensor, '__name__', tensor)} stands alone, without a role",
+                        why="a tensor of which nothing is known needs no Placed",
+                        fixes=["Placed[Tensor, DP[V], TP[S[0]]]", "Tensor"],
+                    )
+                )
             for kind in kinds:
                 if not isinstance(kind, RoleKind):
                     raise PlacementError(
@@ -160,7 +170,12 @@ def placement_of(annotation: object) -> Placement | None:
 
 
 def placements_of(function: Any) -> dict[str, Placement]:
-    """The placement of each annotated argument of a function or class, and of its `return`."""
+    """The placement of each annotated argument of a function or class, and of its `return`.
+
+    Of an object, such as a module, that of its class.
+    """
+    if not (hasattr(function, "__wrapped__") or isclass(function) or isroutine(function)):
+        function = type(function)
     hints = typing.get_type_hints(function, include_extras=True)
     found = ((name, placement_of(hint)) for name, hint in hints.items())
     return {name: placement for name, placement in found if placement is not None}

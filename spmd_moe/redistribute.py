@@ -19,6 +19,7 @@ from torch.distributed._local_tensor import LocalTensor
 from spmd_moe.collectives import MOVES, Dtype, Step, letter, move
 from spmd_moe.errors import (
     DtypeError,
+    MeshError,
     PlacementError,
     ShapeError,
     SpmdMoeError,
@@ -27,8 +28,9 @@ from spmd_moe.errors import (
     short_dtype,
 )
 from spmd_moe.mesh import Axis
-from spmd_moe.placement import Kind
+from spmd_moe.placement import Kind, Role
 from spmd_moe.ranks import places
+from spmd_moe.settings import a_thing
 from spmd_moe.shard import ShardShape
 
 # Rows per rank of the sharded dim. A move from one sharded dim to another has two: of the dim that
@@ -48,17 +50,23 @@ def redistribute(
 ) -> Tensor:
     """`x`, which is `src` on `axis`, as `dst`: the same meaning in another placement.
 
-    `shape` gives the rows of every rank where they are not equal. `dtype` is what a sum over the
-    ranks is taken in, by itself that of `x`; `grad_dtype` is the same for a sum that backward
-    takes, and has to be said where `x` is below float32. The result has the dtype of `x`.
+    `S(i)` counts the dims of `x` as it is passed. That the ranks hold the same where `src` is R or
+    I is trusted, not looked up. `shape` gives the rows of every rank where they are not equal; by
+    itself, a dim that is cut must divide. `dtype` is what a sum over the ranks is taken in, by
+    itself that of `x`; `grad_dtype` is the same for a sum that backward takes, and has to be said
+    where `x` is below float32. The result has the dtype of `x`.
     """
     if isinstance(axis, Axis):
         group, ranks = axis.group, axis.size
-    else:
+    elif isinstance(axis, ProcessGroup):
         group, ranks = axis, axis.size()
+    else:
+        raise _no_axis(axis)
     if ranks == 1 and isinstance(x, LocalTensor):
         return x  # rows per rank may be another list on every simulated rank: nothing to plan by
     try:
+        if shape is not None or dtype is not None or grad_dtype is not None:
+            _check_types(shape, dtype, grad_dtype)
         step = _step_for(x, group, ranks, src, dst, shape)
         _check_grad_dtype(x, step, grad_dtype)
     except _RefusalError as refused:
@@ -138,9 +146,48 @@ def _step_for(
     return planned(src, dst, tuple(x.shape), rank, ranks, shape)
 
 
+def _no_axis(axis: object) -> MeshError:
+    name = axis if isinstance(axis, str) else "tp"
+    role = repr(axis) if isinstance(axis, Role) else name.upper()
+    return MeshError(
+        explain(
+            "redistribute",
+            f"axis is {a_thing(axis)}; it must be an Axis or a ProcessGroup",
+            why="the ranks that share x are those of an axis of a mesh",
+            fixes=[f"redistribute(x, mesh[{role}], ...)   # mesh is a MoEMesh"],
+        )
+    )
+
+
+def _check_types(shape: object, *dtypes: object) -> None:
+    parts = shape if isinstance(shape, tuple) else (shape,)
+    if shape is not None and not (parts and all(isinstance(p, ShardShape) for p in parts)):
+        raise _RefusalError(
+            ShapeError,
+            f"shape is {a_thing(shape)}; it must be a ShardShape, or two",
+            "it says how many rows of the sharded dim each rank has",
+            ["shape=ShardShape.ragged([2, 2, 1, 0])   # rows of each rank"],
+        )
+    for dtype in dtypes:
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise _RefusalError(
+                DtypeError,
+                f"a dtype is {a_thing(dtype)}; it must be a torch.dtype",
+                "names of dtypes are attributes of torch",
+                ["torch.float32"],
+            )
+
+
 def _known_dim(kind: Kind, local: tuple[int, ...]) -> Kind:
-    if not isinstance(kind, Shard):
+    if isinstance(kind, PerMeshAxisLocalSpmdType):
         return kind
+    if not isinstance(kind, Shard):
+        raise _RefusalError(
+            PlacementError,
+            f"{'S without its dim' if kind is Shard else a_thing(kind)} is no kind",
+            "the kinds are R, I, V, P and S(dim)",
+            ["S(0)" if kind is Shard else "src=R, dst=S(0)"],
+        )
     if -len(local) <= kind.dim < len(local):
         return Shard(kind.dim % len(local))
     raise _RefusalError(

@@ -24,6 +24,7 @@ from spmd_moe.fault import unset
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.settings import whole_numbers
 
 ScoreName: TypeAlias = Literal["softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"]
 
@@ -53,13 +54,12 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         e, k, g, kept = self.num_experts, self.top_k, self.groups, self.groups_kept
-        if e < 1:
-            _refuse(f"num_experts is {e}", "there must be an expert", "num_experts=1")
-        if not 1 <= k <= e:
+        whole_numbers("RouterConfig", num_experts=e, top_k=k, groups=g, groups_kept=kept)
+        if k > e:
             _refuse(
                 f"top_k is {k}, of {e} experts",
                 "a token chooses at least one and at most all of them",
-                f"top_k={min(max(k, 1), e)}",
+                f"top_k={e}",
             )
         if self.score not in SCORES:
             _refuse(
@@ -71,7 +71,7 @@ class RouterConfig:
                 "one weight, normalized, is always 1, so no gradient would reach the router",
                 "score='softmax', normalize=False",
             )
-        if g < 1 or e % g:
+        if e % g:
             divisors = (d for d in range(1, e + 1) if e % d == 0)
             _refuse(
                 f"{e} experts are in {g} groups",
@@ -84,11 +84,11 @@ class RouterConfig:
                 "a group is as good as its best expert or its best two",
                 "group_best=2",
             )
-        if not 1 <= kept <= g:
+        if kept > g:
             _refuse(
                 f"groups_kept is {kept}, of {g} groups",
                 "a token keeps at least one and at most all of them",
-                f"groups_kept={min(max(kept, 1), g)}",
+                f"groups_kept={g}",
             )
         if k > kept * (e // g):
             _refuse(

@@ -20,6 +20,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from spmd_moe import TP, I, MoEMesh, P, R, S, ShardShape, V, redistribute
 from spmd_moe.collectives import MOVES, Move, Step, declare_sum, exchange, host_ints
 from spmd_moe.placement import Kind
+from tests.operators import operators
 from tests.simulate import fake_world, simulated
 from tests.workers import run
 
@@ -192,6 +193,20 @@ def test_exchange_simulated(table: list[list[int]]) -> None:
                 assert torch.equal(cast(Any, x.grad)._local_tensors[rank], rows[rank])
 
 
+@pytest.mark.parametrize("shape", [None, ShardShape.even(0, 2)], ids=str)
+@pytest.mark.parametrize(("src", "dst"), [(S(0), R), (P, S(0))], ids=str)
+def test_no_rows_take_part_with_a_row_of_zeros(
+    src: Kind, dst: Kind, shape: ShardShape | None
+) -> None:
+    """Which collectives run does not depend on rows; nor takes every backend an empty message."""
+    with fake_world(2):
+        axis = MoEMesh.init("cpu", tp=2)[TP]
+        with operators() as ran:
+            y = redistribute(torch.ones(0, 3), axis, src=src, dst=dst, shape=shape)
+    name = "all_gather" if dst is R else "reduce_scatter"
+    assert y.shape == (0, 3) and sum(name in operator.name for operator in ran) == 1
+
+
 # --- torch.compile, and results that wait -----------------------------------------------------
 
 
@@ -259,9 +274,11 @@ def waiting() -> tuple[bool, list[bool]]:
         y = redistribute(through(x), axis, src=S(0), dst=R)
         y.sum().backward()
         there.append(type(x.grad) is Tensor)
-    return isinstance(y, AsyncCollectiveTensor), there
+    x = torch.ones(2, 3, requires_grad=True)
+    exchange(x, axis.group, receives=[1, 1], sends=[1, 1]).sum().backward()
+    return isinstance(y, AsyncCollectiveTensor), [*there, type(x.grad) is Tensor]
 
 
 @pytest.mark.gloo
 def test_results_wait_at_first_use_and_gradients_at_once() -> None:
-    assert run(2, waiting) == [(True, [True] * 5)] * 2
+    assert run(2, waiting) == [(True, [True] * 6)] * 2

@@ -238,6 +238,15 @@ def test_no_routers_and_nothing_seen_change_nothing() -> None:
     assert layer.router.bias_E.tolist() == [0.0] * 8
 
 
+def test_large_counts_are_told_apart() -> None:
+    """float32 has no number between 2**24 and 2**24 + 2."""
+    mesh = MoEMesh.single()
+    router = Router(RouterConfig(4, top_k=2), 3, mesh)
+    router.seen_E.copy_(torch.tensor([2**24 + 1, 2**24] * 2))
+    update_selection_bias([router], mesh, RATE)
+    assert router.bias_E.tolist() == [-RATE, RATE] * 2
+
+
 def test_updates_spread_the_load() -> None:
     """A router that would send everything to two experts comes to use all."""
     layer, loads, x = single(), [], tokens(3).detach()
@@ -329,6 +338,13 @@ def test_every_row_has_a_stream_of_its_own() -> None:
         assert not torch.isin(value, other[name]).any(), f"{name} is the same for another seed"
     firsts = [value.flatten()[0].item() for n, value in state.items() if ".w" in n]
     assert len(set(firsts)) == len(firsts) == 7
+
+
+def test_layers_of_a_model_begin_with_values_of_their_own() -> None:
+    layers = torch.nn.ModuleList([single(), single()])
+    init_weights(layers, MoEMesh.single(), seed=0)
+    for name, value in layers[0].named_parameters():
+        assert not torch.isin(value, layers[1].get_parameter(name)).any(), name
 
 
 def test_initial_values_have_the_spread_that_is_asked_for() -> None:

@@ -8,6 +8,7 @@ After a deliberate change, write the files anew and read the diff:
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 import sys
 import traceback
@@ -24,13 +25,28 @@ from spmd_types.checker import typecheck
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import spmd_moe
-from spmd_moe import TP, I, MoEMesh, P, Placed, R, S, ShardShape, SpmdMoeError, V, redistribute
+from spmd_moe import (
+    EP,
+    ETP,
+    TP,
+    I,
+    MoEMesh,
+    P,
+    Placed,
+    R,
+    S,
+    ShardShape,
+    SpmdMoeError,
+    V,
+    fault,
+    redistribute,
+)
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import exchange
-from spmd_moe.dispatch import Local
+from spmd_moe.dispatch import AllToAll, Local
 from spmd_moe.experts import Experts, Keep
 from spmd_moe.init import init_weights
-from spmd_moe.losses import Totals
+from spmd_moe.losses import Totals, totals, update_selection_bias
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.router import RouterConfig
 from tests.bad_models import BAD_MODELS
@@ -55,7 +71,7 @@ def moved(x: torch.Tensor, **how: object) -> Callable[[], object]:
 def meshed(world: int, **degrees: object) -> Callable[[], object]:
     def act() -> object:
         with fake_world(world):
-            return MoEMesh.init("cpu", **degrees)  # type: ignore[arg-type]  # wrong on purpose
+            return MoEMesh.init(**({"device_type": "cpu"} | degrees))  # type: ignore[arg-type]  # wrong on purpose
 
     return act
 
@@ -87,6 +103,15 @@ def built(
             config = {"width": 4, "hidden": 8, "router": RouterConfig(8, 2)} | settings
             layer = MoE(MoEConfig(**config), mesh)  # type: ignore[arg-type]  # wrong on purpose
             return layer if x is None else layer(x)
+
+    return act
+
+
+def dispatched(make: Callable[[MoEMesh], object]) -> Callable[[], object]:
+    def act() -> object:
+        with fake_world(2):
+            mesh = MoEMesh.init("cpu", tp=2, ep=2)
+            return MoE(MoEConfig(4, 8, RouterConfig(8, 2)), mesh, make(mesh))  # type: ignore[arg-type]  # wrong on purpose
 
     return act
 
@@ -134,6 +159,7 @@ def disagreeing() -> tuple[str, list[Site]]:
 x53, x34, ids = torch.ones(5, 3), torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "placed_without_kind": lambda: Placed[torch.Tensor, TP],
+    "placed_alone": lambda: Placed[torch.Tensor],
     "placed_role_twice": lambda: Placed[torch.Tensor, TP[R], TP[V]],
     "role_with_no_kind": lambda: TP["S"],  # type: ignore[index]  # wrong on purpose
     "shard_no_ranks": lambda: ShardShape.ragged([]),
@@ -157,6 +183,16 @@ CASES: dict[str, Callable[[], object]] = {
     "move_from_v": moved(x53, src=V, dst=R),
     "move_to_v": moved(x53, src=R, dst=V),
     "move_no_such_dim": moved(x53, src=R, dst=S(2)),
+    "move_to_the_class_s": moved(x53, src=R, dst=S),
+    "move_from_text": moved(x53, src="R", dst=S(0)),
+    "move_shape_list": moved(x53, src=R, dst=S(0), shape=[2, 2, 1, 0]),
+    "move_dtype_text": moved(x53, src=P, dst=R, dtype="float32"),
+    "move_on_a_role": lambda: redistribute(x53, TP, src=P, dst=R),  # type: ignore[arg-type]  # wrong on purpose
+    "move_on_a_name": lambda: redistribute(x53, "ep", src=P, dst=R),  # type: ignore[arg-type]  # wrong on purpose
+    "mesh_device_type": lambda: MoEMesh.single("gpu"),
+    "mesh_device_index": meshed(1, device_type="cuda:0"),
+    "layer_pickled": lambda: pickle.dumps(_layer()),
+    "mesh_pickled": lambda: pickle.dumps(MoEMesh.single()),
     "move_needs_shape": moved(x53, src=R, dst=S(0)),
     "move_shape_without_shard": moved(x53, src=P, dst=R, shape=ShardShape.even(5, 4)),
     "move_two_shapes_for_one": moved(x53, src=P, dst=S(0), shape=(ShardShape.even(5, 4),) * 2),
@@ -177,6 +213,21 @@ CASES: dict[str, Callable[[], object]] = {
     "router_groups_too_small": routed(groups=4, groups_kept=1, top_k=3),
     "router_dtype": routed(dtype=torch.bfloat16),
     "router_jitter": routed(jitter=1.5),
+    "whole_number": routed(top_k=2.0),
+    "config_width": lambda: MoEConfig(0, 8, RouterConfig(8, 2)),
+    "config_balance": lambda: MoEConfig(4, 8, RouterConfig(8, 2), balance="all"),  # type: ignore[arg-type]  # wrong on purpose
+    "config_activation": built(activation="swiglu"),
+    "moe_without_mesh": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), None),  # type: ignore[arg-type]  # wrong on purpose
+    "dispatcher_class": dispatched(lambda mesh: AllToAll),
+    "dispatcher_of_other_experts": dispatched(lambda mesh: AllToAll(mesh, 16)),
+    "dispatcher_of_other_mesh": dispatched(lambda mesh: Local(MoEMesh.single())),
+    "init_other_mesh": lambda: _initialised(lambda layer: (layer, MoEMesh.single())),
+    "init_undeclared": lambda: _initialised(
+        lambda layer: (torch.nn.Sequential(torch.nn.Linear(4, 4), layer), layer.mesh)
+    ),
+    "losses_none": lambda: totals(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
+    "bias_of_no_list": lambda: update_selection_bias(_layer().router, MoEMesh.single(), 0.1),  # type: ignore[arg-type]  # wrong on purpose
+    "bias_of_layers": lambda: update_selection_bias([_layer()], MoEMesh.single(), 0.1),  # type: ignore[list-item]  # wrong on purpose
     "experts_over_ep": built(router=RouterConfig(6, 2)),
     "boundary_kind": built(src=S(1)),
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
@@ -185,10 +236,16 @@ CASES: dict[str, Callable[[], object]] = {
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_counts": experts(3, 1, 3),
     "moe_width": called(torch.ones(3, 5)),
+    "moe_one_token": called(torch.ones(4)),
+    "moe_dims": called(torch.ones(2, 3, 5, 4)),
+    "moe_dtype": called(torch.ones(3, 4, dtype=torch.bfloat16)),
+    "moe_mask_dtype": called(torch.ones(3, 4), torch.ones(3)),
+    "moe_ids_shape": called(torch.ones(3, 4), None, ids[:2]),
     "moe_device": called(torch.ones(3, 4, device="meta")),
     "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
-    "moe_scores": called(torch.full((3, 4), torch.nan)),
+    "moe_scores": called(torch.cat([x34[:1] * torch.nan, x34[1:]])),
+    "moe_scores_of_ranks": lambda: _scores_of_ranks(),
     "moe_never_initialised": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())(
         x34
     ),
@@ -198,6 +255,22 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
     **BAD_MODELS,
 }
+
+
+def _scores_of_ranks() -> None:
+    with fake_world(4):
+        mesh = MoEMesh.init("cpu", tp=4, ep=2, etp=2)
+        fault.check([0, 1, 0, 1], (mesh[ETP], mesh[EP]), 4, 8)
+
+
+def _layer() -> MoE:
+    return MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
+
+
+def _initialised(pick: Callable[[MoE], tuple[torch.nn.Module, MoEMesh]]) -> None:
+    with fake_world(2):
+        mesh = MoEMesh.init("cpu", tp=2, ep=2)
+        init_weights(*pick(MoE(MoEConfig(4, 8, RouterConfig(8, 2)), mesh)), seed=0)
 
 
 def _of_sequences() -> Totals:

@@ -29,6 +29,11 @@ def torchrun(path: Path, *words: str, ranks: int = 4) -> str:
     return program(*launcher, str(path), *words)
 
 
+def test_every_example_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"examples/(\w+\.py)", (ROOT / "README.md").read_text()))
+    assert named == {path.name for path in EXAMPLES}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_it_runs_alone_and_helps(path: Path) -> None:

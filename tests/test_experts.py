@@ -192,6 +192,23 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(matmul: Matmul) -> None
         assert all(t.dtype is torch.bfloat16 for name, t in found.items() if name != "scores")
 
 
+@both_ways
+def test_weights_of_rows_are_not_rounded(matmul: Matmul) -> None:
+    """With matrices of ones on the diagonal a row comes out as its h, times its float32 weight."""
+    draw = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(9, 16, generator=draw).to(torch.bfloat16) for _ in range(2))
+    scores_R = torch.rand(9, generator=draw).requires_grad_()
+    w = Weights(w1_eFD=torch.eye(16)[None].to(x.dtype), w2_eDF=torch.eye(16)[None].to(x.dtype))
+    y = experts_ffn(x, torch.tensor([9]), w, scores_R, None, SQUARED_RELU, matmul)
+    h = fn.relu(x) ** 2
+    want, rounded = h * scores_R.unsqueeze(1), h * scores_R.to(x.dtype).unsqueeze(1)
+    assert torch.equal(y, want.to(x.dtype)) and not torch.equal(y, rounded)
+    (found,) = torch.autograd.grad(y, scores_R, dy)
+    slopes = (dy * h).sum(1, dtype=torch.float32)
+    torch.testing.assert_close(found, slopes, rtol=1e-6, atol=1e-6)
+    assert (slopes.to(x.dtype) - slopes).abs().max() > 1e-3
+
+
 def test_a_second_derivative_is_refused() -> None:
     case = Case(SWIGLU, MIXED)
     x = case.leaves()["x"]

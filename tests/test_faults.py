@@ -12,8 +12,10 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from spmd_moe import (
+    EP,
     AllGather,
     AllToAll,
+    Axis,
     Dispatcher,
     MoE,
     MoEConfig,
@@ -24,6 +26,8 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.check.threads import threaded
+from spmd_moe.fault import check
+from spmd_moe.router import Router
 from tests.workers import run
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
@@ -76,13 +80,15 @@ def test_every_rank_is_told_alike(
     what = "expert_ids name experts that do not exist" if "id" in fault else "scores are NaN"
     (text, usable), *others = threaded(4, told, dispatcher, world, fault)
     assert usable and all(other == (text, True) for other in others)
-    assert what in text and text.endswith("on 1 of 4 ranks.")
+    _, _, ep, etp = world
+    place = f"ep {ep - 1}" if dispatcher is AllGather else f"etp {etp - 1} ep {ep - 1}"
+    assert what in text and text.endswith(f"on 1 of 4 ranks ({place}).")
 
 
 @pytest.mark.gloo
 def test_every_process_is_told_alike() -> None:
     (text, usable), *others = run(4, told, AllToAll, WORLDS[1], "nan")
-    assert "scores are NaN or infinite on 1 of 4 ranks" in text
+    assert "scores are NaN or infinite on 1 of 4 ranks (etp 1 ep 1)." in text
     assert usable and all(other == (text, True) for other in others)
 
 
@@ -91,13 +97,40 @@ def test_both_faults_at_once_are_counted_apart() -> None:
         layer, _ = made(AllToAll, 4, 1, 4, 1)
         x, ids = torch.ones(1, 6), torch.full((1, 2), 9)
         x = x * torch.nan if dist.get_rank() < 2 else x
-        with pytest.raises(RoutingError, match="scores are NaN or infinite on 2 of 4 ranks"):
+        with pytest.raises(
+            RoutingError, match=r"or infinite on 2 of 4 ranks \(etp 0 ep 0, etp 0 ep 1\)"
+        ):
             layer(x, None, ids)
-        with pytest.raises(RoutingError, match="do not exist on 4 of 4 ranks"):
+        with pytest.raises(RoutingError, match=r"do not exist on 4 of 4 ranks\.") as error:
             layer(torch.ones(1, 6), None, ids)
-        return "told"
+        fix = str(error.value).split("fix: ")[1].splitlines()[0]
+        given = {"expert_ids": torch.tensor([[9, -2]])}
+        exec(fix, given)
+        return "told" if layer(torch.ones(1, 6), None, given["expert_ids"]).dropped == 2 else fix
 
     assert threaded(4, both) == ["told"] * 4
+
+
+@pytest.mark.parametrize("ranks_of_nan", [1, 4])
+def test_init_weights_is_offered_where_it_can_help(ranks_of_nan: int) -> None:
+    """Weights that nobody set are NaN on all ranks; NaN on some ranks is in their tokens."""
+
+    def offered() -> bool:
+        layer, _ = made(AllToAll, 4, 1, 4, 1)
+        x = torch.ones(1, 6) * (torch.nan if dist.get_rank() < ranks_of_nan else 1)
+        with pytest.raises(RoutingError) as error:
+            layer(x)
+        return "init_weights" in str(error.value)
+
+    assert threaded(4, offered) == [ranks_of_nan == 4] * 4
+
+
+def test_many_ranks_are_named_in_part() -> None:
+    axis = Axis(EP, "north", 64, 0, MoEMesh.single()[EP].group)
+    with pytest.raises(
+        RoutingError, match=r"on 63 of 64 ranks \(north 1, .* north 8 and 55 more\)"
+    ):
+        check([0] + [1] * 63, [axis], 64, num_experts=64)
 
 
 def test_what_a_mask_hides_is_no_fault() -> None:
@@ -155,11 +188,11 @@ def test_balanced_choices_have_full_entropy() -> None:
 # --- jitter -------------------------------------------------------------------------------------
 
 
-def jittered(amount: float) -> tuple[Tensor, Tensor, Tensor]:
+def jittered(degrees: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
     """A training forward, the same computed again under a checkpoint, and one of evaluation."""
     torch.manual_seed(5)
-    mesh = MoEMesh.init("cpu", dp=2, tp=2)
-    layer = MoE(replace(CONFIG, router=RouterConfig(8, 2, jitter=amount)), mesh)
+    mesh = MoEMesh.init("cpu", **degrees)
+    layer = MoE(replace(CONFIG, router=RouterConfig(8, 2, jitter=0.3)), mesh)
     init_weights(layer, mesh, seed=0, std=1.0)
     noises: list[Tensor] = []
 
@@ -176,11 +209,22 @@ def jittered(amount: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.gloo
-def test_noise_differs_by_rank_and_is_the_same_when_computed_again() -> None:
+@pytest.mark.parametrize("degrees", [{"dp": 2, "tp": 2}, {"cp": 4}, {"dp": 2, "cp": 2}], ids=str)
+def test_noise_differs_by_rank_and_is_the_same_when_computed_again(degrees: dict[str, int]) -> None:
     """Ranks have other tokens on every dense axis, so each has a stream of its own."""
-    by_rank = run(4, jittered, 0.3)
+    by_rank = run(4, jittered, degrees)
     for first, again, plain in by_rank:
         assert torch.equal(first, again) and not torch.equal(first, plain)
     firsts = [first for first, _, _ in by_rank]
     assert all(not torch.equal(a, b) for i, a in enumerate(firsts) for b in firsts[:i])
     assert torch.equal(*(plain for _, _, plain in by_rank[:2]))
+
+
+def test_noise_scales_up_as_much_as_down() -> None:
+    torch.manual_seed(0)
+    router = Router(RouterConfig(4, 2, jitter=0.25), 4, MoEMesh.single())
+    with torch.no_grad():
+        router.weight_ED.copy_(torch.eye(4))  # so that a logit is an input with its noise
+    noise = router(torch.ones(500, 4)).logits_TE
+    assert 0.75 <= noise.min() < 0.76 and 1.24 < noise.max() <= 1.25
+    assert noise.mean().item() == pytest.approx(1, abs=0.01)

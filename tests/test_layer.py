@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from itertools import combinations, product
 
@@ -12,9 +12,15 @@ from torch import Tensor
 
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.threads import threaded
-from tests.grid import FACTORS, WORLDS, case, choices, layouts
-from tests.layer_runs import compare, run_rank, wanted
+from spmd_moe.init import init_weights
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.placement import R
+from spmd_moe.router import RouterConfig
+from tests.grid import EXPERTS, FACTORS, WIDE, WORLDS, case, choices, layouts
+from tests.layer_runs import DISPATCHERS, compare, run_rank, wanted
 from tests.layouts import Case, Layout
+from tests.operators import operators
 from tests.workers import run
 
 LAYOUTS = [layout for world in WORLDS for layout in layouts(world)]
@@ -91,6 +97,41 @@ def test_repeats_are_equal_to_the_bit() -> None:
     first, second = (run(4, run_rank, this) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- precision ---------------------------------------------------------------------------------
+
+# Weights that are I on tp: the router's, the shared gate's, and the other three if it is whole.
+REDUCED = {"sharded": 2, "whole": 5}
+# Rows back from the experts, for each axis; backward the same for rows and scores; at last the rows
+# that were gathered for the caller. A sharded shared expert adds one sum forward and one backward.
+SCATTERED = {"all_to_all": 1 + 2 + 1, "all_gather": 2 + 4 + 1}
+
+
+def sums_over_ranks(config: MoEConfig, dispatcher: str) -> Counter[str]:
+    """The sums over ranks that a step of a bf16 layer takes, with their dtypes."""
+    mesh = MoEMesh.init("cpu", dp=2, tp=2, ep=2, etp=2)
+    made = DISPATCHERS[dispatcher](mesh, config.router.num_experts)
+    layer = MoE(config, mesh, made).to(torch.bfloat16)
+    init_weights(layer, mesh, seed=0)
+    with operators() as ran:
+        x = torch.ones(EXPERTS, config.width, dtype=torch.bfloat16, requires_grad=True)
+        layer(x).hidden.sum().backward()
+    kinds = ("all_reduce", "reduce_scatter")
+    return Counter(f"{k} {o.dtype}" for o in ran for k in kinds if k in o.name)
+
+
+@pytest.mark.parametrize("shared", REDUCED)
+@pytest.mark.parametrize("dispatcher", SCATTERED)
+def test_sums_over_ranks_are_taken_in_float32(dispatcher: str, shared: str) -> None:
+    """Values have eight bits; a sum over ranks that had no more would lose some of each part."""
+    beside = SharedConfig(WIDE, gated=True, sharded=shared == "sharded")
+    config = MoEConfig(
+        6, WIDE, RouterConfig(EXPERTS, 2, balanced=True), shared=beside, src=R, dst=R
+    )
+    reduced, scattered = REDUCED[shared], SCATTERED[dispatcher] + 2 * beside.sharded
+    want = {"all_reduce torch.float32": reduced, "reduce_scatter torch.float32": scattered}
+    assert threaded(4, sums_over_ranks, config, dispatcher) == [want] * 4
 
 
 # --- the comparison itself can fail -------------------------------------------------------------

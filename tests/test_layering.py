@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,8 @@ ORDER = [
     "placement",
     "declare",
     "shard",
+    "settings",
+    "degrees",
     "agree",
     "mesh",
     "ranks",
@@ -46,6 +50,7 @@ ORDER = [
     "boundary",
     "losses",
     "init",
+    "inputs",
     "moe",
     "load",
     "obligations",
@@ -229,6 +234,38 @@ def test_every_name_can_be_imported_also_after_its_file() -> None:
         assert not isinstance(value, type(sys)), name
     import_module("spmd_moe.redistribute")
     assert callable(spmd_moe.redistribute)
+
+
+def mentioned(value: object) -> set[str]:
+    """Names in the annotations of a function, or of a class's fields and public methods."""
+    functions: list[Any] = [value] if inspect.isfunction(value) else []
+    annotations: list[str] = []
+    if inspect.isclass(value):
+        annotations += [str(v) for v in vars(value).get("__annotations__", {}).values()]
+        members = vars(value).items()
+        public = [m for n, m in members if not n.startswith("_") or n in ("__init__", "__call__")]
+        functions += [m.__func__ if isinstance(m, staticmethod) else m for m in public]
+    for function in functions:
+        annotations += map(str, getattr(function, "__annotations__", {}).values())
+    return {name for text in annotations for name in re.findall(r"\b[A-Za-z]\w*\b", text)}
+
+
+# States that belong to one dispatcher alone, and two aliases of Callable with names for their file.
+OWN = {"Gathered", "InTransit", "Forward", "Backward"}
+
+
+def test_what_public_signatures_mention_is_public() -> None:
+    ours = {name for source in sources().values() for name in defined(source)}
+    needed = {n for public in exported() for n in mentioned(getattr(spmd_moe, public)) & ours}
+    assert needed - set(exported()) == OWN
+
+
+def defined(source: str) -> set[str]:
+    """Classes and aliases of types that a source defines."""
+    body = ast.parse(source).body
+    aliases = (n.target for n in body if isinstance(n, ast.AnnAssign))
+    classes = {n.name for n in body if isinstance(n, ast.ClassDef)}
+    return classes | {a.id for a in aliases if isinstance(a, ast.Name)}
 
 
 def test_an_unknown_name_is_refused() -> None:

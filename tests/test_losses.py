@@ -216,6 +216,7 @@ def run_setting(layout: Layout, setting: Setting, mesh: MoEMesh) -> Results:
     outs = [layer(x, mask) for x, mask in zip(xs, masks, strict=True)]
     terms = [out.losses for out in outs]
     assert all(t.counts_BE.dtype is torch.int64 and t.tokens_B.dtype is torch.int64 for t in terms)
+    assert all(type(t.z_sum) is Tensor for t in terms), "not yet waited for"
     losses = losses_of(terms, mesh, setting.balance)
     return with_gradients(losses, xs, layer.router.weight_ED)
 

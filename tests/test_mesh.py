@@ -32,7 +32,7 @@ from spmd_moe import (
     ShardShape,
     redistribute,
 )
-from spmd_moe.mesh import _nearest_divisor
+from spmd_moe.degrees import _nearest_divisor
 from spmd_moe.placement import Kind
 from tests.simulate import fake_world, simulated
 from tests.workers import run
@@ -285,6 +285,30 @@ def test_ranks_that_disagree_are_told_so_on_every_rank() -> None:
     for text in run(4, differing):
         assert "the ranks were called with different settings" in text
         assert all(f"ep={n} " in text for n in (1, 2, 4, -1))
+
+
+def differing_later() -> tuple[str, str]:
+    """One rank derives another expert mesh; and on a mesh that is there, has other settings."""
+    rank, mesh = dist.get_rank(), MoEMesh.init("cpu", dp=2, tp=2)
+    told = []
+    for disagree in (
+        lambda: MoEMesh.from_device_mesh(mesh.dense, dp="dp", tp="tp", ep=1 + (rank == 1)),
+        lambda: mesh.agree("here", {"width": 8 + (rank == 1)}),
+    ):
+        try:
+            disagree()
+            told.append("nothing")
+        except MeshError as error:
+            told.append(str(error))
+    return told[0], told[1]
+
+
+@pytest.mark.gloo
+def test_ranks_that_disagree_later_are_told_so_too() -> None:
+    """The groups of the axes, one after another, reach every rank, and name each by its number."""
+    for derived, agreed in run(4, differing_later):
+        assert "ep=1 on ranks [0, 2, 3] | ep=2 on ranks [1]" in derived
+        assert "width=8 on ranks [0, 2, 3] | width=9 on ranks [1]" in agreed
 
 
 def test_an_unknown_role() -> None:

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spmd_moe.combine import combine
 from spmd_moe.permute import (
     Slots,
     add_rows,
@@ -291,6 +292,16 @@ def test_a_sum_of_bf16_rows_is_not_rounded_on_the_way() -> None:
     one_by_one = x[0] + x[1] + x[2]
     assert one_by_one.item() == 256.0  # what the test is about
     assert add_rows(x, torch.tensor([[0, 1, 2]])).item() == 258.0
+
+
+def test_weights_that_come_late_are_not_rounded() -> None:
+    """The product of a bf16 row and its float32 weight is rounded, not the weight."""
+    draw = torch.Generator().manual_seed(0)
+    slots = sort_by_expert(torch.arange(20).unsqueeze(1), complete=True)
+    rows, scores = torch.randn(20, 9, generator=draw).bfloat16(), torch.rand(20, 1, generator=draw)
+    got = combine(rows, slots, scores)
+    assert got.dtype is torch.bfloat16 and torch.equal(got, (rows * scores).bfloat16())
+    assert not torch.equal(got, rows * scores.bfloat16())
 
 
 def test_add_rows_leaves_its_input_alone() -> None:

@@ -205,6 +205,26 @@ def test_strides_do_not_matter(src: Kind, dst: Kind) -> None:
         simulation.world.__exit__(None, None, None)
 
 
+MADE = [(src, dst) for src, dst in PAIRS if src != dst and {src, dst} != {R, I}]
+
+
+@pytest.mark.parametrize(("src", "dst"), MADE, ids=str)
+def test_results_lie_in_one_piece_of_their_own(src: Kind, dst: Kind) -> None:
+    """Written in place, a result spoils no input; and a shard does not keep the whole alive."""
+    simulation = Simulation(3)
+    by_dim = (ShardShape.even(4, 3), ShardShape.even(5, 3))
+    try:
+        with simulation.mode.disable():
+            values = oracle.scattered(oracle.integers(4, 5, seed=3), src, by_dim[_dim(src)], 3)
+        x, shape = simulation.spread(values), shape_for(src, dst, by_dim)
+        y = redistribute(x, simulation.axis, src=src, dst=dst, shape=shape)
+        for before, after in zip(by_rank(x), by_rank(y), strict=True):
+            assert after.is_contiguous()
+            assert before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr()
+    finally:
+        simulation.world.__exit__(None, None, None)
+
+
 @pytest.mark.filterwarnings(OLD_NAMES)
 @pytest.mark.parametrize("simulation", [2, 3, 4], ids="{} ranks".format, indirect=True)
 @pytest.mark.parametrize(("src", "dst"), PAIRS, ids=str)

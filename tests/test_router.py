@@ -354,9 +354,14 @@ def test_ids_and_counts_are_int64() -> None:
 
 # --- refusals ---------------------------------------------------------------------------------
 
+WHOLE = "; it must be an integer of 1 or more."
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"num_experts": 0, "top_k": 1}, "num_experts is 0.", "there must be an expert."),
-    ({"top_k": 0}, "top_k is 0, of 8 experts.", "at least one and at most all"),
+    ({"num_experts": 0, "top_k": 1}, f"num_experts is 0{WHOLE}", "number of something"),
+    *(
+        ({"groups": 2, name: n}, f"{name} is {n}{WHOLE}", "number of something")
+        for name in ("top_k", "groups", "groups_kept")
+        for n in (0, -1, 2.0, True, None)
+    ),
     ({"top_k": 9}, "top_k is 9, of 8 experts.", "at least one and at most all"),
     ({"score": "hard"}, "score is 'hard'.", ", ".join(NAMES)),
     ({"top_k": 1, "normalize": True}, "top_k is 1, score 'softmax', normalize True.", "always 1"),
@@ -366,9 +371,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "no gradient would reach the router",
     ),
     ({"groups": 3}, "8 experts are in 3 groups.", "equal in size"),
-    ({"groups": 0}, "8 experts are in 0 groups.", "equal in size"),
     ({"groups": 2, "groups_kept": 3}, "groups_kept is 3, of 2 groups.", "at most all"),
-    ({"groups": 2, "groups_kept": 0}, "groups_kept is 0, of 2 groups.", "at least one"),
     ({"groups": 4, "top_k": 3}, "top_k is 3, but 1 of 4 groups have 2 experts.", "it keeps"),
     ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16.", "exponentials"),
     ({"jitter": 1.0}, "jitter is 1.0.", "scaled by"),

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +12,8 @@ from torch.distributed._local_tensor import LocalTensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.simulate import fake_world, simulated
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_rank_has_its_own_value() -> None:
@@ -34,3 +41,23 @@ def test_nothing_is_left_behind() -> None:
         assert not dist.is_initialized()
         assert not _mesh_axis._pg_to_mesh_axis
         assert type(torch.ones(1) + 1) is torch.Tensor
+
+
+UNWAITED = """
+import tests
+import torch
+import torch.distributed._functional_collectives as funcol
+from tests.simulate import fake_world
+with fake_world(2):
+    left = funcol.all_reduce(torch.ones(2), "sum", torch.distributed.group.WORLD)
+"""
+
+
+@pytest.mark.parametrize(("level", "quiet"), [("", True), ("WARNING", False)])
+def test_nothing_is_printed_after_the_summary(level: str, quiet: bool) -> None:
+    """Of collectives that nobody waited for, C++ would warn as the process ends."""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_CPP_LOG_LEVEL"}
+    environment |= {"TORCH_CPP_LOG_LEVEL": level} if level else {}
+    words = [sys.executable, "-W", "ignore", "-c", UNWAITED]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (done.stderr == "") is quiet, done.stderr

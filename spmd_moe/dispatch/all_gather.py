@@ -80,13 +80,15 @@ class AllGather:
         """How many tokens each rank has; along ep, how many all ranks of its etp group have."""
         tokens = torch.ones_like(expert_ids_tK.select(1, 0)).sum(0, keepdim=True)
         told = torch.stack([tokens, marked.view(1)], 1)
-        shapes, marks = [], 0
+        shapes, marks = [], [0]
         for axis in self.axes:
             per_rank = redistribute(told, axis, src=S(0), dst=R)
-            *rows, marks = host_ints(torch.cat([per_rank.select(1, 0), per_rank.sum(0)[1:]]))
+            ints = host_ints(per_rank.t().flatten())
+            rows, marks = ints[: axis.size], ints[axis.size :]
             shapes.append(ShardShape.ragged(rows))
             told = per_rank.sum(0, keepdim=True)
-        fault.check(marks, f"{self.axes[0].size * self.axes[1].size} ranks")
+        etp, ep = self.axes  # of etp only the sum is left
+        fault.check(marks, [ep], etp.size * ep.size, self.num_experts)
         return shapes
 
     def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:

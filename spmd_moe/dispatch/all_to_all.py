@@ -56,8 +56,8 @@ class AllToAll:
     """The dispatcher for experts sharded on ep and on etp, either of which may have size 1."""
 
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
-        self.ep, self.etp = mesh[EP], mesh[ETP]
-        self.num_local = num_experts // self.ep.size
+        self.axes = self.ep, self.etp = mesh[EP], mesh[ETP]
+        self.num_experts, self.num_local = num_experts, num_experts // self.ep.size
 
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
@@ -92,8 +92,10 @@ class AllToAll:
         from_all = redistribute(got, self.etp, src=S(0), dst=R)
         counts_Se, marks_S1 = from_all.narrow(1, 0, e), from_all.narrow(1, e, 1)
         sent_S, got_S = sent.narrow(1, 0, e).sum(1), got.narrow(1, 0, e).sum(1)
-        marks, *rows = host_ints(torch.cat([marks_S1.sum(0), sent_S, got_S, counts_Se.sum(1)]))
-        fault.check(marks, f"{from_all.shape[0]} ranks")
+        told = [marks_S1.flatten(), sent_S, got_S, counts_Se.sum(1)]
+        ints, all_ranks = host_ints(torch.cat(told)), from_all.shape[0]
+        marks, rows = ints[:all_ranks], ints[all_ranks:]
+        fault.check(marks, (self.etp, self.ep), all_ranks, self.num_experts)
         sends, receives, *by_peer = (rows[i : i + ranks] for i in range(0, len(rows), ranks))
         gathered = ShardShape.ragged([sum(peer) for peer in by_peer])
         return Counted(sends, receives, gathered, counts_Se)

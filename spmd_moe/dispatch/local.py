@@ -19,10 +19,11 @@ from spmd_moe.router import Routing
 
 @final
 class Local:
-    """The dispatcher of a rank that has all experts, whole."""
+    """The dispatcher of a rank that has all experts, whole: `Local(mesh)`, of any number."""
 
     def __init__(self, mesh: MoEMesh) -> None:
-        for axis in (mesh[EP], mesh[ETP]):
+        self.axes = mesh[EP], mesh[ETP]
+        for axis in self.axes:
             if axis.size > 1:
                 raise ConfigError(
                     explain(
@@ -36,7 +37,7 @@ class Local:
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, None]:
-        fault.check_alone(routing.fault)
+        fault.check_alone(routing.fault, routing.logits_TE)
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
         if slots.complete:  # nothing is sent, so rows need not be made before the experts read them
             gather = Gather(slots.token_N, slots.row_TK)

@@ -21,9 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, final
 
+from spmd_moe.errors import ConfigError, explain
+from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Gather, Slots
 from spmd_moe.placement import GatheredRows, RowSums, Tokens
 from spmd_moe.router import Routing
+from spmd_moe.settings import a_thing
 
 State = TypeVar("State")
 
@@ -47,3 +50,43 @@ class Dispatcher(Protocol[State]):
 
     def collect(self, y_RD: RowSums, state: State) -> Tokens:
         """The experts' rows back to the slots they came from: [N, D] in the order of `slots`."""
+
+
+def check_dispatcher(dispatcher: object, num_experts: int, mesh: MoEMesh) -> None:
+    """Two methods, and, where it says `num_experts` and `axes` (of ep and etp), the layer's own."""
+    new = f"AllToAll(mesh, num_experts={num_experts})"
+    methods = (getattr(dispatcher, name, None) for name in ("dispatch", "collect"))
+    if isinstance(dispatcher, type) or not all(map(callable, methods)):
+        raise ConfigError(
+            explain(
+                "MoE",
+                f"dispatcher is {a_thing(dispatcher)}; it must be an object that can dispatch "
+                "and collect",
+                why="a dispatcher knows the mesh and the experts of one layer",
+                fixes=[f"dispatcher={new}"],
+            )
+        )
+    theirs = getattr(dispatcher, "num_experts", num_experts)
+    if theirs != num_experts:
+        raise ConfigError(
+            explain(
+                "MoE",
+                f"the dispatcher is built for {theirs} experts, the router chooses among "
+                f"{num_experts}",
+                why="rows would go to ranks that do not have their expert",
+                fixes=[
+                    f"{type(dispatcher).__name__}(mesh, num_experts={num_experts})",
+                    f"RouterConfig(num_experts={theirs}, ...)",
+                ],
+            )
+        )
+    for axis in getattr(dispatcher, "axes", ()):
+        if axis.size != mesh[axis.role].size:
+            raise ConfigError(
+                explain(
+                    "MoE",
+                    f"the dispatcher is built on {axis}, the layer on {mesh[axis.role]}",
+                    why="both must have the same share of the experts",
+                    fixes=[f"dispatcher={new}   # the mesh of the layer"],
+                )
+            )

@@ -1,0 +1,108 @@
+"""Does what the layer is given in a call fit it? Told before any communication, on every rank."""
+
+# Shape letters in this file:
+#   D  model width    E  experts    e  experts on this rank
+#   F  hidden width of an expert, on this rank
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spmd_moe.errors import DtypeError, ShapeError, SpmdMoeError, describe, explain, short_dtype
+from spmd_moe.experts import Experts
+from spmd_moe.router import Router
+
+
+def check_inputs(
+    x: Tensor,
+    mask: Tensor | None,
+    expert_ids: Tensor | None,
+    width: int,
+    router: Router,
+    experts: Experts,
+) -> None:
+    """Where all is well, a few comparisons."""
+    if x.ndim not in (2, 3):
+        _refuse_dims(x, width)
+    if x.shape[-1] != width:
+        _refuse(
+            f"x {describe(x)} does not end in the layer's width {width}",
+            "x is [B, L, D] or [T, D]",
+            f"MoEConfig(width={x.shape[-1]}, ...)   # a layer for such tokens",
+            f"nn.Linear({x.shape[-1]}, {width})(x)   # tokens for this layer",
+        )
+    lead = x.shape[:-1]
+    if mask is not None:
+        _check_beside("mask", mask, x, lead, torch.bool, "it says True or False of each token")
+    if expert_ids is not None:
+        top_k = router.config.top_k
+        why = f"each token has {top_k} ids"
+        _check_beside("expert_ids", expert_ids, x, (*lead, top_k), torch.int64, why)
+    if x.device != router.weight_ED.device:
+        _refuse(
+            f"x is on {x.device} and the layer on {router.weight_ED.device}",
+            "they meet in a product",
+            f"x.to({str(router.weight_ED.device)!r})",
+            f"layer.to({str(x.device)!r})",
+        )
+    if x.dtype is not experts.w1_eFD.dtype:
+        _refuse_dtype(x, experts.w1_eFD)
+
+
+def _refuse_dims(x: Tensor, width: int) -> None:
+    if x.ndim > 3:
+        fix = "x.flatten(1, -2)   # [B, L, D]"
+    elif x.ndim == 1 and x.shape[0] == width:
+        fix = "x.unsqueeze(0)   # one token"
+    else:
+        fix = f"x.view(-1, {width})"
+    _refuse(
+        f"x {describe(x)} has {x.ndim} dim{'s' if x.ndim > 1 else ''}",
+        "x is [B, L, D] or [T, D]",
+        fix,
+    )
+
+
+def _check_beside(
+    name: str, given: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, why: str
+) -> None:
+    """Something that goes with x, token by token."""
+    if given.shape != shape:
+        _refuse(
+            f"{name} {describe(given)} does not fit x {describe(x)}",
+            why,
+            f"a {dtype} tensor of shape {list(shape)}",
+        )
+    if given.dtype is not dtype:
+        _refuse(
+            f"{name} is {describe(given)}; it must be {dtype}",
+            why,
+            f"{name}.to({dtype})",
+            error=DtypeError,
+        )
+    if given.device != x.device:
+        _refuse(
+            f"{name} is on {given.device} and x on {x.device}",
+            "they go together",
+            f"{name}.to({str(x.device)!r})",
+        )
+
+
+def _refuse_dtype(x: Tensor, w1_eFD: Tensor) -> None:
+    """The experts compare the two again; here it is told before anything is sent.
+
+    Not of a weight that is no plain parameter: FSDP casts it only when the experts run.
+    """
+    if type(w1_eFD) is nn.Parameter:
+        _refuse(
+            f"x is {describe(x)}, the layer {short_dtype(w1_eFD.dtype)}",
+            "a cast that nobody wrote would change the precision of the layer",
+            f"layer.to({x.dtype})",
+            f"x.to({w1_eFD.dtype})",
+            error=DtypeError,
+        )
+
+
+def _refuse(what: str, why: str, *fixes: str, error: type[SpmdMoeError] = ShapeError) -> None:
+    raise error(explain("MoE.forward", what, why=why, fixes=fixes))

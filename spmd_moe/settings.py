@@ -1,0 +1,76 @@
+"""Is a setting what it has to be? The checks that constructors share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from spmd_moe.errors import ConfigError, explain
+
+
+def whole_numbers(where: str, **given: object) -> None:
+    """Integers of 1 or more. True and 2.0 are not: somebody meant another setting, or divided."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(
+                explain(
+                    where,
+                    f"{name} is {value!r}; it must be an integer of 1 or more",
+                    why="it is a size, or a number of something",
+                    fixes=[f"{name}={_nearest(value)}"],
+                )
+            )
+
+
+def one_of(where: str, name: str, value: object, known: Iterable[object]) -> None:
+    names = list(known)
+    if value not in names:
+        raise ConfigError(
+            explain(
+                where,
+                f"{name} is {value!r}",
+                why=f"it is one of {', '.join(map(repr, names))}",
+                fixes=[f"{name}={names[0]!r}"],
+            )
+        )
+
+
+def instance(where: str, name: str, value: object, wanted: type, fix: str, why: str = "") -> None:
+    """An object of the class `wanted`, not that class itself and not another thing."""
+    if not isinstance(value, wanted):
+        raise ConfigError(
+            explain(
+                where,
+                f"{name} is {a_thing(value)}; it must be {_article(wanted.__name__)}",
+                why=why or f"it is read as {_article(wanted.__name__)}",
+                fixes=[fix],
+            )
+        )
+
+
+def spoken(config: Any) -> dict[str, object]:
+    """The settings of a config by name, as ranks tell them to each other."""
+    found: dict[str, object] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("router", "shared") and value is not None:
+            found |= {f"{field.name}.{name}": own for name, own in spoken(value).items()}
+        else:
+            found[field.name] = getattr(value, "name", value)  # a function would be an address
+    return found
+
+
+def a_thing(value: object) -> str:
+    """What somebody handed in, in words: `the class AllToAll`, `None`, `a str`."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return "None" if value is None else _article(type(value).__name__)
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name.startswith((*'AEIOUaeiou', 'MoE')) else 'a'} {name}"
+
+
+def _nearest(value: object) -> int:
+    return max(int(value), 1) if isinstance(value, int | float) else 1

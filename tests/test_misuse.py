@@ -1,0 +1,267 @@
+"""What is wrong before the first token moves: told at once, on every rank that is there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from spmd_moe import (
+    CLAMPED_SWIGLU,
+    EP,
+    AllGather,
+    AllToAll,
+    Arrived,
+    Experts,
+    Local,
+    MoE,
+    MoEConfig,
+    MoEMesh,
+    RouterConfig,
+    SharedConfig,
+    SpmdMoeError,
+    init_weights,
+    placements_of,
+)
+from spmd_moe.check.threads import threaded
+from tests.simulate import fake_world
+from tests.workers import run
+
+CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
+
+
+def mesh_of_four() -> MoEMesh:
+    return MoEMesh.init("cpu", dp=2, tp=2, ep=4)
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """The first line of what is raised."""
+    try:
+        act()
+    except SpmdMoeError as error:
+        return str(error).splitlines()[0]
+    return "nothing was refused"
+
+
+# --- ranks that differ ------------------------------------------------------------------------
+
+
+def other_width() -> None:
+    MoE(CONFIG if dist.get_rank() else replace(CONFIG, width=12), mesh_of_four())
+
+
+def other_router() -> None:
+    MoE(replace(CONFIG, router=RouterConfig(8, 1 + dist.get_rank() % 2)), mesh_of_four())
+
+
+def other_dispatcher() -> None:
+    mesh = mesh_of_four()
+    made: Any = AllGather(mesh, 8) if dist.get_rank() == 3 else AllToAll(mesh, 8)
+    MoE(CONFIG, mesh, made)
+
+
+def other_seed() -> None:
+    layer = MoE(CONFIG, mesh_of_four())
+    init_weights(layer, layer.mesh, seed=dist.get_rank() // 2, std=0.5)
+
+
+DIFFERING = {
+    other_width: "MoE: the ranks were called with different settings: "
+    "width=12 on ranks [0] | width=6 on ranks [1, 2, 3].",
+    other_router: "MoE: the ranks were called with different settings: "
+    "router.top_k=1 on ranks [0, 2] | router.top_k=2 on ranks [1, 3].",
+    other_dispatcher: "MoE: the ranks were called with different settings: "
+    "dispatcher=AllToAll on ranks [0, 1, 2] | dispatcher=AllGather on ranks [3].",
+    other_seed: "init_weights: the ranks were called with different settings: "
+    "seed=0 on ranks [0, 1] | seed=1 on ranks [2, 3].",
+}
+
+
+@pytest.mark.parametrize("act", DIFFERING, ids=lambda act: act.__name__)
+def test_ranks_that_differ_are_told_on_every_rank(act: Callable[[], None]) -> None:
+    assert threaded(4, refusal, act) == [DIFFERING[act]] * 4
+
+
+@pytest.mark.gloo
+def test_processes_that_differ_are_told() -> None:
+    assert run(4, refusal, other_router) == [DIFFERING[other_router]] * 4
+
+
+def test_ranks_that_agree_exchange_once_per_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One digest along each dense axis that has ranks, for the layer and for its weights."""
+    calls: list[int] = []
+    gather = dist.all_gather
+
+    def noted(parts: list[Tensor], mine: Tensor, group: Any = None) -> None:
+        calls.append(mine.numel())
+        gather(parts, mine, group=group)
+
+    with fake_world(4):
+        mesh = mesh_of_four()
+        monkeypatch.setattr(dist, "all_gather", noted)
+        init_weights(MoE(CONFIG, mesh), mesh, seed=0)
+    assert calls == [32, 64] * 2
+
+
+def test_one_process_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_gather", None)
+    init_weights(MoE(CONFIG, MoEMesh.single()), MoEMesh.single(), seed=0)
+
+
+def test_a_layer_is_built_without_memory() -> None:
+    with fake_world(4):
+        mesh = mesh_of_four()
+        with torch.device("meta"):
+            layer = MoE(CONFIG, mesh)
+        assert layer.experts.w1_eFD.is_meta
+        with FakeTensorMode():
+            assert MoE(CONFIG, mesh).router.weight_ED.shape == (8, 6)
+
+
+# --- the dispatcher ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [4, 12])
+@pytest.mark.parametrize("kind", [AllGather, AllToAll])
+def test_a_dispatcher_of_another_number_of_experts(kind: Any, number: int) -> None:
+    with fake_world(4):
+        mesh = mesh_of_four()
+        text = refusal(lambda: MoE(CONFIG, mesh, kind(mesh, number)))
+    assert text == f"MoE: the dispatcher is built for {number} experts, the router chooses among 8."
+
+
+def test_a_dispatcher_of_ones_own_need_not_say_how_many() -> None:
+    class Own:
+        """Local under another name, which says nothing of itself."""
+
+        def __init__(self, mesh: MoEMesh) -> None:
+            self._local = Local(mesh)
+            self.collect = self._local.collect
+
+        def dispatch(self, *given: Any) -> tuple[Arrived, None]:
+            return self._local.dispatch(*given)
+
+    mesh = MoEMesh.single()
+    layer = MoE(CONFIG, mesh, Own(mesh))
+    init_weights(layer, mesh, seed=0)
+    assert layer(torch.ones(3, 6)).hidden.isfinite().all()
+
+
+# --- dtypes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AllGather, AllToAll])
+def test_a_wrong_dtype_is_told_before_anything_is_sent(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_world(4):
+        mesh = mesh_of_four()
+        layer = MoE(CONFIG, mesh, kind(mesh, 8))
+        monkeypatch.setattr(layer, "boundary", None)  # the first that would be reached
+        text = refusal(lambda: layer(torch.ones(3, 6, dtype=torch.bfloat16)))
+    assert text == "MoE.forward: x is bf16[3, 6], the layer f32."
+
+
+def test_weights_that_are_cast_when_the_experts_run_are_not_judged_early() -> None:
+    """As FSDP does: until the experts run, w1 is something else than it will be there."""
+    mesh = MoEMesh.single()
+    layer = MoE(CONFIG, mesh)
+    init_weights(layer, mesh, seed=0)
+    stored = dict(layer.experts.named_parameters(recurse=False))
+
+    class Sharded(Tensor):
+        """Stands for DTensor."""
+
+    def swap(cast: Callable[[Tensor], Tensor]) -> None:
+        for name, parameter in stored.items():
+            layer.experts._parameters[name] = cast(parameter)  # type: ignore[assignment]
+
+    swap(lambda p: p.detach().as_subclass(Sharded))
+    layer.experts.register_forward_pre_hook(
+        lambda module, args: swap(lambda p: nn.Parameter(p.detach().bfloat16()))
+    )
+    assert layer(torch.ones(3, 6, dtype=torch.bfloat16)).hidden.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_takes_tokens_of_the_layers_dtype(dtype: torch.dtype) -> None:
+    mesh = MoEMesh.single()
+    layer = MoE(CONFIG, mesh)
+    init_weights(layer, mesh, seed=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer.to(dtype)(torch.ones(3, 6, dtype=dtype)).hidden.sum().backward()
+    assert layer.experts.w1_eFD.grad is not None
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+def test_nothing_is_drawn_where_something_has_no_placement() -> None:
+    layer = MoE(CONFIG, MoEMesh.single())
+    model = nn.Sequential(layer, nn.Linear(6, 6))
+    with pytest.raises(SpmdMoeError, match=r"no placement is declared for 1\.weight, 1\.bias\."):
+        init_weights(model, MoEMesh.single(), seed=0)
+    assert layer.router.weight_ED.isnan().all()
+
+
+def test_a_mesh_of_the_same_layout_is_the_same() -> None:
+    with fake_world(4):
+        layer = MoE(CONFIG, mesh_of_four())
+        init_weights(layer, mesh_of_four(), seed=0)
+        with pytest.raises(SpmdMoeError, match="the layer is on"):
+            init_weights(layer, MoEMesh.init("cpu", tp=4, ep=4), seed=0)
+
+
+# --- copies -----------------------------------------------------------------------------------
+
+
+def copied() -> tuple[bool, bool, bool]:
+    """Same output; same mesh, groups and activation; weights of its own."""
+    mesh = mesh_of_four() if dist.is_initialized() else MoEMesh.single()
+    layer = MoE(replace(CONFIG, activation=CLAMPED_SWIGLU, shared=SharedConfig(8)), mesh)
+    init_weights(layer, mesh, seed=0)
+    twin, x = copy.deepcopy(layer), torch.ones(3, 6)
+    before = layer(x).hidden
+    with torch.no_grad():
+        twin.experts.w1_eFD.zero_()
+    shared = twin.mesh is mesh and twin.experts.etp is layer.experts.etp
+    same = twin.config == layer.config and twin.experts.activation is CLAMPED_SWIGLU
+    return (
+        torch.equal(layer(x).hidden, before),
+        shared and same,
+        torch.equal(twin(x).hidden, before),
+    )
+
+
+def test_a_copy_of_a_layer_is_on_the_same_mesh() -> None:
+    assert copied() == (True, True, False)
+    mesh = MoEMesh.single()
+    assert copy.copy(mesh) is mesh and copy.copy(mesh[EP]) is mesh[EP]
+
+
+@pytest.mark.gloo
+def test_a_copy_of_a_layer_on_processes() -> None:
+    assert run(4, copied) == [(True, True, False)] * 4
+
+
+def test_what_a_copy_computes() -> None:
+    layer = MoE(CONFIG, MoEMesh.single())
+    init_weights(layer, layer.mesh, seed=0)
+    x = torch.randn(5, 6)
+    assert torch.equal(copy.deepcopy(layer)(x).hidden, layer(x).hidden)
+
+
+# --- kinds, asked of an object ----------------------------------------------------------------
+
+
+def test_placements_of_an_object_are_those_of_its_class() -> None:
+    layer = MoE(CONFIG, MoEMesh.single())
+    assert placements_of(layer.experts) == placements_of(Experts) != {}
+    assert placements_of(layer.experts.forward) == placements_of(Experts.forward) != {}
