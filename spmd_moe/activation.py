@@ -126,7 +126,7 @@ def _clamped_backward(
 
 
 def _squared_relu_forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
-    return fn.relu(gate_RF).square_()
+    return fn.relu(gate_RF).square()  # not in place: shared experts leave backward to autograd
 
 
 def _squared_relu_backward(

@@ -159,24 +159,30 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.to(config.dtype), weight_ED.to(config.dtype))
         scores_TE = self.score.of_logits(logits_TE)
         complete = mask_T is None and expert_ids_TK is None
-        marked = fault.mark(logits_TE, expert_ids_TK)
         if expert_ids_TK is None:
-            expert_ids_TK, dropped = self.choose(scores_TE, self.bias_E, config), marked * 0
+            marked = fault.mark(logits_TE, None)
+            ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config), mask_T)
+            dropped = marked * 0
         else:
-            expert_ids_TK, dropped = _given(expert_ids_TK, mask_T, config.num_experts)
-        if mask_T is not None:
-            expert_ids_TK = torch.where(mask_T.unsqueeze(1), expert_ids_TK, -1)
-        none_TK = None if complete else expert_ids_TK < 0
+            given_TK = _of_tokens(expert_ids_TK, mask_T)
+            marked = fault.mark(logits_TE, given_TK)
+            ids_TK, dropped = _given(given_TK, mask_T, config.num_experts)
+        none_TK = None if complete else ids_TK < 0
         return Routing(
-            expert_ids_TK=expert_ids_TK,
-            scores_TK=_weigh(self.score, scores_TE, expert_ids_TK, none_TK, config),
+            expert_ids_TK=ids_TK,
+            scores_TK=_weigh(self.score, scores_TE, ids_TK, none_TK, config),
             logits_TE=logits_TE,
             probs_TE=self.score.to_probs(scores_TE),
-            counts_E=count(expert_ids_TK, config.num_experts),
+            counts_E=count(ids_TK, config.num_experts),
             dropped=dropped,
             fault=marked,
             complete=complete,
         )
+
+
+def _of_tokens(expert_ids_TK: Tokens, mask_T: Tokens | None) -> Tokens:
+    """No expert for what is padding, whatever stands there."""
+    return expert_ids_TK if mask_T is None else expert_ids_TK.masked_fill(~mask_T.unsqueeze(1), -1)
 
 
 def _given(expert_ids_TK: Tokens, mask_T: Tokens | None, num_experts: int) -> tuple[Tokens, Tokens]:

@@ -367,3 +367,14 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
         for n in (1, 2, 3, 4, 5, 7, 8, 33, 299):
             part = layer(given["x"][:n], torch.tensor([n, 0]), given["scores"][:n])
             assert torch.equal(part, whole[:n]), n
+
+
+@by_name
+def test_activations_leave_backward_to_autograd(activation: Activation) -> None:
+    """As shared experts use them: nothing that autograd keeps is overwritten."""
+    random = torch.Generator().manual_seed(0)
+    leaves = torch.randn(2, 3, 4, generator=random, dtype=torch.float64).unbind(0)
+    assert torch.autograd.gradcheck(
+        lambda gate, up: activation.forward(gate * 1, up * 1 if activation.gated else None),
+        [leaf.clone().requires_grad_() for leaf in leaves],
+    )

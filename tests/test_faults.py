@@ -228,3 +228,16 @@ def test_noise_scales_up_as_much_as_down() -> None:
     noise = router(torch.ones(500, 4)).logits_TE
     assert 0.75 <= noise.min() < 0.76 and 1.24 < noise.max() <= 1.25
     assert noise.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_ids_of_padding_may_be_anything() -> None:
+    """As NaN in padding may: what is masked is not looked at."""
+    mesh = MoEMesh.single()
+    layer = MoE(CONFIG, mesh)
+    init_weights(layer, mesh, seed=0)
+    x, mask = torch.randn(3, 6), torch.tensor([True, False, True])
+    ids = torch.tensor([[1, 2], [-7, 99], [3, 4]])
+    out = layer(x, mask, ids)
+    assert out.dropped == 0 and out.counts_E.tolist() == [0, 1, 1, 1, 1, 0, 0, 0]
+    with pytest.raises(RoutingError, match="8 experts"):
+        layer(x, None, ids)
