@@ -68,6 +68,8 @@ ORDER = [
     "check.values",
     "check.sweep",
     "check.report",
+    "check.forecast",
+    "check.plan",
     "check.run",
     "check.cli",
     "check",

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from spmd_moe.check.finding import RULES
 from spmd_moe.check.layout import Layout
+from spmd_moe.check.plan import make_plan
 from spmd_moe.check.report import line
 from spmd_moe.check.run import SECONDS, WORLD, examine
 from spmd_moe.check.sweep import Result
-from spmd_moe.check.target import cannot, load
+from spmd_moe.check.target import CannotCheckError, cannot, load
 from spmd_moe.errors import SpmdMoeError
 
 VALUE_WORLD = 4
@@ -33,6 +34,13 @@ TARGET is package.module:callable, a function (mesh, tokens) -> Built:
         return Built(layer, (x,), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 
 exit status: 0 nothing found, 1 something found, 2 could not check
+"""
+
+
+PLAN = """\
+Say what a layout means for a module before anything runs: rows per rank, what each parameter owes
+and where it is stored, what divides each loss term, and every collective with its bytes. TARGET is
+what `spmd-moe check` takes. A layout that is refused is told with the nearest that is not.
 """
 
 
@@ -88,7 +96,36 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="a report for machines, to stdout")
     check.add_argument("--junit", type=Path, metavar="FILE", help="a report for CI, to a file")
     check.set_defaults(run=_check)
+    plan = commands.add_parser(
+        "plan",
+        help="rows, obligations and collectives of a layout",
+        description=PLAN,
+        formatter_class=raw,
+    )
+    plan.add_argument("target", metavar="TARGET", help="package.module:callable")
+    plan.add_argument(
+        "--layout", type=layout, default=Layout(), metavar="DEGREES", help="as 'dp 2 tp 4 ep 8'"
+    )
+    plan.add_argument("--tokens", type=int, default=16, help="in each cell of dp and cp (16)")
+    plan.add_argument("--rank", type=int, default=0, help="whose rows are meant (0)")
+    plan.set_defaults(run=_plan)
     return parser
+
+
+def _plan(args: argparse.Namespace) -> int:
+    if not 0 <= args.rank < args.layout.world or args.tokens < 0:
+        what = (
+            f"rank {args.rank} and {args.tokens} tokens are not of a world of {args.layout.world}"
+        )
+        raise cannot("plan", what, "ranks are counted from 0", "--rank 0 --tokens 16")
+    try:
+        print(make_plan(load(args.target), args.layout, args.tokens, args.rank))
+    except CannotCheckError:
+        raise
+    except ValueError as error:  # the module refuses it, and says what is the nearest
+        print(error)
+        return 1
+    return 0
 
 
 def layout(text: str) -> Layout:

@@ -186,7 +186,9 @@ class _Forecast:
             return
         what = "gradient of the shared expert's"
         if shared.gated:
-            yield from self._one("backward", f"{what} gate", "all_reduce", TP, (1, width), self.wide)
+            yield from self._one(
+                "backward", f"{what} gate", "all_reduce", TP, (1, width), self.wide
+            )
         if shared.sharded:
             rows = self._tp_rows()
             yield from self._gather("backward", f"{what} output", TP, rows, [width])
@@ -223,7 +225,9 @@ class _Forecast:
         yield from self._one("forward", what, "all_gather", ETP, shape, integer)
         what = "rows to their experts"
         yield from self._one("forward", what, "all_to_all", EP, (sent, packed), None, even)
-        yield from self._gather("forward", "rows to every slice of an expert", ETP, arrived, [width])
+        yield from self._gather(
+            "forward", "rows to every slice of an expert", ETP, arrived, [width]
+        )
         if self.early:
             what = "weights to every slice of an expert"
             yield from self._gather("forward", what, ETP, arrived, [], self.score_dtype)
@@ -267,9 +271,7 @@ class _Forecast:
         for what, tail, dtype in reversed(gathers[1:]):
             for role, rows in reversed(axes):
                 wide = torch.promote_types(dtype, torch.float32)
-                yield from self._scatter(
-                    "backward", f"gradient of {what}", role, rows, tail, wide
-                )
+                yield from self._scatter("backward", f"gradient of {what}", role, rows, tail, wide)
 
     # --- rows ---
 

@@ -89,7 +89,8 @@ def load(name: str) -> Target:
     for part in attribute.split("."):
         target = getattr(target, part, None)
     if not callable(target):
-        there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        own = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module_name]
+        there = [n for n in own if callable(vars(module)[n]) and not n.startswith("_")]
         what = f"{module_name!r} has no callable {attribute!r}"
         raise cannot("TARGET", what, why, *(f"{module_name}:{n}" for n in there[:3]))
     return cast(Target, target)

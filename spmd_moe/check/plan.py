@@ -1,0 +1,170 @@
+"""What a layout means for a model, before anything runs: rows, obligations, losses, collectives.
+
+    plan = make_plan(target, Layout(dp=2, tp=4, ep=8), tokens=5)
+    print(plan)                        # four tables
+    plan.obligations, plan.collectives # the same, to ask
+
+The model is built as one rank of a world that is not there; nothing of it runs. Numbers of rows at
+the experts are those of even use; see `forecast.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from spmd_moe.boundary import INSIDE
+from spmd_moe.check.forecast import Collective, forecast
+from spmd_moe.check.layout import Layout
+from spmd_moe.check.target import Target, build
+from spmd_moe.check.world import mirror_world
+from spmd_moe.moe import MoE
+from spmd_moe.obligations import Obligations, obligations
+from spmd_moe.placement import CP, DP, TP, Role
+from spmd_moe.shard import ShardShape
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The tokens of one cell of dp and cp, on the ranks of tp."""
+
+    layer: str
+    shape: ShardShape
+
+    @property
+    def nature(self) -> str:
+        if self.shape.total == 0:
+            return "none"
+        return "even" if self.shape.equal else "padded around collectives only"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One loss term: over which ranks it is a sum, and what divides it, once."""
+
+    layer: str
+    term: str
+    sums: tuple[Role, ...]  # the term is P on these
+    whole: tuple[Role, ...]  # it is the same on these already
+    divisor: str
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    layout: Layout
+    tokens: int
+    rank: int
+    rows: tuple[Rows, ...]
+    obligations: Obligations
+    scales: tuple[Scale, ...]
+    collectives: tuple[Collective, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"{self.layout}, {self.tokens} tokens in each cell of dp and cp, rank {self.rank}"
+        yield "\nRows of the tokens on tp"
+        yield from table(
+            ("layer", "rows per rank", "padded", "nature"),
+            ((r.layer, str(list(r.shape.sizes)), str(r.shape.padded), r.nature) for r in self.rows),
+        )
+        yield "\nWhat each parameter owes, and where it is stored"
+        yield str(self.obligations)
+        yield "\nLoss terms"
+        yield from table(
+            ("layer", "term", "sum over", "whole on", "divided once by"), map(_scale, self.scales)
+        )
+        yield "\nCollectives that this rank issues, in order"
+        yield from table(
+            ("", "axis", "collective", "gives", "bytes", "", "what"), map(_move, self.collectives)
+        )
+        total = sum(c.bytes for c in self.collectives)
+        yield f"{len(self.collectives)} collectives, {total} bytes given"
+
+
+def make_plan(target: Target, layout: Layout, tokens: int, rank: int = 0) -> Plan:
+    """Build the target as `rank` and say what follows; a ValueError where it refuses the layout."""
+    with mirror_world(layout.world, rank):
+        mesh = layout.mesh()
+        built = build(target, mesh, tokens)
+        owed = obligations(built.module, mesh)
+        layers = {name or "layer": m for name, m in built.module.named_modules() if _is_moe(m)}
+        dtype = next(t.dtype for t in built.args if isinstance(t, Tensor) and t.is_floating_point())
+        return Plan(
+            layout,
+            tokens,
+            rank,
+            tuple(Rows(name, ShardShape.even(tokens, layout.tp)) for name in layers),
+            owed,
+            tuple(scale for name, layer in layers.items() for scale in _scales(name, layer)),
+            tuple(_collectives(layers.values(), layout, rank, tokens, dtype)),
+        )
+
+
+def _is_moe(module: nn.Module) -> bool:
+    return isinstance(module, MoE)
+
+
+def _collectives(
+    layers: Iterable[nn.Module], layout: Layout, rank: int, tokens: int, dtype: torch.dtype
+) -> Iterator[Collective]:
+    """Forward through the layers, and back through them."""
+    sizes = ShardShape.even(tokens, layout.tp).sizes
+    tokens_r = [sizes[layout.place(r)[TP]] for r in range(layout.world)]
+    each = [forecast(x, layout, rank, tokens_r, dtype) for x in layers if isinstance(x, MoE)]
+    for one in each:
+        yield from (c for c in one if c.when == "forward")
+    for one in reversed(each):
+        yield from (c for c in one if c.when == "backward")
+
+
+def _scales(name: str, layer: nn.Module) -> Iterator[Scale]:
+    if not isinstance(layer, MoE):
+        return
+    whole_on_tp = layer.config.src != INSIDE
+    sums, whole = ((DP, CP), (TP,)) if whole_on_tp else ((DP, CP, TP), ())
+    balance = layer.config.balance
+    if balance is None:
+        return
+    of = "the sequence" if balance == "sequence" else "the batch"
+    groups = "; and by the sequences of the batch" if balance == "sequence" else ""
+    yield Scale(
+        name, "balance_loss", sums, whole, f"choices x tokens of {of}, on all ranks{groups}"
+    )
+    yield Scale(name, "z_loss", sums, whole, "tokens of the batch, on all ranks")
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Columns as wide as they must be."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    if len(lines) == 1:
+        yield "  none"
+        return
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        yield f"  {'  '.join(cells)}".rstrip()
+
+
+def _scale(scale: Scale) -> tuple[str, ...]:
+    def roles(some: tuple[Role, ...]) -> str:
+        return " ".join(map(str, some)) or "-"
+
+    return scale.layer, scale.term, roles(scale.sums), roles(scale.whole), scale.divisor
+
+
+def _move(c: Collective) -> tuple[str, ...]:
+    shape = f"{str(c.dtype).removeprefix('torch.')}{list(c.shape)}"
+    nature = "even" if c.even else "uneven"
+    return c.when, str(c.role), c.op, shape, str(c.bytes), nature, c.what
