@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from spmd_moe.obligations import obligations as obligations
     from spmd_moe.optim import clip_grad_norm_ as clip_grad_norm_
     from spmd_moe.optim import reduce_gradients as reduce_gradients
+    from spmd_moe.parallelize import parallelize as parallelize
     from spmd_moe.permute import Slots as Slots
     from spmd_moe.permute import spread as spread
     from spmd_moe.permute import take_scores as take_scores
@@ -95,6 +96,7 @@ else:
         "moe": "MoE MoEConfig MoEOutput SharedConfig",
         "obligations": "Obligation Obligations obligations",
         "optim": "clip_grad_norm_ reduce_gradients",
+        "parallelize": "parallelize",
         "permute": "Slots spread take_scores",
         "placement": "CP DP EDP EP ETP TP I P Placed Placement R Role S V placement_of "
         "placements_of",

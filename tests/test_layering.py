@@ -49,7 +49,9 @@ ORDER = [
     "moe",
     "load",
     "obligations",
+    "storage",
     "optim",
+    "parallelize",
 ]
 LAYER = ORDER[ORDER.index("fault") : ORDER.index("obligations")]
 LONGEST = 400
@@ -127,11 +129,11 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 def test_few_files_talk_to_torch_distributed() -> None:
     """collectives moves tensors; mesh and agree make groups; two ask where they stand.
 
-    Whole models are stored as DTensors, whose names obligations and optim know.
+    Whole models are stored as DTensors: their files know the names of those.
     """
     talking = [name for name, source in sources().items() if TALKS.search(source)]
     layer = ["agree", "collectives", "mesh", "ranks", "redistribute"]
-    assert sorted(talking) == sorted([*layer, "obligations", "optim"])
+    assert sorted(talking) == sorted([*layer, "obligations", "optim", "parallelize", "storage"])
     moving = [n for n, s in sources().items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 
