@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from spmd_moe.activation import SWIGLU as SWIGLU
     from spmd_moe.activation import Activation as Activation
     from spmd_moe.activation import clamped_swiglu as clamped_swiglu
+    from spmd_moe.checkpoint import latest_checkpoint as latest_checkpoint
+    from spmd_moe.checkpoint import load_checkpoint as load_checkpoint
+    from spmd_moe.checkpoint import save_checkpoint as save_checkpoint
     from spmd_moe.declare import declare as declare
     from spmd_moe.dispatch import AllGather as AllGather
     from spmd_moe.dispatch import AllToAll as AllToAll
     from spmd_moe.dispatch import Arrived as Arrived
     from spmd_moe.dispatch import Dispatcher as Dispatcher
     from spmd_moe.dispatch import Local as Local
+    from spmd_moe.errors import CheckpointError as CheckpointError
     from spmd_moe.errors import ConfigError as ConfigError
     from spmd_moe.errors import DtypeError as DtypeError
     from spmd_moe.errors import GradientError as GradientError
@@ -83,10 +87,11 @@ else:
 
     _FILES = {
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
+        "checkpoint": "latest_checkpoint load_checkpoint save_checkpoint",
         "declare": "declare",
         "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
-        "errors": "ConfigError DtypeError GradientError MeshError PlacementError RoutingError "
-        "ShapeError SpmdMoeError",
+        "errors": "CheckpointError ConfigError DtypeError GradientError MeshError PlacementError "
+        "RoutingError ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",
         "grouped": "PerExpert",
         "init": "init_weights",

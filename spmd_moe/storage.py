@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch.distributed as dist
+from spmd_types import Shard
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -146,3 +147,20 @@ def shard_group(parameter: Tensor) -> ProcessGroup | None:
     if SHARD not in names or parameter.placements[names.index(SHARD)].is_replicate():
         return None
     return parameter.device_mesh.get_group(SHARD)
+
+
+def place_in_whole(row: Obligation, mesh: MoEMesh, tensor: Tensor) -> tuple[int, ...]:
+    """Where this rank's part of a parameter or buffer begins, in each dim."""
+    start, size = [0] * len(row.global_shape), list(row.global_shape)
+    for k in row.placement:
+        if isinstance(k.kind, Shard):
+            dim, axis = k.kind.dim % len(size), mesh[k.role]
+            size[dim] //= axis.size
+            start[dim] += axis.rank * size[dim]
+    group = shard_group(tensor)
+    if group is not None and isinstance(tensor, DTensor):
+        cut = tensor.placements[(tensor.device_mesh.mesh_dim_names or ()).index(SHARD)]
+        dim = cut.dim  # type: ignore[attr-defined]  # a plain shard or a strided one
+        chunk = -(-size[dim] // group.size())
+        start[dim] += min(group.rank() * chunk, size[dim])
+    return tuple(start)

@@ -52,8 +52,12 @@ ORDER = [
     "storage",
     "optim",
     "parallelize",
+    "parts",
+    "files",
+    "checkpoint",
 ]
 LAYER = ORDER[ORDER.index("fault") : ORDER.index("obligations")]
+STORED = ["obligations", "storage", "optim", "parallelize", "parts", "files", "checkpoint"]
 LONGEST = 400
 
 
@@ -133,7 +137,7 @@ def test_few_files_talk_to_torch_distributed() -> None:
     """
     talking = [name for name, source in sources().items() if TALKS.search(source)]
     layer = ["agree", "collectives", "mesh", "ranks", "redistribute"]
-    assert sorted(talking) == sorted([*layer, "obligations", "optim", "parallelize", "storage"])
+    assert sorted(talking) == sorted([*layer, *STORED])
     moving = [n for n, s in sources().items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 
