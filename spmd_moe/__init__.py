@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from spmd_moe.activation import SWIGLU as SWIGLU
     from spmd_moe.activation import Activation as Activation
     from spmd_moe.activation import clamped_swiglu as clamped_swiglu
+    from spmd_moe.checkpoint import latest_checkpoint as latest_checkpoint
+    from spmd_moe.checkpoint import load_checkpoint as load_checkpoint
+    from spmd_moe.checkpoint import save_checkpoint as save_checkpoint
     from spmd_moe.collectives import Dtype as Dtype
     from spmd_moe.declare import declare as declare
     from spmd_moe.dispatch import AllGather as AllGather
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from spmd_moe.dispatch import Arrived as Arrived
     from spmd_moe.dispatch import Dispatcher as Dispatcher
     from spmd_moe.dispatch import Local as Local
+    from spmd_moe.errors import CheckpointError as CheckpointError
     from spmd_moe.errors import ConfigError as ConfigError
     from spmd_moe.errors import DtypeError as DtypeError
     from spmd_moe.errors import GradientError as GradientError
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
     from spmd_moe.obligations import obligations as obligations
     from spmd_moe.optim import clip_grad_norm_ as clip_grad_norm_
     from spmd_moe.optim import reduce_gradients as reduce_gradients
+    from spmd_moe.parallelize import parallelize as parallelize
     from spmd_moe.permute import Gather as Gather
     from spmd_moe.permute import Slots as Slots
     from spmd_moe.permute import spread as spread
@@ -104,11 +109,12 @@ else:
 
     _FILES = {
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
+        "checkpoint": "latest_checkpoint load_checkpoint save_checkpoint",
         "declare": "declare",
         "collectives": "Dtype",
         "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
-        "errors": "ConfigError DtypeError GradientError MeshError PlacementError RoutingError "
-        "ShapeError SpmdMoeError",
+        "errors": "CheckpointError ConfigError DtypeError GradientError MeshError PlacementError "
+        "RoutingError ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",
         "grouped": "GroupedMatmul Matmul PerExpert",
         "init": "init_weights",
@@ -120,11 +126,13 @@ else:
         "obligations": "Obligation Obligations obligations",
         "optim": "clip_grad_norm_ reduce_gradients",
         "permute": "Gather Slots spread take_scores",
-        "placement": "CP DP EDP EP ETP TP ExpertHiddenBias ExpertInWeight ExpertOutBias "
-        "ExpertOutWeight GatheredRows I Kind P Placed Placement R Role RoleKind RouterWeight "
-        "RowSums S TokenSums Tokens V Whole placement_of placements_of",
+        "placement": "CP DP EDP EP ETP ExpertHiddenBias ExpertInWeight ExpertOutBias "
+        "ExpertOutWeight GatheredRows I Kind P Placed Placement R Role RoleKind "
+        "RouterWeight RowSums S TP TokenSums Tokens V Whole placement_of "
+        "placements_of",
         "redistribute": "Shape redistribute",
         "router": "Router RouterConfig Routing ScoreName",
+        "parallelize": "parallelize",
         "shard": "ShardShape",
     }
     _HOME = {name: file for file, names in _FILES.items() for name in names.split()}

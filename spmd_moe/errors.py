@@ -39,6 +39,10 @@ class RoutingError(SpmdMoeError, ValueError):
     """Scores or expert ids that no token can be sent by."""
 
 
+class CheckpointError(SpmdMoeError, RuntimeError):
+    """A checkpoint that cannot be written, or is not what the program needs."""
+
+
 class GradientError(SpmdMoeError, RuntimeError):
     """Gradients that are not in the state that a step needs."""
 

@@ -14,12 +14,14 @@ or fetched once, in the constructor. An axis of size 1 is an axis like any other
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast, final
+from typing import Any, Literal, NoReturn, cast, final
 
 import torch.distributed as dist
 from spmd_types import MeshAxis
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -61,9 +63,11 @@ class Axis:
 class MoEMesh:
     """The ranks in both presentations. Build it with `init`, `from_device_mesh` or `single`."""
 
-    def __init__(self, axes: Iterable[Axis], device_meshes: tuple[DeviceMesh, ...]) -> None:
+    def __init__(
+        self, axes: Iterable[Axis], presentations: tuple[tuple[DeviceMesh, Tensor], ...]
+    ) -> None:
         self._axes = {axis.role: axis for axis in axes}
-        self._device_meshes = device_meshes
+        self._presentations = presentations
 
     @staticmethod
     def init(
@@ -138,11 +142,15 @@ class MoEMesh:
 
     @property
     def dense(self) -> DeviceMesh:
-        return self._device_mesh(0)
+        return self._presentation(0)[0]
 
     @property
     def expert(self) -> DeviceMesh:
-        return self._device_mesh(1)
+        return self._presentation(1)[0]
+
+    def ranks(self, presentation: Literal["dense", "expert"]) -> Tensor:
+        """All ranks, laid out as (dp, cp, tp) or (edp, ep, etp), whatever the user's order is."""
+        return self._presentation(presentation == "expert")[1]
 
     def agree(self, where: str, settings: Mapping[str, object]) -> None:
         """Raise on every rank if `settings` differ between ranks. One small exchange."""
@@ -166,8 +174,8 @@ class MoEMesh:
     def __reduce__(self) -> NoReturn:
         raise _not_pickled(self)
 
-    def _device_mesh(self, which: int) -> DeviceMesh:
-        if not self._device_meshes:
+    def _presentation(self, which: int) -> tuple[DeviceMesh, Tensor]:
+        if not self._presentations:
             raise MeshError(
                 explain(
                     "MoEMesh.single",
@@ -176,7 +184,7 @@ class MoEMesh:
                     fixes=["MoEMesh.init('cpu')   # under torchrun --nproc-per-node 1"],
                 )
             )
-        return self._device_meshes[which]
+        return self._presentations[which]
 
     def __repr__(self) -> str:
         sizes = [f"{axis.name} {axis.size}" for axis in self._axes.values()]
@@ -223,7 +231,11 @@ def _of_device_meshes(*presentations: tuple[DeviceMesh, dict[Role, Names]]) -> M
         for (mesh, bound), roles in zip(presentations, (DENSE, EXPERT), strict=True)
         for role in roles
     )
-    return MoEMesh(axes, tuple(mesh for mesh, _ in presentations))
+    laid_out = (
+        (mesh, _in_role_order(mesh, bound, roles).reshape([_size(mesh, bound, r) for r in roles]))
+        for (mesh, bound), roles in zip(presentations, (DENSE, EXPERT), strict=True)
+    )
+    return MoEMesh(axes, tuple(laid_out))
 
 
 def _axis(role: Role, mesh: DeviceMesh, names: Names) -> Axis:
@@ -332,13 +344,22 @@ def _derive_expert(
     agree(where, {"ep": ep, "etp": etp}, [dist.group.WORLD], dense.device_type)
     check_degrees(where, {"ep": ep, "etp": etp})
     edp = expert_data_degree(where, ep, etp, ranks.numel())
-    order = [name for role in DENSE if role in bound for name in _as_tuple(bound[role])]
-    have = list(dense.mesh_dim_names or ())
-    order += [name for name in have if name not in order]
-    in_role_order = ranks.permute([have.index(name) for name in order])
+    in_role_order = _in_role_order(dense, bound, DENSE)
     return DeviceMesh(
         dense.device_type, in_role_order.reshape(edp, ep, etp), mesh_dim_names=_names(EXPERT)
     )
+
+
+def _in_role_order(mesh: DeviceMesh, bound: dict[Role, Names], roles: Sequence[Role]) -> Tensor:
+    order = [name for role in roles if role in bound for name in _as_tuple(bound[role])]
+    have = list(mesh.mesh_dim_names or ())
+    order += [name for name in have if name not in order]
+    return mesh.mesh.permute([have.index(name) for name in order])
+
+
+def _size(mesh: DeviceMesh, bound: dict[Role, Names], role: Role) -> int:
+    have = mesh.mesh_dim_names or ()
+    return math.prod(mesh.size(have.index(name)) for name in _as_tuple(bound.get(role, ())))
 
 
 def _as_tuple(names: Names) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.obligations import Obligation, trained
 from spmd_moe.placement import P, R, Role, S
 from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.storage import shard_group
 
 BUCKET_BYTES = 64 * 2**20  # gradients that travel together; a copy of so much exists meanwhile
 
@@ -163,10 +164,11 @@ def _total_norm(
     model: nn.Module,
 ) -> Tensor:
     """Each part is counted once: powers are added over the axes on which ranks have other parts."""
-    parts: dict[tuple[Role, ...], list[Tensor]] = {}
+    parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for row, parameter in pairs:
         assert parameter.grad is not None
-        if _owed(row, mesh) and parameter.grad not in _REDUCED:
+        stored = isinstance(parameter, DTensor)  # by parallelize: FSDP reduces in backward
+        if not stored and _owed(row, mesh) and parameter.grad not in _REDUCED:
             raise GradientError(
                 explain(
                     "clip_grad_norm_",
@@ -176,14 +178,15 @@ def _total_norm(
                     fixes=["reduce_gradients(model, mesh)   # before it"],
                 )
             )
-        parts.setdefault(row.norm_axes, []).append(_local(parameter.grad))
+        shards = shard_group(parameter)
+        over = [*([shards] if shards else []), *(mesh[role].group for role in row.norm_axes)]
+        parts.setdefault(tuple(over), []).append(_local(parameter.grad))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # An axis list may be empty on this rank only; all ranks of a stage have the same rows.
     sums = [torch.zeros((), device=device)]
-    for roles, grads in sorted(parts.items(), key=lambda item: str(item[0])):
+    for groups, grads in parts.items():
         power = _power(grads, norm_type, device)
-        for role in roles:
-            power = _over(power, mesh[role].group, norm_type)
+        for group in groups:
+            power = _over(power, group, norm_type)
         sums.append(power)
     power = _joined(sums, norm_type)
     if pipeline is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed.tensor as torch_tensor
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from spmd_moe import (
@@ -24,6 +25,7 @@ from spmd_moe import (
     clip_grad_norm_,
     declare,
     obligations,
+    parallelize,
     reduce_gradients,
 )
 from spmd_moe.placement import RoleKind, SharedWeight, Whole
@@ -79,6 +81,37 @@ def stored() -> None:
         reduce_gradients(model, mesh)
 
 
+def parallel(
+    *kinds: RoleKind,
+    rows: int = 8,
+    degrees: dict[str, int] | None = None,
+    foreign: bool = False,
+    twice: bool = False,
+    replicas: int = 1,
+) -> Callable[[], object]:
+    """A linear module with these kinds, on eight ranks."""
+
+    def act() -> object:
+        with fake_world(8):
+            mesh = MoEMesh.init("cpu", **(degrees or {"dp": 4, "tp": 2}))
+            model = nn.Sequential(nn.Linear(7, rows, bias=False))
+            declare(model, {"*": Placement(kinds or (DP[R], CP[R], TP[I]))})
+            blocks = [nn.Linear(2, 2)] if foreign else []
+            for _ in range(2 if twice else 1):
+                parallelize(model, mesh, blocks=blocks, replicas=replicas)
+            return None
+
+    return act
+
+
+def part_of_the_ranks() -> None:
+    with fake_world(8):
+        users = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))["dp", "tp"]
+        experts = init_device_mesh("cpu", (2, 4), mesh_dim_names=("pp", "ep"))["ep"]
+        mesh = MoEMesh.from_device_mesh(users, dp="dp", tp="tp", expert=experts, ep="ep")
+        parallelize(with_gradient(), mesh)
+
+
 BAD_MODELS: dict[str, Callable[[], object]] = {
     "declare_nothing": lambda: declare(nn.Linear(2, 2), {"wieght": SharedWeight}),
     "declare_twice": lambda: declare(nn.Linear(2, 2), {"*": SharedWeight, "bias": SharedWeight}),
@@ -91,6 +124,12 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "obligations_tied": tied,
     "reduce_twice": twice,
     "reduce_stored": stored,
+    "parallelize_foreign_block": parallel(foreign=True),
+    "parallelize_twice": parallel(twice=True),
+    "parallelize_nothing_shared": parallel(DP[I], CP[I], TP[I]),
+    "parallelize_replicas": parallel(replicas=3),
+    "parallelize_no_even_dim": parallel(DP[R], CP[R], TP[S(0)], rows=3),
+    "parallelize_part_of_the_ranks": part_of_the_ranks,
     "clip_norm_type": lambda: clip_grad_norm_(nn.Sequential(), MoEMesh.single(), 1.0, 0.0),
     "clip_not_finite": not_finite,
     "clip_unreduced": unreduced,

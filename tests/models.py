@@ -69,12 +69,13 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Words in, scores of the next word out."""
 
-    def __init__(self, mesh: MoEMesh, own_tokens: bool, blocks: int = 2) -> None:
+    def __init__(self, mesh: MoEMesh, own_tokens: bool, experts: int) -> None:
         super().__init__()
-        config = CONFIG if own_tokens else replace(CONFIG, src=I, dst=I)
+        config = replace(CONFIG, router=replace(ROUTER, num_experts=experts))
+        config = config if own_tokens else replace(config, src=I, dst=I)
         self.mesh, self.own_tokens = mesh, own_tokens
         self.embedding = nn.Embedding(WORDS, WIDTH)
-        self.blocks = nn.ModuleList(Block(config, mesh) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(config, mesh) for _ in range(2))
         self.head = nn.Linear(WIDTH, WORDS)
         whole = Placement((DP[R], CP[R], TP[R if own_tokens else I]))
         declare(self, {"embedding.*": whole, "blocks.*.norm.*": whole, "head.*": whole})
@@ -89,9 +90,11 @@ class Model(nn.Module):
         return loss + extra
 
 
-def build(mesh: MoEMesh, own_tokens: bool, dtype: torch.dtype = torch.float64) -> Model:
+def build(
+    mesh: MoEMesh, own_tokens: bool, dtype: torch.dtype = torch.float64, experts: int = 8
+) -> Model:
     """The same values on every layout."""
-    model = Model(mesh, own_tokens).to(dtype)
+    model = Model(mesh, own_tokens, experts).to(dtype)
     init_weights(model, mesh, seed=0, std=0.3)
     return model
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from spmd_types import _mesh_axis
 from torch.distributed._local_tensor import LocalTensorMode
+from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -34,11 +36,14 @@ def simulated(world: int) -> Iterator[LocalTensorMode]:
 
 
 def leave_world() -> None:
-    """Destroy the process groups, if any, and what spmd_types remembers about them.
+    """Destroy the process groups, if any, and what spmd_types and DTensor remember about them.
 
     spmd_types keys axis names by process group. A name left behind would be handed to the next
-    test's group, and its error messages would depend on the order of the tests.
+    test's group, and its error messages would depend on the order of the tests. DTensor keeps the
+    meshes of earlier results, and hands one of dead groups to the next test if the ranks are equal.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
     _mesh_axis._reset()
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()

@@ -54,7 +54,12 @@ ORDER = [
     "moe",
     "load",
     "obligations",
+    "storage",
     "optim",
+    "parallelize",
+    "parts",
+    "files",
+    "checkpoint",
     "check.world",
     "check.signatures",
     "check.finding",
@@ -76,6 +81,7 @@ ORDER = [
     "__main__",
 ]
 LAYER = ORDER[ORDER.index("fault") : ORDER.index("obligations")]
+STORED = ["obligations", "storage", "optim", "parallelize", "parts", "files", "checkpoint"]
 LONGEST = 400
 
 
@@ -151,12 +157,12 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 def test_few_files_talk_to_torch_distributed() -> None:
     """collectives moves tensors; mesh and agree make groups; two ask where they stand.
 
-    Whole models are stored as DTensors, whose names obligations and optim know.
+    Whole models are stored as DTensors: their files know the names of those.
     """
-    files = {n: s for n, s in sources().items() if not n.startswith("check")}
+    files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
     layer = ["agree", "collectives", "mesh", "ranks", "redistribute"]
-    assert sorted(talking) == sorted([*layer, "obligations", "optim"])
+    assert sorted(talking) == sorted([*layer, *STORED])
     moving = [n for n, s in files.items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 
@@ -252,8 +258,8 @@ def mentioned(value: object) -> set[str]:
     return {name for text in annotations for name in re.findall(r"\b[A-Za-z]\w*\b", text)}
 
 
-# States that belong to one dispatcher alone, and two aliases of Callable with names for their file.
-OWN = {"Gathered", "InTransit", "Forward", "Backward"}
+# States that belong to one dispatcher alone, and aliases that name things for one file.
+OWN = {"Gathered", "InTransit", "Forward", "Backward", "PathLike"}
 
 
 def test_what_public_signatures_mention_is_public() -> None:

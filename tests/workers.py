@@ -134,7 +134,10 @@ class Worker:
         self.log = folder / f"worker{number}.log"
         self.stack = folder / f"worker{number}.stack"
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "spmd_types", "pytest"])
+        # What FSDP loads when it first runs takes each worker seconds; here it is loaded once.
+        context.set_forkserver_preload(
+            ["torch.distributed.fsdp", "torch._dynamo", "spmd_types", "pytest"]
+        )
         self.pipe, theirs = context.Pipe()
         self.process: ForkServerProcess = context.Process(
             target=_serve, args=(theirs, str(self.log), str(self.stack)), daemon=True
