@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spmd_moe.errors import MeshError as MeshError
     from spmd_moe.errors import PlacementError as PlacementError
     from spmd_moe.errors import RoutingError as RoutingError
+    from spmd_moe.errors import SanitizerError as SanitizerError
     from spmd_moe.errors import ShapeError as ShapeError
     from spmd_moe.errors import SpmdMoeError as SpmdMoeError
     from spmd_moe.experts import Experts as Experts
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
     from spmd_moe.router import Router as Router
     from spmd_moe.router import RouterConfig as RouterConfig
     from spmd_moe.router import Routing as Routing
+    from spmd_moe.sanitize import Sanitizer as Sanitizer
+    from spmd_moe.sanitize import sanitize as sanitize
     from spmd_moe.shard import ShardShape as ShardShape
 else:
     # Each name is loaded from its file when it is first asked for, so that a tool which needs one
@@ -76,8 +79,8 @@ else:
     _FILES = {
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
         "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
-        "errors": "ConfigError DtypeError MeshError PlacementError RoutingError ShapeError "
-        "SpmdMoeError",
+        "errors": "ConfigError DtypeError MeshError PlacementError RoutingError SanitizerError "
+        "ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",
         "grouped": "PerExpert",
         "init": "init_weights",
@@ -90,6 +93,7 @@ else:
         "placements_of",
         "redistribute": "redistribute",
         "router": "Router RouterConfig Routing",
+        "sanitize": "Sanitizer sanitize",
         "shard": "ShardShape",
     }
     _HOME = {name: file for file, names in _FILES.items() for name in names.split()}

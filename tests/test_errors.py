@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -33,6 +34,8 @@ from spmd_moe.init import init_weights
 from spmd_moe.losses import Totals
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.router import RouterConfig
+from spmd_moe.sanitize import sanitize
+from tests.sanitized import Job
 from tests.simulate import fake_world
 from tests.workers import run
 
@@ -130,6 +133,17 @@ def disagreeing() -> tuple[str, list[Site]]:
     raise AssertionError("ranks that disagree were not told")
 
 
+def in_a_job(bug: str) -> tuple[str, list[Site]]:
+    """On real ranks: the sanitizer finds a bug in the second step of a training job."""
+    job = Job(bug, 1, dp=2, tp=2, ep=2, etp=2)
+    try:
+        with sanitize(job.model, job.mesh, 1.0):
+            job.run(3)
+    except SpmdMoeError as error:
+        return str(error), sites_passed(error.__traceback__)
+    raise AssertionError("the bug was not found")
+
+
 x53, x34, ids = torch.ones(5, 3), torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "placed_without_kind": lambda: Placed[torch.Tensor, TP],
@@ -194,8 +208,30 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_ids_out_of_range": called(torch.ones(3, 4), None, ids + 8),
     "totals_of_sequences": lambda: _of_sequences() + _of_sequences(),
     "router_group_best": routed(groups=2, group_best=3),
+    "sanitize_rate": lambda: sanitized(rate=10.0),
+    "sanitize_twice": lambda: sanitized(twice=True),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
 }
+
+
+# Messages that come of what several ranks do together: what they do, on how many ranks.
+ON_RANKS: dict[str, Callable[[], tuple[str, list[Site]]]] = {
+    "ranks_disagree": lambda: run(2, disagreeing)[0],
+    "sanitize_boundary": lambda: run(4, in_a_job, "dropout")[0],
+    "sanitize_state": lambda: run(4, in_a_job, "bias")[0],
+    "sanitize_gradient": lambda: run(4, in_a_job, "router")[0],
+    "sanitize_unreduced": lambda: run(4, in_a_job, "unreduced")[0],
+    "sanitize_twice_reduced": lambda: run(4, in_a_job, "twice one")[0],
+    "sanitize_no_sum": lambda: run(4, in_a_job, "sign")[0],
+    "sanitize_parted": lambda: run(4, in_a_job, "ahead")[0],
+}
+
+
+def sanitized(rate: float = 1.0, twice: bool = False) -> None:
+    with fake_world(2), ExitStack() as stack:
+        mesh = MoEMesh.init("cpu", tp=2)
+        for _ in range(1 + twice):
+            stack.enter_context(sanitize(torch.nn.Linear(2, 2), mesh, rate))
 
 
 def _of_sequences() -> Totals:
@@ -239,9 +275,9 @@ def test_message(name: str) -> None:
 
 
 @pytest.mark.gloo
-def test_message_of_ranks_that_disagree() -> None:
-    for text, _ in run(2, disagreeing):
-        assert normal(text) == (GOLDEN / "ranks_disagree.txt").read_text()
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_message_of_several_ranks(name: str) -> None:
+    assert normal(ON_RANKS[name]()[0]) == (GOLDEN / f"{name}.txt").read_text()
 
 
 def test_the_parts_stand_in_order() -> None:
@@ -281,7 +317,9 @@ def raise_sites(source: str) -> list[tuple[int, int]]:
 @pytest.mark.gloo
 def test_every_raise_has_a_golden_message() -> None:
     passed = {site for act in CASES.values() for site in message(act)[1]}
-    passed |= set(run(2, disagreeing)[0][1])
+    passed |= {
+        site for name in ("ranks_disagree", "sanitize_state") for site in ON_RANKS[name]()[1]
+    }
     missing = [
         f"{path.relative_to(PACKAGE)}:{first}"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -305,4 +343,5 @@ def test_the_line_is_the_users() -> None:
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
     for name, act in CASES.items():
         (GOLDEN / f"{name}.txt").write_text(message(act)[0])
-    (GOLDEN / "ranks_disagree.txt").write_text(normal(run(2, disagreeing)[0][0]))
+    for name, on_ranks in ON_RANKS.items():
+        (GOLDEN / f"{name}.txt").write_text(normal(on_ranks()[0]))

@@ -47,8 +47,15 @@ ORDER = [
     "init",
     "moe",
     "load",
+    "sanitize.digest",
+    "sanitize.signatures",
+    "sanitize.boundaries",
+    "sanitize.compare",
+    "sanitize.gradients",
+    "sanitize.watch",
+    "sanitize",
 ]
-LAYER = ORDER[ORDER.index("fault") :]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("sanitize.digest")]
 LONGEST = 400
 
 
@@ -122,9 +129,17 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 
 
 def test_few_files_talk_to_torch_distributed() -> None:
-    """collectives moves tensors; mesh and agree make groups; two ask where they stand."""
+    """collectives moves tensors; mesh and agree make groups; some ask where they stand."""
     talking = [name for name, source in sources().items() if TALKS.search(source)]
-    assert talking == ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    assert talking == [
+        "agree",
+        "collectives",
+        "mesh",
+        "ranks",
+        "redistribute",
+        "sanitize.compare",
+        "sanitize.gradients",
+    ]
     moving = [n for n, s in sources().items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 
