@@ -29,7 +29,7 @@ from spmd_moe.placement import DENSE, EXPERT, placements_of
 from tests.workers import run
 
 WAYS: dict[str, float | None] = {"without": None, "off": 0.0, "1 in 10": 0.1, "every step": 1.0}
-CYCLE, CYCLES = 10, 12
+CYCLE, CYCLES = 10, 6
 
 
 def train(layer: MoE, mesh: MoEMesh, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:

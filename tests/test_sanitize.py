@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import permutations
 from typing import NamedTuple
 from unittest import mock
 
@@ -274,6 +275,11 @@ def test_the_hash_depends_on_every_element_and_its_place(dtype: torch.dtype, siz
         y = x.clone()
         y[0], y[-1] = x[-1], x[0]
         assert int(fingerprint(y)) != found
+
+
+def test_the_hash_tells_rows_apart_that_are_weighted_alike() -> None:
+    x = torch.arange(3 * 4096.0, dtype=torch.float64).view(3, 4096)
+    assert len({int(fingerprint(x[list(order)])) for order in permutations(range(3))}) == 6
 
 
 def test_two_changes_of_the_highest_bit_do_not_cancel() -> None:
