@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spmd_moe.dispatch import AllToAll as AllToAll
     from spmd_moe.dispatch import Arrived as Arrived
     from spmd_moe.dispatch import Dispatcher as Dispatcher
+    from spmd_moe.dispatch import FixedCapacity as FixedCapacity
     from spmd_moe.dispatch import Local as Local
     from spmd_moe.errors import ConfigError as ConfigError
     from spmd_moe.errors import DtypeError as DtypeError
@@ -78,7 +79,7 @@ else:
 
     _FILES = {
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
-        "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
+        "dispatch": "AllGather AllToAll Arrived Dispatcher FixedCapacity Local",
         "errors": "ConfigError DtypeError MeshError PlacementError RoutingError SanitizerError "
         "ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",

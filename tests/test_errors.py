@@ -28,7 +28,7 @@ import spmd_moe
 from spmd_moe import TP, I, MoEMesh, P, Placed, R, S, ShardShape, SpmdMoeError, V, redistribute
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import exchange
-from spmd_moe.dispatch import Local
+from spmd_moe.dispatch import FixedCapacity, Local
 from spmd_moe.experts import Experts, Keep
 from spmd_moe.init import init_weights
 from spmd_moe.losses import Totals
@@ -194,6 +194,8 @@ CASES: dict[str, Callable[[], object]] = {
     "boundary_kind": built(src=S(1)),
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
     "local_with_sharded_experts": lambda: _local_on_two(),
+    "fixed_no_room": lambda: FixedCapacity(MoEMesh.single(), 4, 0),
+    "fixed_rows_to_count": lambda: _fixed_on_two(),
     "activation_name_twice": lambda: Activation("swiglu", False, lambda gate, up: gate),
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_counts": experts(3, 1, 3),
@@ -242,6 +244,12 @@ def _of_sequences() -> Totals:
 def _local_on_two() -> object:
     with fake_world(2):
         return Local(MoEMesh.init("cpu", tp=2, ep=2))
+
+
+def _fixed_on_two() -> object:
+    with fake_world(2):
+        mesh = MoEMesh.init("cpu", tp=2, ep=2)
+        return MoE(MoEConfig(4, 8, RouterConfig(8, 2), dst=R), mesh, FixedCapacity(mesh, 8, 2))
 
 
 def message(act: Callable[[], object]) -> tuple[str, list[Site]]:

@@ -34,6 +34,7 @@ ORDER = [
     "dispatch.local",
     "dispatch.all_to_all",
     "dispatch.all_gather",
+    "dispatch.fixed",
     "dispatch",
     "activation",
     "grouped",

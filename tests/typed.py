@@ -35,6 +35,7 @@ LAYER = [
     "dispatch.local",
     "dispatch.all_to_all",
     "dispatch.all_gather",
+    "dispatch.fixed",
     "experts",
     "combine",
     "shared",
