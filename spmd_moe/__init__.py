@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spmd_moe.dispatch import AllToAll as AllToAll
     from spmd_moe.dispatch import Arrived as Arrived
     from spmd_moe.dispatch import Dispatcher as Dispatcher
+    from spmd_moe.dispatch import FixedCapacity as FixedCapacity
     from spmd_moe.dispatch import Local as Local
     from spmd_moe.errors import CheckpointError as CheckpointError
     from spmd_moe.errors import ConfigError as ConfigError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from spmd_moe.errors import MeshError as MeshError
     from spmd_moe.errors import PlacementError as PlacementError
     from spmd_moe.errors import RoutingError as RoutingError
+    from spmd_moe.errors import SanitizerError as SanitizerError
     from spmd_moe.errors import ShapeError as ShapeError
     from spmd_moe.errors import SpmdMoeError as SpmdMoeError
     from spmd_moe.experts import Experts as Experts
@@ -100,6 +102,8 @@ if TYPE_CHECKING:
     from spmd_moe.router import RouterConfig as RouterConfig
     from spmd_moe.router import Routing as Routing
     from spmd_moe.router import ScoreName as ScoreName
+    from spmd_moe.sanitize import Sanitizer as Sanitizer
+    from spmd_moe.sanitize import sanitize as sanitize
     from spmd_moe.shard import ShardShape as ShardShape
 else:
     # Each name is loaded from its file when it is first asked for, so that a tool which needs one
@@ -112,9 +116,9 @@ else:
         "checkpoint": "latest_checkpoint load_checkpoint save_checkpoint",
         "declare": "declare",
         "collectives": "Dtype",
-        "dispatch": "AllGather AllToAll Arrived Dispatcher Local",
-        "errors": "CheckpointError ConfigError DtypeError GradientError MeshError PlacementError "
-        "RoutingError ShapeError SpmdMoeError",
+        "dispatch": "AllGather AllToAll Arrived Dispatcher FixedCapacity Local",
+        "errors": "CheckpointError ConfigError DtypeError GradientError MeshError "
+        "PlacementError RoutingError SanitizerError ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",
         "grouped": "GroupedMatmul Matmul PerExpert",
         "init": "init_weights",
@@ -133,6 +137,7 @@ else:
         "redistribute": "Shape redistribute",
         "router": "Router RouterConfig Routing ScoreName",
         "parallelize": "parallelize",
+        "sanitize": "Sanitizer sanitize",
         "shard": "ShardShape",
     }
     _HOME = {name: file for file, names in _FILES.items() for name in names.split()}

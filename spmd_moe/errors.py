@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 
 from spmd_types import SpmdTypeError
 from torch import Tensor
@@ -51,15 +53,22 @@ class MeshError(SpmdMoeError, ValueError):
     """Degrees, axes or ranks that do not make a mesh."""
 
 
+class SanitizerError(SpmdMoeError, RuntimeError):
+    """Ranks of a running job that hold something else than their types say."""
+
+
 # Frames below these packages are ours or our tools', never the line that the user has to change.
 _NOT_THE_USER = ("spmd_moe", "spmd_types", "torch")
+_HERE = str(Path(__file__).parent)
 
 
-def explain(where: str, what: str, *, why: str, fixes: Iterable[str] = ()) -> str:
+def explain(
+    where: str, what: str, *, why: str, fixes: Iterable[str] = (), at: str | None = None
+) -> str:
     """The text of an error: `what` says what is there and what is needed."""
     lines = [f"{where}: {what}.", f"  why: {why}."]
     lines += [f"  fix: {fix}" for fix in fixes]
-    lines.append(f"  at:  {users_line()}")
+    lines.append(f"  at:  {at or users_line()}")
     return "\n".join(lines)
 
 
@@ -77,12 +86,13 @@ def short_dtype(dtype: object) -> str:
     return name
 
 
-def users_line() -> str:
-    """`file:line` of the innermost frame outside this package and its tools."""
-    frame = sys._getframe(1)
+def users_line(frame: FrameType | None = None) -> str:
+    """`file:line` of the innermost frame outside this package and its tools, from `frame` up."""
+    frame = frame or sys._getframe(1)
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in _NOT_THE_USER:
+        # The sanitizer puts code of this package into functions of others: theirs by name only.
+        if package not in _NOT_THE_USER and not frame.f_code.co_filename.startswith(_HERE):
             return f"{_short_path(frame.f_code.co_filename)}:{frame.f_lineno}"
         if frame.f_back is None:
             break
@@ -90,6 +100,7 @@ def users_line() -> str:
     return "unknown"
 
 
+@lru_cache(maxsize=256)
 def _short_path(filename: str) -> str:
     path = Path(filename)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename

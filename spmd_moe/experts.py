@@ -119,13 +119,20 @@ class Experts(nn.Module):
         counts_e: GatheredRows,
         scores_R: GatheredRows | None = None,
         gather: Gather | None = None,
+        padded: bool = False,
     ) -> RowSums:
-        """`y_RD`. With `gather`, the first argument is tokens, and row r is token `token_R[r]`."""
+        """`y_RD`. With `gather`, the first argument is tokens, and row r is token `token_R[r]`.
+
+        `padded`: shapes are fixed, and rows past the counts' sum are no expert's; they become 0.
+        """
         w1_eFD = self.w1_eFD
         w = Weights(w1_eFD, self.w3_eFD, self.w2_eDF, self.b1_eF, self.b3_eF)
         # Not chosen in the constructor: weights may still move or be cast (meta device, FSDP).
-        matmul = self.matmul or choose_matmul(w1_eFD.dtype, x_RD.device, w1_eFD.shape[1:])
-        y_RD = experts_ffn(x_RD, counts_e, w, scores_R, gather, self.activation, matmul, self.keep)
+        matmul = self.matmul or choose_matmul(w1_eFD.dtype, x_RD.device, w1_eFD.shape[1:], padded)
+        activation, exact = self.activation, not padded
+        y_RD = experts_ffn(
+            x_RD, counts_e, w, scores_R, gather, activation, matmul, self.keep, exact
+        )
         y_RD = declare_sum(y_RD, self.etp.group)  # each rank of etp has summed over its slice
         if self.b2_eD is None:
             return y_RD
@@ -137,7 +144,8 @@ class Experts(nn.Module):
 def _per_row(counts_e: Tensor, rows: int, scores_R: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`[R, e]`: 1, or the row's score, in the column of the row's expert."""
     experts = torch.arange(counts_e.shape[0], device=counts_e.device)
-    expert_R = experts.repeat_interleave(counts_e, output_size=rows)
+    row_R = torch.arange(rows, device=counts_e.device)
+    expert_R = torch.searchsorted(counts_e.cumsum(0), row_R, right=True)  # padding: of none
     one_Re = (expert_R.unsqueeze(1) == experts).to(dtype)
     return one_Re if scores_R is None else (one_Re * scores_R.unsqueeze(1)).to(dtype)
 

@@ -15,6 +15,7 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, final
 
@@ -52,6 +53,34 @@ class TorchGroupedMM:
 
 @final
 @dataclass(frozen=True, slots=True)
+class Masked:
+    """All rows times every expert's matrix, of which each row keeps one.
+
+    Slow, but of fixed shapes on any device, in any dtype and width, and it reads nothing: what
+    remains where a grouped kernel does not go and the host must not wait. When decoding, reading
+    the weights takes longer than multiplying a few rows by them.
+    """
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
+        y_RB = x_RA.new_zeros(x_RA.shape[0], w_eAB.shape[2])
+        for w_AB, mine_R1 in zip(w_eAB.unbind(0), _members(x_RA, ends_e), strict=True):
+            y_RB = torch.where(mine_R1, x_RA @ w_AB, y_RB)
+        return y_RB
+
+    def outer(self, dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor) -> Tensor:
+        members = _members(x_RA, ends_e)
+        return torch.stack([torch.where(mine, dy_RB, 0).t() @ x_RA for mine in members])
+
+
+def _members(x_RA: Tensor, ends_e: Tensor) -> Sequence[Tensor]:
+    """Of each expert, a column that is True in its rows."""
+    row_R = torch.ones_like(x_RA.select(1, 0), dtype=torch.int32).cumsum(0).sub_(1)
+    expert_R = torch.searchsorted(ends_e, row_R, right=True)
+    return [(expert_R == expert).unsqueeze(1) for expert in range(ends_e.shape[0])]
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class PerExpert:
     """One expert after another, by plain matmuls; reads the row counts on the host once per call.
 
@@ -68,13 +97,22 @@ class PerExpert:
 Matmul: TypeAlias = GroupedMatmul | PerExpert
 
 
-def choose_matmul(dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> Matmul:
-    """What suits weights of this dtype, on this device, with rows of these widths."""
+def choose_matmul(
+    dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], fixed: bool = False
+) -> Matmul:
+    """What suits weights of this dtype, on this device, with rows of these widths.
+
+    `fixed`: the host must not wait. Before compute capability 9, torch's grouped_mm does.
+    """
     if device.type == "cuda":
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
-        if dtype is torch.bfloat16 and aligned and torch.cuda.get_device_capability(device)[0] >= 8:
+        oldest = 9 if fixed else 8
+        newer = torch.cuda.get_device_capability(device)[0] >= oldest
+        if dtype is torch.bfloat16 and aligned and newer:
             return TorchGroupedMM()
-        return PerExpert()
+        return Masked() if fixed else PerExpert()
+    if fixed:
+        return Masked()
     if device.type == "cpu" and dtype in _WIDENED_ON_THIS_CPU:
         return PerExpert(compute=torch.float32)
     return PerExpert()

@@ -19,8 +19,9 @@ from torch.export import register_dataclass
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
 from spmd_moe.combine import combine
-from spmd_moe.dispatch import AllToAll, Dispatcher, Local
+from spmd_moe.dispatch import AllToAll, Dispatcher, FixedCapacity, Local
 from spmd_moe.dispatch.protocol import check_dispatcher
+from spmd_moe.errors import ConfigError, explain
 from spmd_moe.experts import Experts, Keep, Weigh
 from spmd_moe.inputs import check_inputs
 from spmd_moe.losses import LossTerms, count_in_backward, declared, loss_terms, reduce_on_tp
@@ -91,7 +92,7 @@ class MoEOutput:
     hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
     losses: LossTerms | None  # None where MoEConfig.balance is None
     counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
-    dropped: TokenSums  # int64: choices of no expert, by tokens that are not masked
+    dropped: TokenSums  # int64: choices of no expert, or that found no room; not of masked tokens
 
 
 register_dataclass(MoEOutput)  # as its losses are
@@ -139,6 +140,16 @@ class MoE(nn.Module):
             mesh[TP], config.src, config.dst, count_rows=shared is not None and shared.sharded
         )
         self.weigh_in_combine = config.weigh is Weigh.IN_COMBINE
+        self.fixed = isinstance(dispatcher, FixedCapacity)
+        if self.fixed and self.boundary.must_count:
+            raise ConfigError(
+                explain(
+                    "MoE",
+                    f"FixedCapacity, and tokens that are S(0) on {mesh[TP]} and are gathered there",
+                    why="such ranks tell each other their numbers of rows, and the host reads them",
+                    fixes=["src=R   # the layer then shares the rows out, evenly"],
+                )
+            )
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, expert_ids: Tensor | None = None
@@ -155,9 +166,12 @@ class MoE(nn.Module):
         routing = self.router(x_TD, mask_T, expert_ids)
         scores_TK = routing.scores_TK
         early_TK, late_TK = (None, scores_TK) if self.weigh_in_combine else (scores_TK, None)
-        slots = sort_by_expert(routing.expert_ids_TK, routing.complete)
+        # With fixed shapes every slot has a row, also one without an expert; that row is zeros.
+        slots = sort_by_expert(routing.expert_ids_TK, routing.complete or self.fixed)
         arrived, state = self.dispatcher.dispatch(x_TD, early_TK, routing, slots)
-        y_RD = self.experts(arrived.rows_RD, arrived.counts_e, arrived.scores_R, arrived.gather)
+        y_RD = self.experts(
+            arrived.rows_RD, arrived.counts_e, arrived.scores_R, arrived.gather, arrived.padded
+        )
         rows_ND = self.dispatcher.collect(y_RD, state)
         beside_TD = None if self.shared is None else self.shared(x_TD, frame.shape)  # rows travel
         y_TD = combine(rows_ND, slots, late_TK)
@@ -168,7 +182,10 @@ class MoE(nn.Module):
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
         everywhere = [self.mesh[role] for role in DENSE]
-        counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, routing.dropped))
+        dropped = routing.dropped
+        if arrived.dropped is not None:
+            dropped = dropped + arrived.dropped
+        counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, dropped))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
     def _loss_terms(

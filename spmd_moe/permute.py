@@ -180,6 +180,25 @@ class _FromSlots(torch.autograd.Function):
         return _typed(x, slot_N)
 
 
+class _Place(torch.autograd.Function):
+    """Rows by an index, or zeros. Backward is the same with the index of the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(index, back)
+        return _placed(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, back = ctx.saved_tensors
+        return _call(_Place, grad, back, index), None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, index: Tensor, back: Tensor) -> object:
+        rules.ignore(back)
+        return _typed(x, index)
+
+
 def spread(x_TD: Tensor, slots: Slots) -> Tensor:
     """The rows: each token once for every expert that it chose, sorted by expert."""
     if not torch.is_grad_enabled():  # no backward: nothing to set up, nothing to keep
@@ -212,6 +231,18 @@ def from_slots(x: Tensor, slots: Slots) -> Tensor:
 def reorder(x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
     """Rows of `x_RD`, of whatever kind, in `order_R`, whose inverse is `back_R`."""
     return _call(_Reorder, x_RD, order_R, back_R)
+
+
+def place(x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    """Rows by an index; zeros where it points past the last one. `back` is where each row went,
+    past the end for one that went nowhere: the index of backward."""
+    if not torch.is_grad_enabled():
+        return _placed(x, index)
+    return _call(_Place, x, index, back)
+
+
+def _placed(x: Tensor, index: Tensor) -> Tensor:
+    return fn.pad(x, [0, 0, 0, 1]).index_select(0, index)
 
 
 def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from spmd_types import MeshAxis, get_local_type
 from torch import Tensor, nn
 
 from spmd_moe.check.signatures import axis, checked, declare, what_ran
-from spmd_moe.dispatch import AllGather, AllToAll
+from spmd_moe.dispatch import AllGather, AllToAll, FixedCapacity
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEOutput
 from spmd_moe.placement import CP, DENSE, DP, EXPERT, TP, P, Placement, V, placements_of
@@ -23,6 +23,7 @@ DISPATCHERS: dict[str, Callable[[MoEMesh, int], Any]] = {
     "": lambda mesh, num_experts: None,  # what the layer chooses by itself
     "all_to_all": AllToAll,
     "all_gather": AllGather,
+    "fixed": lambda mesh, num_experts: FixedCapacity(mesh, num_experts, 40),
 }
 # The oracle has one shared expert; the layer has two ways to place it.
 SHARED = {"w1_fD": "w1_FD", "w3_fD": "w3_FD", "w2_Df": "w2_DF"}

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import ast
 import pickle
-import re
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 import pytest
 import spmd_types
@@ -24,7 +21,6 @@ from spmd_types import MeshAxis, set_current_mesh
 from spmd_types.checker import typecheck
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-import spmd_moe
 from spmd_moe import (
     EP,
     ETP,
@@ -43,20 +39,19 @@ from spmd_moe import (
 )
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import exchange
-from spmd_moe.dispatch import AllToAll, Local
+from spmd_moe.dispatch import AllToAll, FixedCapacity, Local
 from spmd_moe.experts import Experts, Keep
 from spmd_moe.init import init_weights
 from spmd_moe.losses import Totals, totals, update_selection_bias
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.router import RouterConfig
 from tests.bad_checkpoints import BAD_CHECKPOINTS
+from tests.bad_jobs import ON_RANKS, sanitized
 from tests.bad_models import BAD_MODELS
+from tests.messages import PACKAGE, Site, normal, sites_passed
 from tests.simulate import fake_world
-from tests.workers import run
 
 GOLDEN = Path(__file__).parent / "golden"
-PACKAGE = Path(spmd_moe.__file__).parent
-Site = tuple[str, int]
 
 
 def moved(x: torch.Tensor, **how: object) -> Callable[[], object]:
@@ -148,15 +143,6 @@ def exchanged(kind: object, local: bool) -> Callable[[], object]:
     return act
 
 
-def disagreeing() -> tuple[str, list[Site]]:
-    """On real ranks: each asks for another ep."""
-    try:
-        MoEMesh.init("cpu", dp=2, ep=1 + dist.get_rank())
-    except SpmdMoeError as error:
-        return str(error), sites_passed(error.__traceback__)
-    raise AssertionError("ranks that disagree were not told")
-
-
 x53, x34, ids = torch.ones(5, 3), torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64)
 CASES: dict[str, Callable[[], object]] = {
     "placed_without_kind": lambda: Placed[torch.Tensor, TP],
@@ -233,6 +219,8 @@ CASES: dict[str, Callable[[], object]] = {
     "boundary_kind": built(src=S(1)),
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
     "local_with_sharded_experts": lambda: _local_on_two(),
+    "fixed_no_room": lambda: FixedCapacity(MoEMesh.single(), 4, 0),
+    "fixed_rows_to_count": lambda: _fixed_on_two(),
     "activation_name_twice": lambda: Activation("swiglu", False, lambda gate, up: gate),
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_counts": experts(3, 1, 3),
@@ -253,6 +241,8 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_ids_out_of_range": called(torch.ones(3, 4), None, ids + 8),
     "totals_of_sequences": lambda: _of_sequences() + _of_sequences(),
     "router_group_best": routed(groups=2, group_best=3),
+    "sanitize_rate": lambda: sanitized(rate=10.0),
+    "sanitize_twice": lambda: sanitized(twice=True),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
     **BAD_MODELS,
     **BAD_CHECKPOINTS,
@@ -285,6 +275,12 @@ def _local_on_two() -> object:
         return Local(MoEMesh.init("cpu", tp=2, ep=2))
 
 
+def _fixed_on_two() -> object:
+    with fake_world(2):
+        mesh = MoEMesh.init("cpu", tp=2, ep=2)
+        return MoE(MoEConfig(4, 8, RouterConfig(8, 2), dst=R), mesh, FixedCapacity(mesh, 8, 2))
+
+
 def message(act: Callable[[], object]) -> tuple[str, list[Site]]:
     """What is raised, with the place of the caller left out, and the lines it came through."""
     try:
@@ -299,26 +295,15 @@ def message(act: Callable[[], object]) -> tuple[str, list[Site]]:
     raise AssertionError("nothing was raised")
 
 
-def normal(text: str) -> str:
-    """The message without what differs between machines; of spmd_types' own, the first line."""
-    text = text.split("\n\n")[0].split("\n  In ")[0]
-    return re.sub(r"(at:  ).*", r"\1<the user's line>", text) + "\n"
-
-
-def sites_passed(trace: TracebackType | None) -> list[Site]:
-    frames = traceback.extract_tb(trace)
-    return [(f.filename, f.lineno or 0) for f in frames if str(PACKAGE) in f.filename]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_message(name: str) -> None:
     assert message(CASES[name])[0] == (GOLDEN / f"{name}.txt").read_text()
 
 
 @pytest.mark.gloo
-def test_message_of_ranks_that_disagree() -> None:
-    for text, _ in run(2, disagreeing):
-        assert normal(text) == (GOLDEN / "ranks_disagree.txt").read_text()
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_message_of_several_ranks(name: str) -> None:
+    assert normal(ON_RANKS[name]()[0]) == (GOLDEN / f"{name}.txt").read_text()
 
 
 def test_the_parts_stand_in_order() -> None:
@@ -365,7 +350,9 @@ def raise_sites(source: str) -> list[tuple[int, int]]:
 @pytest.mark.gloo
 def test_every_raise_has_a_golden_message() -> None:
     passed = {site for act in CASES.values() for site in message(act)[1]}
-    passed |= set(run(2, disagreeing)[0][1])
+    passed |= {
+        site for name in ("ranks_disagree", "sanitize_state") for site in ON_RANKS[name]()[1]
+    }
     missing = [
         f"{path.relative_to(PACKAGE)}:{first}"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -390,4 +377,5 @@ def test_the_line_is_the_users() -> None:
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
     for name, act in CASES.items():
         (GOLDEN / f"{name}.txt").write_text(message(act)[0])
-    (GOLDEN / "ranks_disagree.txt").write_text(normal(run(2, disagreeing)[0][0]))
+    for name, on_ranks in ON_RANKS.items():
+        (GOLDEN / f"{name}.txt").write_text(normal(on_ranks()[0]))

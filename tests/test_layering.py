@@ -39,6 +39,7 @@ ORDER = [
     "dispatch.local",
     "dispatch.all_to_all",
     "dispatch.all_gather",
+    "dispatch.fixed",
     "dispatch",
     "activation",
     "grouped",
@@ -60,6 +61,13 @@ ORDER = [
     "parts",
     "files",
     "checkpoint",
+    "sanitize.digest",
+    "sanitize.signatures",
+    "sanitize.boundaries",
+    "sanitize.compare",
+    "sanitize.gradients",
+    "sanitize.watch",
+    "sanitize",
     "check.world",
     "check.signatures",
     "check.finding",
@@ -157,12 +165,12 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 def test_few_files_talk_to_torch_distributed() -> None:
     """collectives moves tensors; mesh and agree make groups; two ask where they stand.
 
-    Whole models are stored as DTensors: their files know the names of those.
+    Whole models are stored as DTensors: their files know the names of those. The sanitizer asks.
     """
     files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
     layer = ["agree", "collectives", "mesh", "ranks", "redistribute"]
-    assert sorted(talking) == sorted([*layer, *STORED])
+    assert sorted(talking) == sorted([*layer, *STORED, "sanitize.compare", "sanitize.gradients"])
     moving = [n for n, s in files.items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert moving == ["agree", "collectives"]
 
@@ -259,7 +267,7 @@ def mentioned(value: object) -> set[str]:
 
 
 # States that belong to one dispatcher alone, and aliases that name things for one file.
-OWN = {"Gathered", "InTransit", "Forward", "Backward", "PathLike"}
+OWN = {"Gathered", "InBuffers", "InTransit", "Forward", "Backward", "PathLike"}
 
 
 def test_what_public_signatures_mention_is_public() -> None:
