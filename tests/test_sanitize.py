@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from spmd_moe import (
     DP,
@@ -171,6 +172,37 @@ def other_rate() -> str:
 def test_ranks_with_another_rate_are_told_at_once() -> None:
     for text in run(2, other_rate):
         assert "1 in=0 on ranks [0] | 1 in=2 on ranks [1]" in text
+
+
+def with_fsdp(bug: str) -> tuple[int, str]:
+    """Parameters stored in parts on dp; on tp all have the same part."""
+    job = Job(bug, 1, dp=2, tp=2, ep=2)  # edp is dp, so that FSDP sums all that is to be summed
+    model: nn.Module = job.model
+    fully_shard(model, mesh=job.mesh.dense["dp"])
+    job.optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    job.reduce = lambda: None  # type: ignore[method-assign]  # FSDP does
+    try:
+        with sanitize(model, job.mesh, 1.0):
+            job.run(3)
+    except Exception as error:
+        return job.step, str(error)
+    return job.step, ""
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    "bug, step, found",
+    [
+        ("", 2, ""),
+        ("router", 1, "'moe.router.weight_ED': gradient f32[2, 8] is I on axis 'tp'"),
+        ("dropout", 1, "Block.dropped: result f32[6, 8] is I on axis 'tp'"),
+        ("bias", 2, "'moe.router.bias_E': value f32[4] is R on axis 'dp'"),
+    ],
+)
+def test_under_fsdp(bug: str, step: int, found: str) -> None:
+    ends = run(4, with_fsdp, bug)
+    assert len(set(ends)) == 1 and ends[0][0] == step
+    assert ends[0][1].startswith(found) and bool(ends[0][1]) == bool(found)
 
 
 # --- what is left behind --------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,29 @@ class Seen:
 
     def declared_same_on(self, axis: Axis) -> bool:
         return same_on(self.placement, axis)
+
+
+def as_stored(x: Tensor, placement: Placement, mesh: MoEMesh) -> tuple[Tensor, Placement]:
+    """Of a DTensor, this rank's part, and its kinds on the axes along which all have that part."""
+    stored: Any = x
+    if not is_stored_in_parts(x):
+        return x, placement
+    others: set[int] = set()
+    for dim, how in enumerate(stored.placements):
+        if not how.is_replicate():
+            others |= set(dist.get_process_group_ranks(stored.device_mesh.get_group(dim)))
+    others.discard(dist.get_rank())
+    kinds = (k for k in placement if others.isdisjoint(_ranks(mesh[k.role])))
+    return stored.to_local(), Placement(tuple(kinds))
+
+
+def is_stored_in_parts(x: Tensor) -> bool:
+    """A DTensor, of whose storage its declared placement says nothing."""
+    return hasattr(x, "placements")
+
+
+def _ranks(axis: Axis) -> list[int]:
+    return dist.get_process_group_ranks(axis.group) if axis.size > 1 else []
 
 
 def same_on(placement: Placement, axis: Axis) -> bool:

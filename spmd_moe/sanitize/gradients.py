@@ -12,6 +12,7 @@ from typing import final
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as fn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,9 +24,11 @@ from spmd_moe.sanitize.compare import (
     NONE,
     ROLES,
     Seen,
+    as_stored,
     by_rank,
     first_of,
     gather_all,
+    is_stored_in_parts,
     tell,
 )
 from spmd_moe.sanitize.digest import COLUMNS, fingerprint, sketch
@@ -49,7 +52,7 @@ class Gradients:
     def open(self) -> None:
         self._parts.clear()
         for number, (_, parameter, _) in enumerate(self.parameters):
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_stored_in_parts(parameter):
 
                 def caught(grad: Tensor, number: int = number) -> None:
                     self._catch(number, grad)
@@ -70,17 +73,7 @@ class Gradients:
     def seen(self, line: str) -> list[Seen]:
         """The gradients as they are now, to be compared along the axes."""
         return [
-            Seen(
-                "gradient",
-                f"'{name}'",
-                "gradient",
-                "(none)" if parameter.grad is None else describe(parameter.grad),
-                placement,
-                line,
-                parameter.new_zeros((), dtype=torch.int64)
-                if parameter.grad is None
-                else fingerprint(parameter.grad),
-            )
+            _seen(name, parameter.grad, *as_stored(parameter, placement, self.mesh), line)
             for name, parameter, placement in self.parameters
         ]
 
@@ -102,7 +95,7 @@ class Gradients:
             return
         usual = sorted(middles)[len(middles) // 2] / _PPM if middles else 1.0
         wrong = strays if stray else (known & ((scale - min(usual, 1.0)).abs() > _SLACK * usual))
-        index = torch.tensor(caught, device=device)
+        index = torch.tensor([*caught, NONE], device=device)
         key = torch.where(wrong, index, NONE).amin().view(1)
         owner, number = first_of(key, self.mesh)
         if number == NONE:  # all within the slack, though not by the rounded figures
@@ -130,7 +123,10 @@ class Gradients:
         scale = (have * want).sum(1) / want.square().sum(1)
         clear = want.norm(dim=1) > _NO_PART * norm
         stray = (have - scale.unsqueeze(1) * want).norm(dim=1) > _SLACK * scale.abs() * norm
-        return torch.where(clear, scale, torch.nan), stray & clear
+        # One more of which nothing is known: on this rank there may be no gradient at all.
+        return fn.pad(torch.where(clear, scale, torch.nan), [0, 1], value=torch.nan), fn.pad(
+            stray & clear, [0, 1]
+        )
 
     def _summed(self, parts: Tensor, role: Role) -> Tensor:
         """The parts of what is R on an axis, added up over its ranks."""
@@ -165,6 +161,17 @@ class Gradients:
             ],
             at=line,
         )
+
+
+def _seen(
+    name: str, grad: Tensor | None, parameter: Tensor, placement: Placement, line: str
+) -> Seen:
+    if grad is None:
+        form, found = "(none)", parameter.new_zeros((), dtype=torch.int64)
+    else:
+        local = getattr(grad, "to_local", lambda: grad)()
+        form, found = describe(local), fingerprint(local)
+    return Seen("gradient", f"'{name}'", "gradient", form, placement, line, found)
 
 
 def _fair(low: int, high: int) -> bool:

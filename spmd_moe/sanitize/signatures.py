@@ -20,7 +20,7 @@ from spmd_moe.placement import Placement, placement_of
 # declared for it, the user's line.
 Observer = Callable[[str, str, Tensor, Placement, str], None]
 Declared = tuple[str, Tensor, Placement]
-_NOT_WATCHED = ("torch", "spmd_types")
+_NOT_WATCHED = ("torch", "spmd_types", "builtins", "typing")
 _OURS = __name__.rpartition(".")[0]
 
 
@@ -66,7 +66,9 @@ def pass_through(key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 def modules_of(model: nn.Module) -> list[types.ModuleType]:
     """Loaded modules of the packages, or the program, that the model's classes come from."""
-    packages = {type(part).__module__.partition(".")[0] for part in model.modules()}
+    # FSDP gives every module a class of its own, below the user's.
+    classes = {cls for part in model.modules() for cls in type(part).__mro__}
+    packages = {cls.__module__.partition(".")[0] for cls in classes}
     packages -= set(_NOT_WATCHED)
     return [
         module

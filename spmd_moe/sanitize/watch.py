@@ -23,7 +23,7 @@ from spmd_moe.errors import ConfigError, describe, explain, users_line
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import Placement
 from spmd_moe.sanitize.boundaries import Boundaries
-from spmd_moe.sanitize.compare import ROLES, Seen, compare, same_on
+from spmd_moe.sanitize.compare import ROLES, Seen, as_stored, compare, same_on
 from spmd_moe.sanitize.digest import fingerprint
 from spmd_moe.sanitize.gradients import Gradients, Named
 from spmd_moe.sanitize.signatures import placements_by_name
@@ -106,7 +106,7 @@ class Sanitizer:
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ):
-                if name in declared and not _is_stored_in_shards(tensor):
+                if name in declared:
                     full = f"{prefix}.{name}" if prefix else name
                     self._state.append((full, module, name, declared[name]))
                     if isinstance(tensor, nn.Parameter):
@@ -183,7 +183,8 @@ class Sanitizer:
     def _see(
         self, what: str, where: str, name: str, x: Tensor, placement: Placement, line: str
     ) -> None:
-        if self._matters(placement) and not _is_stored_in_shards(x):
+        x, placement = as_stored(x, placement, self.mesh)
+        if self._matters(placement):
             seen = Seen(what, where, name, describe(x), placement, line, self._hash(x))
             self._seen.append(seen)
 
@@ -200,11 +201,6 @@ class Sanitizer:
 
 
 _at_work = False
-
-
-def _is_stored_in_shards(x: Tensor) -> bool:
-    """A DTensor: how it is stored differs from what its type says of it in use."""
-    return hasattr(x, "placements")
 
 
 def _period(rate: float | None) -> int:
