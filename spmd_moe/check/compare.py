@@ -55,11 +55,16 @@ def _other_types(many: Trace, few: Trace) -> Found:
         before = many.record.points.get(point)
         if before is None:
             continue
-        known = {seen.results for seen in before}
+        known = {_kinds(seen) for seen in before} | {()}
         for seen in passes:
-            if seen.results not in known and not allowed("size", *point.lines[-1]):
+            if _kinds(seen) not in known and not allowed("size", *point.lines[-1]):
                 yield few, _depends_on_size(point, many, before[0], few, seen)
                 return
+
+
+def _kinds(seen: Seen) -> tuple[Types, ...]:
+    """Of its results, once each: how many parts something is cut into may depend on its size."""
+    return tuple(dict.fromkeys(types for types in seen.results if types))
 
 
 def _depends_on_size(point: Point, many: Trace, a: Seen, few: Trace, b: Seen) -> Finding:

@@ -14,7 +14,7 @@ from types import CodeType, FrameType
 from typing import Any, final
 
 import torch
-from spmd_types import MeshAxis, P, V, get_local_type
+from spmd_types import MeshAxis, P, V, get_local_type, is_type_checking
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -173,7 +173,7 @@ class Observer(TorchFunctionMode):
     ) -> None:
         self.record.tensors += len(found)
         missing = sum(not types for types in found)
-        if not missing or not self.typed:
+        if not missing or not self.typed or not is_type_checking():
             return
         self.record.untyped += missing
         first = next(x for x, types in zip(_tensors(result), found, strict=True) if not types)
