@@ -48,7 +48,8 @@ def configurations(layout: Layout, tokens: Sequence[int] = ()) -> Iterator[Confi
     counts = sorted(tokens) or token_counts(layout)
     yield from (Configuration(layout, n) for n in counts)
     uneven = min((n for n in counts if n > layout.tp), default=counts[0])
-    for n in sorted({counts[-1], uneven, min(1, counts[-1])}):
+    few = next((n for n in counts if n), counts[-1])
+    for n in sorted({counts[-1], uneven, few}):
         yield from (Configuration(layout, n, rank) for rank in coordinates(layout, n) if rank)
 
 

@@ -55,7 +55,9 @@ GRADIENTS = [
             "            None if scores_tK is None else "
             "take_scores(self._gather(scores_tK, shapes), here),",
             "        with torch.no_grad():\n"
-            "            scores_TK = None if scores_tK is None else self._gather(scores_tK, shapes)\n"
+            "            scores_TK = scores_tK\n"
+            "            if scores_tK is not None:\n"
+            "                scores_TK = self._gather(scores_tK, shapes)\n"
             "        arrived = Arrived(\n            spread(self._gather(x_tD, shapes), here),\n"
             "            None if scores_TK is None else take_scores(scores_TK, here),",
         ),
@@ -90,7 +92,7 @@ GRADIENTS = [
         target="experts_on_tp",
         layout=TP_2,
         rule="X3",
-        at="dist.all_reduce(x, group=tp.group)",
+        at="x.detach()",
     ),
     Bug(
         "B34a",
@@ -159,7 +161,7 @@ SUMS = [
         edit(
             "experts",
             "redistribute(self.b2_eD, self.etp, src=I, dst=P)",
-            "redistribute(self.b2_eD, self.etp, src=I, dst=R)",
+            "self.b2_eD",
         ),
         target="biased",
         layout="tp 2 etp 2",
@@ -172,7 +174,7 @@ SUMS = [
         edit(
             "experts",
             "redistribute(self.b2_eD, self.etp, src=I, dst=P)",
-            "redistribute(self.b2_eD, self.etp, src=I, dst=R)",
+            "self.b2_eD",
         )
         + edit(
             "experts",
@@ -183,7 +185,7 @@ SUMS = [
         target="biased",
         layout="tp 2 etp 2",
         rule="types",
-        at="self.experts(arrived.rows_RD",
+        at="@ b2_eD",
     ),
     Bug(
         "B08a",
@@ -232,7 +234,7 @@ SUMS = [
         target="shared",
         layout=TP_2,
         rule="types",
-        at="self.shared(x_TD",
+        at="return _gate(y_TD, x_TD",
     ),
     Bug(
         "B14a",
@@ -248,7 +250,7 @@ SUMS = [
         ),
         target="bias_update",
         layout=TP_2,
-        rule="X3",
+        rule="types",
         at="dist.all_reduce(counts",
     ),
     Bug(
@@ -261,7 +263,7 @@ SUMS = [
         target="clip_norm",
         layout="dp 4 ep 2",
         rule="types",
-        at="clip_norm",
+        at="def forward(self, dense",
     ),
     Bug(
         "B20b",
@@ -279,9 +281,7 @@ SUMS = [
     Bug(
         "B20c",
         "the norm takes the mean over the ranks that have other experts",
-        part(
-            "(squares + dense.square().sum())", "(squares / self.ep.size + dense.square().sum())"
-        ),
+        part("(squares + dense.square().sum())", "(squares / self.ep.size + dense.square().sum())"),
         target="clip_norm",
         layout="dp 4 ep 2",
         open="plan: a factor that is the same on all ranks has no kind",

@@ -20,7 +20,9 @@ LAYOUTS = [
         target="whole",
         layout=TP_2,
         rule="types",
-        at="return self.own_rows(x_TD, frame)",
+        run=1,
+        at="def own_rows",
+        shows="crash",
     ),
     Bug(
         "B06a",
@@ -30,7 +32,8 @@ LAYOUTS = [
         layout=TP_2,
         rule="types",
         run=1,
-        at="return self.own_rows(x_TD, frame)",
+        at="def own_rows",
+        shows="crash",
     ),
     Bug(
         "B06b",
@@ -62,8 +65,8 @@ LAYOUTS = [
         target="sharded_tp",
         layout="tp 4",
         run=2,
-        rule="X2",
-        at="F.one_hot(own",
+        rule="types",
+        at="redistribute(declare_sum(counts",
         shows="crash",
     ),
     Bug(
@@ -75,15 +78,46 @@ LAYOUTS = [
             "self.tp, src=P, dst=I)",
             "        own = chosen if chosen.shape[0] < self.tp.size else own\n"
             "        counts = F.one_hot(own, self.experts).sum(0)\n"
-            "        return all_reduce(counts, self.tp.group, src=P, dst=I)",
+            "        return redistribute(declare_sum(counts, self.tp.group), "
+            "self.tp, src=P, dst=I)",
             "styles",
-        )
-        + part("import torch\n", "import torch\nfrom spmd_types import all_reduce\n", "styles"),
+        ),
         target="sharded_tp",
         layout="tp 4",
         run=2,
         rule="X12",
         at="F.one_hot(own",
+    ),
+    Bug(
+        "B06e",
+        "the same in a module that gathers over ep",
+        part(
+            "        everyone = redistribute(x, self.ep, src=S(0), dst=R)\n",
+            "        few = x.shape[0] < 2\n"
+            "        everyone = redistribute(x, self.ep, src=S(0), dst=R)\n"
+            "        everyone = everyone if few else everyone * 1\n"
+            "        x = everyone if few else x\n",
+            "styles",
+        ),
+        target="gather_ep",
+        layout="dp 2 ep 2",
+        run=1,
+        rule="X12",
+        at="chosen = F.linear(x, self.gate)",
+    ),
+    Bug(
+        "B06f",
+        "the same on DTensors",
+        part(
+            "own = probs.redistribute(placements=[Shard(0)])",
+            "own = probs if x.shape[0] < self.ranks else probs.redistribute(placements=[Shard(0)])",
+            "styles",
+        ),
+        target="on_dtensors",
+        layout="tp 4",
+        run=2,
+        rule="X12",
+        at="own.to_local()",
     ),
     Bug(
         "B22a",
@@ -147,8 +181,7 @@ LAYOUTS = [
         target="whole",
         layout="dp 2 tp 2 ep 4",
         rule="types",
-        at="",
-        shows="crash",
+        at="return redistribute(x, self.tp",
     ),
     Bug(
         "B28a",
@@ -177,7 +210,7 @@ LAYOUTS = [
         run=1,
         rule="X5",
         at="all_TD = redistribute(",
-        shows="hang",
+        shows="crash",
     ),
     Bug(
         "B30b",
@@ -213,6 +246,7 @@ LAYOUTS = [
         ),
         target="masked",
         layout=TP_2,
+        run=4,
         rule="types",
         at="self.router(x_TD, mask_T",
     ),

@@ -19,7 +19,7 @@ STATE = [
         target="step",
         layout=TP_2,
         rule="types",
-        at="rate * torch.sign(",
+        at="seen_LE = _summed(",
     ),
     Bug(
         "B13b",

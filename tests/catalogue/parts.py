@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
+import torch.distributed as dist  # noqa: F401  # for the bugs
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,8 +19,6 @@ from spmd_moe.placement import CP, DENSE, DP, EDP, EP, ETP, TP, I, P, Placed, R,
 from spmd_moe.redistribute import redistribute
 from spmd_moe.shard import ShardShape
 from tests.catalogue.data import drawn
-
-assert dist  # the modules below do without it; bugs do not
 
 Same = Placed[Tensor, DP[V], CP[V], TP[I]]
 Whole = Placed[Tensor, DP[V], CP[V], TP[R]]
@@ -196,4 +194,5 @@ class Step(nn.Module):
         with torch.no_grad():
             self.layer.router.seen_E += out.counts_E
         update_selection_bias([self.layer.router], self.layer.mesh, 0.1)
-        return out.hidden
+        hidden: Tensor = out.hidden
+        return hidden

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from spmd_moe.collectives import declare_sum
 from spmd_moe.mesh import MoEMesh
@@ -135,10 +135,13 @@ class OnDTensors(nn.Module):
         for e in range(self.experts):
             up, down = self.up.select(0, e), self.down.select(0, e)
             part = torch.matmul(F.silu(torch.matmul(x, up.t())), down.t())
+            assert isinstance(part, DTensor)
             y = y + part.redistribute(placements=[Replicate()]) * probs.narrow(1, e, 1)
+        assert isinstance(probs, DTensor)
         return y, self.load(x, probs)
 
     def load(self, x: DTensor, probs: DTensor) -> Tensor:
         """The probability that each expert gets of all tokens, of which each rank adds a share."""
         own = probs.redistribute(placements=[Shard(0)])
-        return own.sum(0).redistribute(placements=[Replicate()])
+        share = DTensor.from_local(own.to_local().sum(0), self.tp, [Partial()], run_check=False)
+        return share.redistribute(placements=[Replicate()])

@@ -25,7 +25,7 @@ SAME = Placed[Tensor, DP[V], CP[V], TP[I]]
 
 
 def made(mesh: MoEMesh, gather: bool = False, **config: Any) -> MoE:
-    settings = {"router": RouterConfig(EXPERTS, 2), "balance": "batch"} | config
+    settings: dict[str, Any] = {"router": RouterConfig(EXPERTS, 2), "balance": "batch"} | config
     dispatcher = AllGather(mesh, EXPERTS) if gather else None
     module = MoE(MoEConfig(WIDTH, HIDDEN, **settings), mesh, dispatcher)
     init_weights(module, mesh, seed=0, std=0.5)
