@@ -121,14 +121,16 @@ def _other_plain(first: Trace, other: Trace) -> Found:
     axes = _shared_axes(first, other)
     if not axes:
         return
+    same_reads = _same_reads(first, other)
     for point, passes in first.record.points.items():
         twins = other.record.points.get(point, [])
         for a, b in zip(passes, twins, strict=False):
-            may_be_data = a.reads > _same_reads(first, other)
             if _both_even(a, b, axes):
                 yield other, _uneven(point, a, b, first, other)
                 return
-            axis = _differs_alone(point.op, a, b, axes, may_be_data)
+            if a.reads > same_reads:
+                continue  # offsets and sizes may be data, which mirror images do not tell truly
+            axis = _differs_alone(point.op, a, b, axes)
             if axis is not None and not allowed("rank", *point.lines[-1]):
                 yield other, _depends_on_rank(point, axis, first, other)
                 return
@@ -157,7 +159,7 @@ def _uneven(point: Point, a: Seen, b: Seen, first: Trace, other: Trace) -> Findi
 _SCALES = {"mul", "div", "__mul__", "__rmul__", "__truediv__", "mul_", "div_", "__imul__"}
 
 
-def _differs_alone(op: str, a: Seen, b: Seen, axes: set[str], may_be_data: bool) -> str | None:
+def _differs_alone(op: str, a: Seen, b: Seen, axes: set[str]) -> str | None:
     """The axis on which all operands are alike on both ranks, though the operations differ."""
     for axis in sorted(axes):
         pairs = list(zip(a.operands, b.operands, strict=False))
@@ -165,16 +167,14 @@ def _differs_alone(op: str, a: Seen, b: Seen, axes: set[str], may_be_data: bool)
         offsets = any(
             x.offset != y.offset for (x, y), same in zip(pairs, alike, strict=True) if same
         )
-        # Past a read of data, offsets may come from it. What is given is then compared only where
-        # the tensors are the same in value too.
-        if offsets and not may_be_data:
+        if offsets:
             return axis
         if not pairs or a.plain == b.plain:
             continue
         if all(alike) and all(x.total == y.total for x, y in pairs):
             return axis
         parts = [dict(o.types).get(axis) == "P" for pair in pairs for o in pair]
-        if op in _SCALES and all(parts) and not may_be_data:
+        if op in _SCALES and all(parts):
             return axis
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Set
 
 from spmd_moe.check.finding import Finding, allowed, finding, short
 
@@ -20,10 +20,12 @@ ESCAPES = {
 }
 
 
-def escapes(files: Iterable[str]) -> Iterator[Finding]:
-    for file in sorted(files):
-        for line, name in _used(file, "".join(linecache.getlines(file))):
-            if not allowed(name, file, line):
+def escapes(ran: Mapping[str, Set[int]]) -> Iterator[Finding]:
+    """Those in the functions of which a line ran, and those outside of any function."""
+    for file, lines in sorted(ran.items()):
+        for line, name, span in _used(file, "".join(linecache.getlines(file))):
+            entered = span is None or any(span[0] <= n <= span[1] for n in lines)
+            if entered and not allowed(name, file, line):
                 at = f"{short(file)}:{line}"
                 yield finding(
                     "X3",
@@ -36,9 +38,12 @@ def escapes(files: Iterable[str]) -> Iterator[Finding]:
                 )
 
 
+Span = tuple[int, int] | None
+
+
 @functools.lru_cache(maxsize=256)
-def _used(file: str, text: str) -> tuple[tuple[int, str], ...]:
-    """Lines that use one of them; the line of an import is not one."""
+def _used(file: str, text: str) -> tuple[tuple[int, str, Span], ...]:
+    """Lines that use one of them, with the function they are in; an import does not use it."""
     try:
         tree = ast.parse(text)
     except SyntaxError:  # not a file, but what a console was given
@@ -49,14 +54,16 @@ def _used(file: str, text: str) -> tuple[tuple[int, str], ...]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            name = renamed.get(node.id, "")
-        elif isinstance(node, ast.Attribute):
-            name = node.attr
-        else:
-            continue
+    return tuple(dict.fromkeys(_in(tree, None, renamed)))
+
+
+def _in(node: ast.AST, span: Span, renamed: Mapping[str, str]) -> Iterator[tuple[int, str, Span]]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        span = first, node.end_lineno or node.lineno
+    if isinstance(node, ast.Name | ast.Attribute):
+        name = renamed.get(node.id, "") if isinstance(node, ast.Name) else node.attr
         if name in ESCAPES:
-            found.append((node.lineno, name))
-    return tuple(sorted(set(found)))
+            yield node.lineno, name, span
+    for child in ast.iter_child_nodes(node):
+        yield from _in(child, span, renamed)

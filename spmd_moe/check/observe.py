@@ -74,7 +74,7 @@ class Record:
 
     points: dict[Point, list[Seen]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    files: set[str] = field(default_factory=set)
+    lines: dict[str, set[int]] = field(default_factory=dict)  # of checked code, by file
     tensors: int = 0
     untyped: int = 0
     # What the program read from data, and how many collectives came before it.
@@ -122,7 +122,8 @@ class Observer(TorchFunctionMode):
             even = self._even(name, args, kwargs)
             seen = Seen(given, tuple(_plain((args, kwargs))), found, reads, even)
             self.record.points.setdefault(Point(lines, name), []).append(seen)
-            self.record.files.add(lines[-1][0])
+            for file, line in lines:
+                self.record.lines.setdefault(file, set()).add(line)
         if name in _READS:
             self.record.reads.append((before, repr(result)))
         if self.typed:

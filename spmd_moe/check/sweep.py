@@ -28,9 +28,9 @@ class Result:
 
 
 def token_counts(layout: Layout) -> list[int]:
-    """None, one, around the number of ranks that share them, and many."""
+    """None, one, around the number of ranks that share them, and many, shared out evenly."""
     n = layout.tp
-    return sorted({0, 1, n - 1, n, n + 1, 6 * n + 5})
+    return sorted({0, 1, n - 1, n, n + 1, 6 * n})
 
 
 def coordinates(layout: Layout, tokens: int) -> list[int]:

@@ -79,7 +79,7 @@ def trace(target: Target, configuration: Configuration, packages: set[str]) -> T
             found.findings.append(_raised(error, packages, _names(mesh)))
         found.findings += found.record.findings
         found.findings += _raw(found.forward + found.backward or log)
-        found.findings += escapes(found.record.files)
+        found.findings += escapes(found.record.lines)
     return found
 
 
