@@ -240,7 +240,7 @@ def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float)
     push_LE = rate * torch.sign(seen_LE.mean(1, keepdim=True) - seen_LE)
     for router, push_E in zip(routers, push_LE, strict=True):
         router.bias_E += push_E.to(router.bias_E.dtype)
-        router.seen_E.zero_()
+        router.seen_E *= 0  # what each rank has stays a part of a sum: 0 is one too
 
 
 def _routers(given: object) -> list[Router]:

@@ -23,6 +23,7 @@ from spmd_moe.errors import ConfigError, explain
 from spmd_moe.fault import unset
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
+from spmd_moe.ranks import drawn_number
 from spmd_moe.redistribute import redistribute, wide
 from spmd_moe.settings import whole_numbers
 
@@ -299,7 +300,7 @@ class _Jitter:
     def __call__(self, x_TD: Tokens) -> Tokens:
         if not self.amount:
             return x_TD
-        seed = int(torch.randint(2**62, ())) + self.stream
+        seed = drawn_number() + self.stream
         noise = torch.empty_like(x_TD).uniform_(
             1 - self.amount,
             1 + self.amount,

@@ -28,9 +28,10 @@ def compare(traces: Sequence[Trace]) -> Found:
     most = max(t.configuration.tokens for t in built)
     for rank in sorted({t.configuration.rank for t in built}):
         mine = [t for t in built if t.configuration.rank == rank]
-        many = next((t for t in mine if t.configuration.tokens == most), None)
+        at_most = [t for t in built if t.configuration.tokens == most]
+        many = next((t for t in mine if t.configuration.tokens == most), at_most[0])
         for few in mine:
-            if many is not None and few is not many:
+            if few.configuration.tokens != most:
                 yield from _by_tokens(many, few)
     for tokens in sorted({t.configuration.tokens for t in built}):
         mine = [t for t in built if t.configuration.tokens == tokens]
@@ -39,12 +40,24 @@ def compare(traces: Sequence[Trace]) -> Found:
             yield from _by_place(first, other)
 
 
+def _ran(trace: Trace) -> bool:
+    """To its end, whatever was found on the way."""
+    return not any(finding.rule in ("types", "crash") for finding in trace.findings)
+
+
+def _same_reads(a: Trace, b: Trace) -> int:
+    """How many reads of data gave both the same. After the next one, sizes may differ for it."""
+    pairs = zip(a.record.reads, b.record.reads, strict=False)
+    return next((n for n, (x, y) in enumerate(pairs) if x[1] != y[1]), len(a.record.reads))
+
+
 # --- other numbers of tokens --------------------------------------------------------------------
 
 
 def _by_tokens(many: Trace, few: Trace) -> Found:
     found = list(_other_types(many, few))
-    if not found and not (many.findings or few.findings):
+    same_rank = many.configuration.rank == few.configuration.rank
+    if not found and same_rank and _ran(many) and _ran(few):
         found = list(_other_collectives(many, few, "X10", _tokens(many), _tokens(few)))
     yield from found
 
@@ -55,11 +68,18 @@ def _other_types(many: Trace, few: Trace) -> Found:
         before = many.record.points.get(point)
         if before is None:
             continue
-        known = {seen.results for seen in before}
+        known = {_kinds(seen) for seen in before} | {()}
+        if known == {()}:
+            continue  # refused, or nothing that has a type
         for seen in passes:
-            if seen.results not in known and not allowed("size", *point.lines[-1]):
+            if _kinds(seen) not in known and not allowed("size", *point.lines[-1]):
                 yield few, _depends_on_size(point, many, before[0], few, seen)
                 return
+
+
+def _kinds(seen: Seen) -> tuple[Types, ...]:
+    """Of its results, once each: how many parts something is cut into may depend on its size."""
+    return tuple(dict.fromkeys(types for types in seen.results if types))
 
 
 def _depends_on_size(point: Point, many: Trace, a: Seen, few: Trace, b: Seen) -> Finding:
@@ -90,7 +110,7 @@ def _tokens(trace: Trace) -> str:
 
 def _by_place(first: Trace, other: Trace) -> Found:
     found = list(_other_plain(first, other))
-    if not found and not (first.findings or other.findings):
+    if not found and _ran(first) and _ran(other):
         a, b = (f"rank {t.configuration.rank}" for t in (first, other))
         found = list(_other_collectives(first, other, "X5", a, b))
     yield from found
@@ -101,16 +121,45 @@ def _other_plain(first: Trace, other: Trace) -> Found:
     axes = _shared_axes(first, other)
     if not axes:
         return
+    same_reads = _same_reads(first, other)
     for point, passes in first.record.points.items():
         twins = other.record.points.get(point, [])
         for a, b in zip(passes, twins, strict=False):
-            axis = _differs_alone(a, b, axes)
+            if _both_even(a, b, axes):
+                yield other, _uneven(point, a, b, first, other)
+                return
+            if a.reads > same_reads:
+                continue  # offsets and sizes may be data, which mirror images do not tell truly
+            axis = _differs_alone(point.op, a, b, axes)
             if axis is not None and not allowed("rank", *point.lines[-1]):
                 yield other, _depends_on_rank(point, axis, first, other)
                 return
 
 
-def _differs_alone(a: Seen, b: Seen, axes: set[str]) -> str | None:
+def _both_even(a: Seen, b: Seen, axes: set[str]) -> bool:
+    """Both say that every rank of the axis has as many rows as they have, and have not."""
+    return a.even is not None and b.even is not None and a.even[0] in axes and a.even != b.even
+
+
+def _uneven(point: Point, a: Seen, b: Seen, first: Trace, other: Trace) -> Finding:
+    assert a.even is not None and b.even is not None
+    sides = ((first, a.even), (other, b.even))
+    have = ", ".join(f"rank {t.configuration.rank} has {rows} rows" for t, (_, rows) in sides)
+    return finding(
+        "X5",
+        point.at,
+        point.op,
+        f"{have}, and each takes all ranks of {a.even[0]} to have as many",
+        "ranks then wait for more than others send, or read one rank's rows as another's",
+        "redistribute(x, axis, ..., shape=ShardShape.even(tokens, axis.size))",
+        "ShardShape.ragged(sizes)   # with the sizes that the ranks have told each other",
+    )
+
+
+_SCALES = {"mul", "div", "__mul__", "__rmul__", "__truediv__", "mul_", "div_", "__imul__"}
+
+
+def _differs_alone(op: str, a: Seen, b: Seen, axes: set[str]) -> str | None:
     """The axis on which all operands are alike on both ranks, though the operations differ."""
     for axis in sorted(axes):
         pairs = list(zip(a.operands, b.operands, strict=False))
@@ -118,16 +167,14 @@ def _differs_alone(a: Seen, b: Seen, axes: set[str]) -> str | None:
         offsets = any(
             x.offset != y.offset for (x, y), same in zip(pairs, alike, strict=True) if same
         )
-        # Past a read of data, offsets may come from it. What is given is then compared only where
-        # the tensors are the same in value too.
-        if offsets and not a.after_read:
+        if offsets:
             return axis
-        if (
-            pairs
-            and all(alike)
-            and a.plain != b.plain
-            and all(x.total == y.total for x, y in pairs)
-        ):
+        if not pairs or a.plain == b.plain:
+            continue
+        if all(alike) and all(x.total == y.total for x, y in pairs):
+            return axis
+        parts = [dict(o.types).get(axis) == "P" for pair in pairs for o in pair]
+        if op in _SCALES and all(parts):
             return axis
     return None
 
@@ -154,8 +201,9 @@ def _depends_on_rank(point: Point, axis: str, first: Trace, other: Trace) -> Fin
         "X2",
         point.at,
         point.op,
-        f"ranks {ranks} take different parts of what is the same on all ranks of {axis}",
-        "a slice by a plain rank keeps the type of the whole, so its gradient is never summed",
+        f"ranks {ranks} do different things to what is one thing on all ranks of {axis}",
+        "a slice, a mask or a factor by a plain number of this rank keeps the type of the whole, "
+        "so what the ranks hold is no longer what the type says, and its gradient is not summed",
         "redistribute(x, axis, src=R, dst=S(0), shape=...)   # cuts out this rank's part, as a V",
     )
 
@@ -168,7 +216,7 @@ def _other_collectives(a: Trace, b: Trace, rule: str, name_a: str, name_b: str) 
         one, two = getattr(a, when), getattr(b, when)
         for number in range(max(len(one), len(two))):
             x, y = (_at(issued, number) for issued in (one, two))
-            if x is None or y is None or _key(x) != _key(y) or _misfit(a, when, number, x, y, rule):
+            if x is None or y is None or _key(x) != _key(y) or _misfit(a, b, when, number, rule):
                 yield b, _other(rule, when, number, (name_a, x), (name_b, y))
                 return
 
@@ -183,10 +231,11 @@ def _key(issued: Issued) -> tuple[object, ...]:
     return issued.op, tuple(rank - first for rank in issued.group), issued.dtype
 
 
-def _misfit(a: Trace, when: str, number: int, x: Issued, y: Issued, rule: str) -> bool:
+def _misfit(a: Trace, b: Trace, when: str, number: int, rule: str) -> bool:
     """Other shapes on ranks of one group; sizes that were read from data are not comparable."""
-    read = a.record.first_read
-    comparable = when == "forward" and (read is None or number < read) and x.group == y.group
+    x, y = getattr(a, when)[number], getattr(b, when)[number]
+    reads = [before for before, _ in a.record.reads[_same_reads(a, b) :]]
+    comparable = when == "forward" and x.group == y.group and number < min(reads, default=10**9)
     return rule == "X5" and comparable and x.op != "all_to_all" and x.shape != y.shape
 
 

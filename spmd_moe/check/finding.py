@@ -15,10 +15,12 @@ RULES = {
     "untyped": "every tensor in the module has a type on every axis",
     "X1": "a sum over ranks takes what was declared to be a part of a sum (P), never V",
     "X2": "what is the same on all ranks of an axis is computed alike on them: "
-    "no slice or size by a plain rank",
+    "no slice, mask or factor by a plain rank",
     "X3": "tensors move through typed collectives only, and nothing cuts their gradients or types",
     "X4": "parameters and buffers keep their declared types",
     "X5": "all coordinates issue the same collectives in the same order, with fitting shapes",
+    "X7": "a dim that is cut over ranks is not mixed with others, and nothing that needs all of it "
+    "runs along it",
     "X9": "a name in a specification matches exactly what it is meant for",
     "X10": "backward reaches every trainable parameter, with the same collectives "
     "however few rows there are",

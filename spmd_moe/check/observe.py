@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, final
+from unittest import mock
 
 import torch
-from spmd_types import MeshAxis, P, V, get_local_type, is_type_checking
+from spmd_types import MeshAxis, P, Shard, V, get_local_type, is_type_checking
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from spmd_moe.check.finding import Finding, allowed, finding, short
+from spmd_moe.check.lines import Lines
+from spmd_moe.check.shards import follow, is_given, keep_rows, moved, rows_are_given
 from spmd_moe.check.world import Issued
 from spmd_moe.errors import describe
 
@@ -59,7 +63,8 @@ class Seen:
     operands: tuple[Operand, ...]
     plain: tuple[object, ...]
     results: tuple[Types, ...]
-    after_read: bool  # sizes may have come from data by then
+    reads: int  # of data, before it: sizes may come from there
+    even: tuple[str, int] | None = None  # an axis, all of whose ranks it takes to have these rows
 
 
 @final
@@ -69,10 +74,11 @@ class Record:
 
     points: dict[Point, list[Seen]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    files: set[str] = field(default_factory=set)
+    lines: dict[str, set[int]] = field(default_factory=dict)  # of checked code, by file
     tensors: int = 0
     untyped: int = 0
-    first_read: int | None = None  # how many collectives came before a size was read from data
+    # What the program read from data, and how many collectives came before it.
+    reads: list[tuple[int, str]] = field(default_factory=list)
 
 
 @final
@@ -84,7 +90,7 @@ class Observer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.record, self.log, self.typed = Record(), log, typed
-        self._lines, self._names = Lines(packages), names
+        self._lines, self._names = Lines(packages, __file__), names
         self._shown: dict[object, Types] = {}
         self._made, self._kept = (
             set[int](),
@@ -112,17 +118,46 @@ class Observer(TorchFunctionMode):
         if name.endswith("_") and given:  # what was in it is overwritten, and may be anything
             given = (replace(given[0], total=0.0), *given[1:])
         self._before(func, name, args, kwargs, lines)
-        result = run(*args, **kwargs)
-        if not given:  # a factory: what it makes is of a size that the rank gave it
-            self._made.update(map(id, kept := list(_tensors(result))))
-            self._kept += kept
-        found = tuple(self._types(x) for x in _tensors(result))
-        after_read = self.record.first_read is not None
-        seen = Seen(given, tuple(_plain((args, kwargs))), found, after_read)
-        self.record.points.setdefault(Point(lines, name), []).append(seen)
-        self.record.files.add(lines[-1][0])
-        self._count(name, result, found, lines)
+        found: tuple[Types, ...] = ()
+        reads, before = len(self.record.reads), len(self.log)
+        try:
+            result = run(*args, **kwargs)
+            results = list(_tensors(result))
+            if not given:  # a factory: what it makes is of a size that the rank gave it
+                self._made.update(map(id, results))
+                self._kept += results
+            found = tuple(map(self._types, results))
+        finally:  # what is refused has been asked for
+            even = self._even(name, args, kwargs)
+            seen = Seen(given, tuple(_plain((args, kwargs))), found, reads, even)
+            self.record.points.setdefault(Point(lines, name), []).append(seen)
+            for file, line in lines:
+                self.record.lines.setdefault(file, set()).add(line)
+        if name in _READS:
+            self.record.reads.append((before, repr(result)))
+        if self.typed:
+            self._count(name, results, found, lines)
+            self._follow(name, args, kwargs, results, lines)
+            self._cut_off(args, results)
         return result
+
+    @contextmanager
+    def of_dtensors(self) -> Iterator[None]:
+        """Sees a tensor leave its DTensor too, which torch tells no mode: it is what it was there.
+
+        Behind that line it is a plain tensor, added up or not as if it were always the same.
+        """
+        to_local = DTensor.to_local
+
+        def leave(x: DTensor, *args: Any, **kwargs: Any) -> Tensor:
+            lines = self._lines.here(sys._getframe(1))
+            if lines:
+                seen = Seen((), (), (self._types(x),), len(self.record.reads))
+                self.record.points.setdefault(Point(lines, "to_local"), []).append(seen)
+            return to_local(x, *args, **kwargs)
+
+        with mock.patch.object(DTensor, "to_local", leave):
+            yield
 
     def _operand(self, x: Tensor) -> Operand:
         types = self._types(x)
@@ -147,8 +182,6 @@ class Observer(TorchFunctionMode):
     def _before(
         self, func: Any, name: str, args: Any, kwargs: Any, lines: tuple[tuple[str, int], ...]
     ) -> None:
-        if name in _READS and self.record.first_read is None:
-            self.record.first_read = len(self.log)
         if name in _CUTS and _has_gradient(args):
             self._say("X3", "detach", lines, f"{name} cuts the gradient of {describe(args[0])}",
                 "what flows back stops here, and a parameter before it learns nothing of it",
@@ -156,7 +189,7 @@ class Observer(TorchFunctionMode):
         if not _moves(func, name):
             return
         x = args[0]
-        if x.is_floating_point() and not torch.is_grad_enabled():
+        if _is_cut_off(x) and not torch.is_grad_enabled():
             self._say("X3", "no_grad", lines, f"{name} of {describe(x)} under no_grad",
                 "the gradient of what is moved has no way back over the ranks",
                 "move it outside of no_grad, and only what has no gradient inside")  # fmt: skip
@@ -178,15 +211,60 @@ class Observer(TorchFunctionMode):
                 "only parts of a sum may be added up; these are rows of different things",
                 "declare_sum(x, group)   # where x is made, if it is a part of a sum")  # fmt: skip
 
+    def _even(self, name: str, args: Any, kwargs: Any) -> tuple[str, int] | None:
+        """What a move of a shard without a shape says of the other ranks' rows.
+
+        Only of rows whose number comes from the inputs: one that was read from data is not the
+        true one here, where the other ranks are mirror images.
+        """
+        axis, dst = _move_of(name, args, kwargs)
+        src = args[2].src if name == "Move" else kwargs.get("src")
+        told = _shape_of_caller() if name == "Move" else kwargs.get("split_sizes")
+        if axis is None or told is not None or not isinstance(src, Shard) or src == dst:
+            return None
+        if not rows_are_given(args[0]):
+            return None
+        return self._names.get(axis, str(axis)), args[0].shape[src.dim]
+
+    def _follow(self, name: str, args: Any, kwargs: Any, results: list[Tensor], lines: Any) -> None:
+        """Which dims are cut: X7."""
+        axis, dst = _move_of(name, args, kwargs)
+        if axis is None and name != "Exchange":
+            keep_rows(_tensors((args, kwargs)), results)
+        if axis is not None and results:
+            moved(args[0], results[0], axis, dst)
+            return
+        why = follow(name, args, kwargs, results)
+        if why:
+            self._say("X7", "shard", lines, f"{name} of {describe(args[0])}: {why}",
+                "on the whole it would compute something else than on the parts of the ranks",
+                "redistribute(x, axis, src=S(dim), dst=R)   # before it",
+                "redistribute(x, axis, src=..., dst=S(0), shape=...)   # after it")  # fmt: skip
+
+    def _cut_off(self, args: Any, results: list[Tensor]) -> None:
+        """Under no_grad, what is made of tensors that have a history in checked code has lost it.
+
+        What the module was given does not count: a module may be run for its values alone.
+        """
+        if torch.is_grad_enabled() or not any(map(_is_cut_off, _tensors(args))):
+            return
+        for x in results:
+            if x.is_floating_point():
+                setattr(x, _LOST, True)
+
     def _count(
-        self, name: str, result: Any, found: tuple[Types, ...], lines: tuple[tuple[str, int], ...]
+        self,
+        name: str,
+        results: list[Tensor],
+        found: tuple[Types, ...],
+        lines: tuple[tuple[str, int], ...],
     ) -> None:
         self.record.tensors += len(found)
         missing = sum(not types for types in found)
-        if not missing or not self.typed or not is_type_checking():
+        if not missing or not is_type_checking():
             return
         self.record.untyped += missing
-        first = next(x for x, types in zip(_tensors(result), found, strict=True) if not types)
+        first = next(x for x, types in zip(results, found, strict=True) if not types)
         self._say("untyped", "untyped", lines, f"{name} gives {describe(first)}, which has no type",
             "what has no type is followed by no check",
             "Placed[Tensor, ...] in the signature or class that it comes from")  # fmt: skip
@@ -204,7 +282,37 @@ class Observer(TorchFunctionMode):
 _READS = {"tolist", "item", "__int__", "__index__", "__bool__", "__float__"}
 _CUTS = {"detach", "detach_", "data"}
 _SUMS = {"all_reduce", "reduce_scatter"}
-_MOVES = {*_SUMS, "all_gather", "all_to_all", "redistribute", "Move", "Exchange"}
+_MOVES = {*_SUMS, "all_gather", "all_to_all", "redistribute", "convert", "Move", "Exchange"}
+
+
+_LOST = "_spmd_moe_lost"
+
+
+def _is_cut_off(x: Tensor) -> bool:
+    """It has a history that will not be known to what is made of it now."""
+    own = vars(x)
+    made_here = x.requires_grad and not x.is_leaf and not is_given(x)
+    return x.is_floating_point() and (made_here or _LOST in own)
+
+
+def _shape_of_caller() -> object:
+    """What `redistribute` was given. The step no longer says: equal rows need no shape."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "spmd_moe.redistribute":
+            return frame.f_locals.get("shape")
+        frame = frame.f_back
+    return None
+
+
+def _move_of(name: str, args: Any, kwargs: Any) -> tuple[MeshAxis | None, object]:
+    """The axis of a move and where it leads, if it is one."""
+    if name == "Move":
+        return MeshAxis.of(args[1]), args[2].dst
+    if name in _MOVES and "dst" in kwargs:
+        axis = args[1] if len(args) > 1 else kwargs.get("axis")
+        return (axis if isinstance(axis, MeshAxis) else MeshAxis.of(axis)), kwargs["dst"]
+    return None, None
 
 
 def _moves(func: Any, name: str) -> bool:
@@ -249,46 +357,3 @@ def _short_placement(placement: Any) -> str:
     if placement.is_shard():
         return f"S({placement.dim})"
     return "R" if placement.is_replicate() else "P"
-
-
-# --- lines --------------------------------------------------------------------------------------
-
-
-@final
-class Lines:
-    """Which lines of checked code are being run."""
-
-    def __init__(self, packages: set[str]) -> None:
-        self.packages = packages
-        self.function: dict[tuple[str, int], str] = {}
-        self._ours: dict[CodeType, bool] = {}
-
-    def here(self, frame: FrameType | None) -> tuple[tuple[str, int], ...]:
-        """File and line of every frame of checked code, the innermost last."""
-        found: list[tuple[str, int]] = []
-        while frame is not None:
-            code = frame.f_code
-            ours = self._ours.get(code)
-            if ours is None:
-                ours = self._ours[code] = is_checked(frame, self.packages)
-            if ours:
-                line = (code.co_filename, frame.f_lineno)
-                if not found:
-                    self.function[line] = code.co_qualname
-                found.append(line)
-            elif found and code.co_filename == _HERE:
-                break
-            frame = frame.f_back
-        return tuple(reversed(found))
-
-
-_HERE = __file__
-
-
-def is_checked(frame: FrameType, packages: set[str]) -> bool:
-    name = str(frame.f_globals.get("__name__", ""))
-    return name.partition(".")[0] in packages and not name.startswith(_NOT_CHECKED)
-
-
-# The typed collectives are what checked code stands on; their insides have types of their own.
-_NOT_CHECKED = ("spmd_moe.check", "spmd_moe.collectives", "spmd_moe.agree", "spmd_moe.redistribute")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
+import torch
+
 from spmd_moe.check.layout import Layout, layouts
 from spmd_moe.check.report import Report
 from spmd_moe.check.signatures import packages_of, signatures
@@ -86,7 +88,8 @@ def _packages(target: Target, everything: Sequence[Layout]) -> set[str]:
     module = getattr(target, "__module__", None) or type(target).__module__
     own = {module.partition(".")[0]} - {"builtins"}
     try:
-        return own | packages_of(build(target, MoEMesh.single(), 3).module)
+        with torch.random.fork_rng(devices=[]):  # the program's own numbers go on as they would
+            return own | packages_of(build(target, MoEMesh.single(), 3).module)
     except CannotCheckError:
         raise
     except ValueError:  # it does not do one process alone; then what it is made of must be enough
@@ -140,15 +143,16 @@ def _one(layout: Layout) -> Result:
     return _WORK[-1](layout)
 
 
+class _LateError(BaseException):
+    """No Exception: the code that is checked, or what shows its errors, must not take it as one."""
+
+
 @contextmanager
 def _limit(seconds: float, layout: Layout) -> Iterator[None]:
     """Ends what takes too long, where signals can: in the main thread."""
 
     def late(number: int, frame: object) -> None:
-        what = f"{layout} takes more than {seconds:g} s"
-        raise cannot(
-            "TARGET", what, "it hangs, or it is too large to trace", "fewer tokens, narrower"
-        )
+        raise _LateError
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -157,6 +161,10 @@ def _limit(seconds: float, layout: Layout) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except _LateError:
+        what = f"{layout} takes more than {seconds:g} s"
+        why = "it hangs, or it is too large to trace"
+        raise cannot("TARGET", what, why, "fewer tokens, narrower") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

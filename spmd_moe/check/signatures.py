@@ -33,6 +33,7 @@ from spmd_types import (
 from spmd_types.checker import typecheck
 from torch import Tensor, nn
 
+from spmd_moe.check.shards import cut_dims, mark
 from spmd_moe.errors import PlacementError, describe, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, EXPERT, Kind, Placement, Role, V, placement_of
@@ -101,7 +102,16 @@ def declare(x: Tensor, placement: Placement, mesh: MoEMesh) -> Tensor:
     }
     with set_current_mesh(axes(mesh, presentation(placement))):
         spmd_types.assert_type(x, kinds)
+    _mark(x, placement, mesh)
     return x
+
+
+def _mark(x: Tensor, placement: Placement, mesh: MoEMesh) -> None:
+    """The dims that are cut; where V is said, none is known."""
+    dims = cut_dims(x)
+    said = {axis(mesh, k.role): k.kind for k in placement if mesh[k.role].size > 1}
+    kept = {a: d for a, d in dims.items() if a not in said}
+    mark(x, kept | {a: k.dim % x.ndim for a, k in said.items() if isinstance(k, Shard)})
 
 
 def presentation(placement: Placement) -> tuple[Role, ...]:
@@ -176,7 +186,11 @@ def _wrap(owner: Any, name: str, modules: Iterable[types.ModuleType]) -> Callabl
                     where = f"{label}, argument {n}"
                     bound.arguments[n] = _as_declared(value, hints[n], mesh, where, crossing=True)
             result = function(*bound.args, **bound.kwargs)
-            return _as_declared(result, hints.get("return"), mesh, f"{label}, result")
+            try:
+                return _as_declared(result, hints.get("return"), mesh, f"{label}, result")
+            except PlacementError as error:
+                vars(error)["function"] = function.__code__  # the report points there
+                raise
 
     # Where `from x import f` has bound the function already, it must be wrapped too.
     places = [(owner, name)]
@@ -227,6 +241,7 @@ def _seen(x: Tensor, placement: Placement, mesh: MoEMesh, where: str, crossing: 
         want = V if isinstance(k.kind, Shard) else k.kind
         if mesh[k.role].size > 1 and have is not want:
             raise _wrong(x, k.role, have, k.kind, mesh, where)
+    _mark(x, placement, mesh)
     return x
 
 

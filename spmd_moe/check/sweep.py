@@ -29,9 +29,9 @@ class Result:
 
 
 def token_counts(layout: Layout) -> list[int]:
-    """None, one, around the number of ranks that share them, and many."""
+    """None, one, around the number of ranks that share them, and many, shared out evenly."""
     n = layout.tp
-    return sorted({0, 1, n - 1, n, n + 1, 6 * n + 5})
+    return sorted({0, 1, n - 1, n, n + 1, 6 * n})
 
 
 def coordinates(layout: Layout, tokens: int) -> list[int]:
@@ -49,7 +49,8 @@ def configurations(layout: Layout, tokens: Sequence[int] = ()) -> Iterator[Confi
     counts = sorted(tokens) or token_counts(layout)
     yield from (Configuration(layout, n) for n in counts)
     uneven = min((n for n in counts if n > layout.tp), default=counts[0])
-    for n in sorted({counts[-1], uneven, min(1, counts[-1])}):
+    few = next((n for n in counts if n), counts[-1])
+    for n in sorted({counts[-1], uneven, few}):
         yield from (Configuration(layout, n, rank) for rank in coordinates(layout, n) if rank)
 
 

@@ -6,17 +6,21 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import final
 
 import torch
-from spmd_types import Shard, SpmdTypeError, get_local_type
+from spmd_types import MeshAxis, Shard, SpmdTypeError, get_local_type
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from spmd_moe.check.escapes import escapes
 from spmd_moe.check.finding import Finding, allowed, finding, short
 from spmd_moe.check.layout import Layout
-from spmd_moe.check.observe import Observer, Record, is_checked
+from spmd_moe.check.lines import is_checked
+from spmd_moe.check.observe import Observer, Record
+from spmd_moe.check.shards import give
 from spmd_moe.check.signatures import axis, checked, declare
 from spmd_moe.check.target import Built, Target, build
 from spmd_moe.check.world import Issued, mirror_world
@@ -64,6 +68,7 @@ def trace(target: Target, configuration: Configuration, packages: set[str]) -> T
             found.refused = str(error)
             return found
         declared = declared_types(built.module)
+        built = _as_from_a_model(built)
         for tensor, placement in (*declared.values(), *built.tensors()):
             declare(tensor, placement, mesh)
         log.clear()
@@ -71,10 +76,23 @@ def trace(target: Target, configuration: Configuration, packages: set[str]) -> T
             _run(built, mesh, found, log, packages)
             found.findings += _changed(declared, mesh)
         except Exception as error:  # whatever the checked code raises is its mistake, and shown
-            found.findings.append(raised(error, packages))
+            found.findings.append(raised(error, packages, _names(mesh)))
         found.findings += found.record.findings
         found.findings += _raw(found.forward + found.backward or log)
+        found.findings += escapes(found.record.lines)
     return found
+
+
+def _as_from_a_model(built: Built) -> Built:
+    """Its arguments as what came before the module made them: there is a gradient to go back."""
+    args = []
+    for arg in built.args:
+        if isinstance(arg, Tensor):
+            if arg.is_floating_point():
+                arg = arg.detach().requires_grad_().clone()
+            give(arg)
+        args.append(arg)
+    return Built(built.module, tuple(args), built.placements)
 
 
 @contextmanager
@@ -107,11 +125,11 @@ def _placements(kind: type) -> dict[str, Placement]:
 
 
 def _run(built: Built, mesh: MoEMesh, found: Trace, log: list[Issued], packages: set[str]) -> None:
-    names = {axis(mesh, role): mesh[role].name for role in (*EXPERT, *DENSE)}
+    names = _names(mesh)
     typed = not any(isinstance(t, DTensor) for t in (*built.args, *built.module.parameters()))
     observer = Observer(packages, names, log, typed and any(a.size() > 1 for a in names))
     found.record = observer.record
-    with _checking(mesh, typed), observer:
+    with _checking(mesh, typed), observer, observer.of_dtensors():
         out = built.module(*built.args)
     found.forward = list(log)
     results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -122,6 +140,11 @@ def _run(built: Built, mesh: MoEMesh, found: Trace, log: list[Issued], packages:
         torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
     found.backward = list(log)
     found.findings += _without_gradient(built.module, bool(roots))
+
+
+def _names(mesh: MoEMesh) -> dict[MeshAxis, str]:
+    """What the user calls each axis; where axes have the same ranks, the dense one's name."""
+    return {axis(mesh, role): mesh[role].name for role in (*EXPERT, *DENSE)}
 
 
 @contextmanager
@@ -187,7 +210,7 @@ def _raw(issued: Iterable[Issued]) -> Iterator[Finding]:
 # --- errors of the checked code -----------------------------------------------------------------
 
 
-def raised(error: Exception, packages: set[str]) -> Finding:
+def raised(error: Exception, packages: set[str], names: Mapping[MeshAxis, str]) -> Finding:
     at, where = place_of(error, packages)
     rule = "types" if isinstance(error, SpmdTypeError) else "crash"
     if isinstance(error, SpmdMoeError):
@@ -196,14 +219,26 @@ def raised(error: Exception, packages: set[str]) -> Finding:
         return Finding(rule, at, "\n".join([*kept, f"  at:  {at}"]))
     text = str(error).strip().split("\n\n")[0].replace("\n", " ")
     if rule == "types":
+        text = _in_our_words(text, names)
         why = "the kinds of the operands do not go together in this operation"
         return finding(rule, at, where, text, why, "redistribute one of them first")
     kind = type(error).__name__
     return finding(rule, at, where, f"{kind}: {text}", "the module raises it in this configuration")
 
 
+def _in_our_words(text: str, names: Mapping[MeshAxis, str]) -> str:
+    """spmd_types' message with the user's names of the axes, up to its own advice."""
+    for known, name in sorted(names.items(), key=lambda item: -len(str(item[0]))):
+        text = text.replace(f"axis {known}", f"axis '{name}'")
+    text = text.replace("PerMeshAxisLocalSpmdType.", "")
+    return text.partition(" Are you missing")[0].rstrip(". ")
+
+
 def place_of(error: BaseException, packages: set[str]) -> tuple[str, str]:
     """The innermost line of the checked code that an error came through, and its function."""
+    told: CodeType | None = getattr(error, "function", None)  # whose result is not as it says
+    if told is not None:
+        return f"{short(told.co_filename)}:{told.co_firstlineno}", told.co_qualname
     frames = list(traceback.walk_tb(error.__traceback__))
     for frame, line in reversed(frames):
         if is_checked(frame, packages):

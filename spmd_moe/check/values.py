@@ -316,4 +316,4 @@ def _failed(error: RanksError, packages: set[str]) -> Finding:
     first = error.errors[min(error.errors)]
     if not isinstance(first, Exception):
         raise first
-    return raised(first, packages)
+    return raised(first, packages, {})

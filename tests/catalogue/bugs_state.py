@@ -1,0 +1,92 @@
+"""Counters, scales, initial values: what kinds see of them, and what only numbers show."""
+
+from __future__ import annotations
+
+from tests.catalogue.bug import Bug, edit, part
+
+TP_2 = "dp 2 tp 2"
+IN_BACKWARD = "y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)"
+
+STATE = [
+    Bug(
+        "B13a",
+        "the selection bias follows counts that are not summed over tp",
+        edit(
+            "losses",
+            "seen_LE = _summed(seen_LE, [mesh[role] for role in DENSE])",
+            "seen_LE = _summed(seen_LE, [mesh[role] for role in DENSE[:2]])",
+        ),
+        target="step",
+        layout=TP_2,
+        rule="types",
+        at="seen_LE = _summed(",
+    ),
+    Bug(
+        "B13b",
+        "the same where counts have no kind of their own: the bias differs from rank to rank",
+        part("for role in DENSE:\n", "for role in DENSE[:2]:\n"),
+        target="bias_update",
+        layout=TP_2,
+        rule="X4",
+        at="bias",
+    ),
+    Bug(
+        "B15a",
+        "loss terms are handed out as R, so their gradient is summed over tp once more",
+        edit("losses", "redistribute(x, tp, src=P, dst=I)", "redistribute(x, tp, src=P, dst=R)"),
+        target="whole",
+        layout=TP_2,
+        open="plan: the factor depends on what the caller does with the loss",
+    ),
+    Bug(
+        "B15b",
+        "a part of a sum is scaled by the number of this rank's tokens",
+        edit(
+            "losses",
+            "z_sum=declared(z_T.sum(), everywhere),",
+            "z_sum=declared(z_T.sum(), everywhere) * z_T.shape[0],",
+        ),
+        layout=TP_2,
+        rule="X2",
+    ),
+    Bug(
+        "B15c",
+        "a loss is multiplied by the size of tp",
+        edit(
+            "losses",
+            "z_sum=declared(z_T.sum(), everywhere),",
+            "z_sum=declared(z_T.sum(), everywhere) * mesh[TP].size,",
+        ),
+        layout=TP_2,
+        open="plan: a factor that is the same on all ranks has no kind",
+    ),
+    Bug(
+        "B35a",
+        "choices are counted in forward, so an evaluation counts too",
+        edit("moe", IN_BACKWARD, "pass")
+        + edit(
+            "moe",
+            "        losses = self._loss_terms(x, frame, routing, mask_T)",
+            "        self.router.seen_E += declared(\n"
+            "            routing.counts_E, [self.mesh[role] for role in DENSE]\n        )\n"
+            "        losses = self._loss_terms(x, frame, routing, mask_T)",
+        ),
+        target="step",
+        layout=TP_2,
+        open="values: how often something is added has no kind",
+    ),
+    Bug(
+        "B35b",
+        "the counter holds this rank's own, not a part of a sum",
+        edit("moe", IN_BACKWARD, "self.router.seen_E += routing.counts_E"),
+        target="step",
+        layout=TP_2,
+        rule="types",
+    ),
+    Bug(
+        "B43a",
+        "the random numbers of a weight do not depend on which experts the rank has",
+        edit("init", '{stream}/{first + i}"', '{stream}/{i}"'),
+        open="plan: which numbers a weight starts with has no kind",
+    ),
+]

@@ -1,0 +1,98 @@
+"""The whole catalogue, and what each level of checks says to each of its bugs."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+from collections.abc import Callable
+
+from spmd_moe.check import Layout, examine
+from spmd_moe.check.cli import layout
+from spmd_moe.check.finding import Finding
+from spmd_moe.check.report import Report
+from tests.catalogue import proof, targets
+from tests.catalogue.bug import TARGETS, Bug, Fact
+from tests.catalogue.bugs_gradients import GRADIENTS, SUMS
+from tests.catalogue.bugs_layout import LAYOUTS
+from tests.catalogue.bugs_state import STATE
+from tests.catalogue.code import changed
+from tests.catalogue.facts import FACTS
+
+BUGS = sorted([*GRADIENTS, *SUMS, *LAYOUTS, *STATE], key=lambda bug: bug.id)
+EVERYTHING: list[Bug | Fact] = [*BUGS, *FACTS]
+
+
+@functools.cache
+def traced(bug: Bug) -> Report:
+    """What the traced check says of it."""
+    with changed(bug.id, bug.edits, TARGETS) as code:
+        return examine(getattr(code, bug.target), chosen=[degrees(bug)], tokens=bug.tokens)
+
+
+def caught(bug: Bug) -> Finding | None:
+    """The finding that is expected of the traced check, at the line where the mistake is."""
+    found = (mistake.finding for mistake in traced(bug).mistakes())
+    return next((f for f in found if f.rule == bug.rule and stands_at(f, bug)), None)
+
+
+def stands_at(finding: Finding, bug: Bug) -> bool:
+    file, _, line = finding.at.rpartition(":")
+    if not file:  # the name of a parameter
+        return finding.at == bug.at
+    text = linecache.getline(file, int(line)).strip()
+    new = [part.strip() for edit in bug.edits for part in edit.new.splitlines()]
+    return bug.at in text if bug.at else any(text in n or n in text for n in new if n)
+
+
+def degrees(bug: Bug) -> Layout:
+    return layout(bug.layout)
+
+
+@functools.cache
+def _right(target: str, degrees: Layout, tokens: int) -> dict[str, object] | str:
+    return proof.outcome(getattr(targets, target), degrees, tokens)  # type: ignore[return-value]  # tensors
+
+
+def goes_wrong(bug: Bug) -> str:
+    """What a run with values does that the run of the correct code does not; '' for nothing."""
+    right = _right(bug.target, degrees(bug), bug.run)
+    assert not isinstance(right, str), f"the correct code fails: {right}"
+    with changed(bug.id, bug.edits, TARGETS) as code:
+        got = proof.outcome(getattr(code, bug.target), degrees(bug), bug.run)
+    return proof.differs(got, right)  # type: ignore[arg-type]  # as above
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+Verdict = Callable[[Bug], str]
+
+
+def _traced(bug: Bug) -> str:
+    finding = caught(bug)
+    return "" if finding is None else finding.rule
+
+
+# One column for each level, in the order of the ladder. A level that is added is a line here.
+LEVELS: dict[str, Verdict] = {"traced": _traced}
+
+
+def table() -> str:
+    head = ["id", "bug", "in", *LEVELS, "what it says, or what will"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = [(bug.id, _row(bug)) for bug in BUGS]
+    for fact in FACTS:
+        levels = [""] * len(LEVELS)
+        rows.append((fact.id, [fact.id, fact.title, "arithmetic", *levels, f"open: {fact.open}"]))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for _, row in sorted(rows))])
+
+
+def _row(bug: Bug) -> list[str]:
+    finding = caught(bug)
+    said = f"open: {bug.open}" if finding is None else first_line(finding)
+    modules = dict.fromkeys(edit.module for edit in bug.edits)
+    where = ", ".join(f"`{module}`" for module in modules)
+    return [bug.id, bug.title, where, *(level(bug) for level in LEVELS.values()), said]
+
+
+def first_line(finding: Finding) -> str:
+    return finding.text.splitlines()[0].replace("|", "/")

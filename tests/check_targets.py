@@ -1,0 +1,196 @@
+"""Targets for the tests of the checker: one small module, and what can be wrong with a target."""
+
+# Shape letters in this file:
+#   T  tokens    D  model width
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import spmd_types
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spmd_moe.check import Built
+from spmd_moe.collectives import declare_sum
+from spmd_moe.mesh import MoEMesh
+from spmd_moe.placement import CP, DP, TP, P, Placed, R, S, V
+from spmd_moe.redistribute import redistribute
+from spmd_moe.shard import ShardShape
+
+Whole = Placed[Tensor, DP[V], CP[V], TP[R]]
+Step = Callable[["Module", Tensor], Tensor]
+
+
+class Module(nn.Module):
+    """Runs a function of itself and its input; the tests differ in that function alone."""
+
+    weight: Placed[Tensor, DP[R], CP[R], TP[R]]
+
+    def __init__(self, mesh: MoEMesh, run: Step) -> None:
+        super().__init__()
+        self.mesh, self.tp, self.run = mesh, mesh[TP], run
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x_TD: Whole) -> Tensor:
+        return self.run(self, F.linear(x_TD, self.weight))
+
+
+def of(run: Step) -> Callable[[MoEMesh, int], Built]:
+    """The target whose module runs `run`."""
+
+    def target(mesh: MoEMesh, tokens: int) -> Built:
+        return Built(Module(mesh, run), (torch.randn(tokens, 4),), (Whole,))
+
+    return target
+
+
+def shared_out(m: Module, x: Tensor) -> Tensor:
+    """What is right: rows are shared out, and come back."""
+    shape = ShardShape.even(x.shape[0], m.tp.size)
+    own = redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
+    return redistribute(F.silu(own), m.tp, src=S(0), dst=R, shape=shape)
+
+
+def summed(m: Module, x: Tensor) -> Tensor:
+    """Right, too: what ranks compute of their own rows is declared to be a part of a sum."""
+    shape = ShardShape.even(x.shape[0], m.tp.size)
+    own = redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
+    return redistribute(declare_sum(own.sum(0), m.tp.group), m.tp, src=P, dst=R)
+
+
+good, good_sum = of(shared_out), of(summed)
+
+
+# --- rules ------------------------------------------------------------------------------------
+
+
+def chunked(m: Module, x: Tensor) -> Tensor:
+    parts = F.pad(x, [0, 0, 0, -x.shape[0] % m.tp.size]).chunk(m.tp.size)
+    return parts[m.tp.rank] * 2 if x.shape[0] else x
+
+
+def ranged(m: Module, x: Tensor) -> Tensor:
+    place = torch.arange(x.shape[0])
+    mine = (place >= m.tp.rank) & (place < m.tp.rank + 2)
+    return x * mine.unsqueeze(1)
+
+
+def scaled(m: Module, x: Tensor) -> Tensor:
+    shape = ShardShape.even(x.shape[0], m.tp.size)
+    own = redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
+    return declare_sum(own.sum(0), m.tp.group) * (m.tp.rank + 1)
+
+
+def bare_sum(m: Module, x: Tensor) -> Tensor:
+    own = redistribute(x, m.tp, src=R, dst=S(1))
+    y: Tensor = spmd_types.all_reduce(own.sum(0), m.tp.group, src=P, dst=R)
+    return y
+
+
+def v_to_p(m: Module, x: Tensor) -> Tensor:
+    own = redistribute(x, m.tp, src=R, dst=S(1))
+    y: Tensor = spmd_types.all_reduce(own.sum(0), m.tp.group, src=V, dst=R)
+    return y
+
+
+def detached(m: Module, x: Tensor) -> Tensor:
+    return x + x.detach()
+
+
+def of_data(m: Module, x: Tensor) -> Tensor:
+    return x + x.data
+
+
+def under_no_grad(m: Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        own = redistribute(x * 1, m.tp, src=R, dst=S(1))
+        all_ = redistribute(own, m.tp, src=S(1), dst=R)
+    return x + all_
+
+
+def retyped(m: Module, x: Tensor) -> Tensor:
+    own = redistribute(x, m.tp, src=R, dst=S(1))
+    y: Tensor = spmd_types.mutate_type(own.clone(), m.tp.group, src=V, dst=R)
+    return y
+
+
+def unchecked(m: Module, x: Tensor) -> Tensor:
+    with spmd_types.no_typecheck():
+        y = x.tolist()
+    return x * len(y)
+
+
+def softmax_of_a_shard(m: Module, x: Tensor) -> Tensor:
+    own = redistribute(x, m.tp, src=R, dst=S(1))
+    return redistribute(own.softmax(-1), m.tp, src=S(1), dst=R)
+
+
+def softmax_beside_a_shard(m: Module, x: Tensor) -> Tensor:
+    """Right: the other dim is cut."""
+    shape = ShardShape.even(x.shape[0], m.tp.size)
+    own = redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
+    return redistribute(own.softmax(-1), m.tp, src=S(0), dst=R, shape=shape)
+
+
+def by_size(m: Module, x: Tensor) -> Tensor:
+    """R -> sum -> R: few rows are not shared out."""
+    shape = ShardShape.even(x.shape[0], m.tp.size)
+    few = x.shape[0] < m.tp.size
+    own = x if few else redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
+    return redistribute(declare_sum(own.sum(0), m.tp.group), m.tp, src=P, dst=R)
+
+
+def leaves_out_a_collective(m: Module, x: Tensor) -> Tensor:
+    return shared_out(m, x) if x.shape[0] else x
+
+
+# --- what a target can do wrong ---------------------------------------------------------------
+
+
+def raises(mesh: MoEMesh, tokens: int) -> Built:
+    raise RuntimeError("no such file")
+
+
+def hangs(mesh: MoEMesh, tokens: int) -> Built:
+    if mesh[TP].size > 1:
+        time.sleep(60)
+    return good(mesh, tokens)
+
+
+def no_tensor(mesh: MoEMesh, tokens: int) -> Built:
+    return Built(Module(mesh, shared_out), (tokens,))
+
+
+def not_built(mesh: MoEMesh, tokens: int) -> object:
+    return Module(mesh, shared_out)
+
+
+def no_placement(mesh: MoEMesh, tokens: int) -> Built:
+    return Built(Module(mesh, shared_out), (torch.randn(tokens, 4),))
+
+
+def elsewhere(mesh: MoEMesh, tokens: int) -> Built:
+    module = Module(mesh, shared_out).to("meta")
+    return Built(module, (torch.randn(tokens, 4, device="meta"),), (Whole,))
+
+
+def refuses(mesh: MoEMesh, tokens: int) -> Built:
+    raise ValueError("it needs 3 ranks of tp")
+
+
+def interrupted(mesh: MoEMesh, tokens: int) -> Built:
+    if mesh[TP].size > 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    return good(mesh, tokens)
+
+
+def fails_in_forward(m: Module, x: Tensor) -> Tensor:
+    raise KeyError("expert")
+
+
+bad_sum, failing = of(by_size), of(fails_in_forward)

@@ -1,0 +1,271 @@
+"""The checker: what its rules find and allow, its exits, its reports, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import torch.distributed as dist
+from spmd_types import _checker, is_type_checking
+from torch.overrides import _get_current_function_mode_stack
+
+from spmd_moe.check import CannotCheckError, Layout, check, examine
+from spmd_moe.check.cli import main
+from spmd_moe.check.signatures import signatures
+from spmd_moe.check.trace import Configuration, trace
+from spmd_moe.errors import PlacementError
+from tests import check_targets as t
+from tests.catalogue import targets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TP_2, HERE = Layout(dp=2, tp=2), "tests.check_targets"
+
+
+# --- rules ------------------------------------------------------------------------------------
+
+WRONG: dict[Callable[..., torch.Tensor], str] = {
+    t.chunked: "X2",
+    t.ranged: "X2",
+    t.scaled: "X2",
+    t.bare_sum: "X1",
+    t.v_to_p: "X1",
+    t.detached: "X3",
+    t.of_data: "X3",
+    t.under_no_grad: "X3",
+    t.retyped: "X3",
+    t.unchecked: "X3",
+    t.softmax_of_a_shard: "X7",
+    t.by_size: "X12",
+    t.leaves_out_a_collective: "X10",
+    t.fails_in_forward: "crash",
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> object:
+    """No process group, mode or patch outlives a check, however it ends."""
+    before = torch.autograd.Function.apply, _checker._install_autograd_apply_patch, t.Module.forward
+    yield
+    assert not dist.is_initialized() and not is_type_checking()
+    assert _get_current_function_mode_stack() == []
+    after = torch.autograd.Function.apply, _checker._install_autograd_apply_patch, t.Module.forward
+    assert before == after
+
+
+def rules(run: Callable[..., torch.Tensor]) -> set[str]:
+    """The rules that are broken in the lines of `run`, and none anywhere else."""
+    report = examine(t.of(run), chosen=[TP_2, Layout()], tokens=(0, 1, 4))
+    first = run.__code__.co_firstlineno
+    lines = range(
+        first, first + 1 + max(line or 0 for _, _, line in run.__code__.co_lines()) - first
+    )
+    found = set()
+    for mistake in report.mistakes():
+        file, _, line = mistake.finding.at.rpartition(":")
+        inside = file.endswith("check_targets.py") and int(line) in lines
+        if inside or mistake.finding.rule in ("X10", "X5"):
+            found.add(mistake.finding.rule)
+    return found
+
+
+@pytest.mark.parametrize("run", WRONG, ids=lambda run: run.__name__)
+def test_a_rule_finds_its_mistake_where_it_is(run: Callable[..., torch.Tensor]) -> None:
+    assert WRONG[run] in rules(run), str(examine(t.of(run), chosen=[TP_2], tokens=(0, 1, 4)))
+
+
+@pytest.mark.parametrize(
+    "run", [t.shared_out, t.summed, t.softmax_beside_a_shard], ids=lambda run: run.__name__
+)
+def test_correct_code_breaks_no_rule(run: Callable[..., torch.Tensor]) -> None:
+    few = [Layout(), Layout(tp=4, ep=2, etp=2), Layout(dp=2, tp=2, ep=2)]
+    report = examine(t.of(run), chosen=few)
+    assert report.ok, str(report)
+
+
+ALLOWED = """\
+import torch, spmd_types
+from tests.check_targets import of
+def run(m, x):
+    # spmd: allow detach - to see that it can be
+    y = x.detach()
+    with spmd_types.no_typecheck():{reason}
+        pass
+    return x + y
+target = of(run)
+"""
+
+
+@pytest.mark.parametrize(
+    "reason,ok", [("  # spmd: allow no_typecheck - a reason", True), ("", False)]
+)
+def test_what_is_allowed_in_place(
+    reason: str, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"allowing_{ok}"
+    (tmp_path / f"{name}.py").write_text(ALLOWED.format(reason=reason))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = __import__(name)
+    report = examine(module.target, chosen=[TP_2], tokens=(4,), packages=[name])
+    assert report.ok is ok, str(report)
+    if not ok:
+        assert [m.finding.rule for m in report.mistakes()] == ["X3"]
+
+
+# --- exits --------------------------------------------------------------------------------------
+
+
+def run_cli(name: str, *words: str) -> int:
+    return main(["check", f"{HERE}:{name}", "--jobs", "1", "--layout", "dp 2 tp 2", *words])
+
+
+def test_exit_0_says_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("good") == 0
+    assert "no mistake in 1 layouts" in capsys.readouterr().out
+
+
+def test_exit_1_shows_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("bad_sum") == 1
+    out = capsys.readouterr().out
+    assert "[X12]" in out and "tests/check_targets.py:" in out and "why:" in out and "fix:" in out
+
+
+CANNOT = [
+    (["tests.check_targets"], "does not have the form"),
+    (["tests.no_such_module:target"], "cannot be imported"),
+    ([f"{HERE}:no_such"], "has no callable 'no_such'"),
+    ([f"{HERE}:raises"], "raises RuntimeError"),
+    ([f"{HERE}:no_tensor"], "none of the arguments"),
+    ([f"{HERE}:not_built"], "returns Module, not Built"),
+    ([f"{HERE}:no_placement"], "without a placement"),
+    ([f"{HERE}:elsewhere"], "lies on meta"),
+    ([f"{HERE}:refuses"], "every layout is refused"),
+    ([f"{HERE}:hangs", "--seconds", "1"], "takes more than 1 s"),
+    ([f"{HERE}:good", "--world", "0"], "a world of 0"),
+    ([f"{HERE}:good", "--tokens", "-1"], "cannot be"),
+    ([f"{HERE}:good", "--junit", "/no/such/folder/x.xml"], "there is no directory"),
+]
+
+
+@pytest.mark.parametrize("words,said", CANNOT, ids=lambda value: str(value)[:40])
+def test_exit_2_says_why(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    world = [] if "--world" in words else ["--world", "2"]
+    assert main(["check", *words, *world, "--jobs", "1"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "why:" in error and "fix:" in error, error
+
+
+@pytest.mark.parametrize("layout", ["dp", "dp 0", "pp 2", "dp 2 ep 3"])
+def test_a_nonsense_layout_is_a_word_that_argparse_refuses(
+    layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_cli("good", "--layout", layout)
+    assert repr(layout) in capsys.readouterr().err
+
+
+def test_the_command_itself() -> None:
+    words = [sys.executable, "-m", "spmd_moe", "check", f"{HERE}:bad_sum", "--layout", "tp 2"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "[X12]" in done.stdout, done.stderr
+
+
+# --- reports ------------------------------------------------------------------------------------
+
+
+def test_json_is_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("bad_sum", "--json") == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"] is False and "X12" in {m["rule"] for m in said["mistakes"]}
+    (layout,) = said["layouts"]
+    assert layout["layout"] == "dp 2 tp 2 = edp 4" and layout["findings"] > 0
+
+
+def test_junit_is_for_ci(tmp_path: Path) -> None:
+    path = tmp_path / "report.xml"
+    assert run_cli("bad_sum", "--junit", str(path)) == 1
+    suite = ElementTree.parse(path).getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("1", "1")
+    (case,) = suite
+    assert case.get("name") == "dp 2 tp 2 = edp 4" and case[0].tag == "failure"
+
+
+def test_it_is_the_same_every_time() -> None:
+    one, two = (str(examine(t.bad_sum, chosen=[TP_2])).rpartition("(")[0] for _ in range(2))
+    assert one == two
+
+
+def test_check_raises_what_examine_reports() -> None:
+    with pytest.raises(PlacementError, match=r"\[X12\]"):
+        check(t.bad_sum, chosen=[TP_2])
+    assert check(t.good, chosen=[TP_2]).ok
+
+
+# --- what it leaves -----------------------------------------------------------------------------
+
+
+def test_after_an_exception() -> None:
+    assert not examine(t.failing, chosen=[TP_2]).ok
+    with pytest.raises(CannotCheckError, match="raises RuntimeError"):
+        examine(t.raises, chosen=[TP_2])
+
+
+def test_after_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("interrupted") == 2
+    assert "nothing is left behind" in capsys.readouterr().err
+    assert run_cli("good") == 0
+
+
+def test_the_random_numbers_of_the_program_go_on() -> None:
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    examine(t.good, chosen=[TP_2])
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_checks_do_not_disturb_each_other() -> None:
+    alone = [str(r).rpartition("(")[0] for r in (examine(t.bad_sum, chosen=[TP_2]),)]
+    assert examine(t.good, chosen=[TP_2]).ok
+    assert str(examine(t.bad_sum, chosen=[TP_2])).rpartition("(")[0] == alone[0]
+
+
+def test_a_thread_that_is_no_main_thread_may_check() -> None:
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(examine(t.good, chosen=[TP_2]).ok))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+# --- speed --------------------------------------------------------------------------------------
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """Of this process, not of what else the machine does."""
+    begin = time.process_time()
+    act()
+    return time.process_time() - begin
+
+
+def test_a_world_of_8192_ranks() -> None:
+    """Ten seconds are asked for; the rest is for machines that do other things, too."""
+    wide = Layout(dp=1024, tp=8, ep=64, etp=2)
+    assert seconds(lambda: check(t.good, chosen=[wide], tokens=(9,))) < 30
+
+
+def test_one_trace_is_quick() -> None:
+    with signatures({"spmd_moe", "tests"}):
+        configuration = Configuration(Layout(dp=2, tp=2, ep=2), 24)
+        trace(targets.layer, configuration, {"spmd_moe"})
+        spent = min(
+            seconds(lambda: trace(targets.layer, configuration, {"spmd_moe"})) for _ in range(5)
+        )
+    assert spent < 0.15
