@@ -28,6 +28,16 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
+def wake(error: BaseException) -> None:
+    """Wake the ranks that wait for one that failed. Another may enter a collective meanwhile."""
+    for _ in range(1000):
+        try:
+            ProcessLocalGroup.exception_handle(error)
+            return
+        except RuntimeError:  # "dictionary changed size during iteration"
+            continue
+
+
 def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts) -> list[T]:
     """`fn(*args)` on every rank, each in a thread; what the ranks return, in their order."""
     results: dict[int, T] = {}
@@ -39,7 +49,7 @@ def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts) -> list[T]:
             results[rank] = fn(*args)
         except BaseException as error:
             failures[rank] = traceback.format_exc()
-            ProcessLocalGroup.exception_handle(error)  # wakes the ranks that wait for this one
+            wake(error)
         finally:
             dist.destroy_process_group()
 

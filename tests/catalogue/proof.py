@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
 from torch.utils._pytree import tree_leaves
 
 from spmd_moe.check.layout import Layout
 from spmd_moe.check.target import Target
 from spmd_moe.placement import placements_of
 from tests.layouts import gradient, meaning
-from tests.threads import threaded
+from tests.threads import threaded, wake
 
 PATIENCE = 60.0  # seconds after which ranks that wait for each other are said to hang
 
@@ -27,11 +26,11 @@ def outcome(
     """What all ranks compute, each gradient as its declared kind reads it; or how it fails."""
     late: list[bool] = []
 
-    def wake() -> None:
+    def end() -> None:
         late.append(True)
-        ProcessLocalGroup.exception_handle(TimeoutError())
+        wake(TimeoutError())
 
-    timer = threading.Timer(patience, wake)
+    timer = threading.Timer(patience, end)
     timer.start()
     try:
         ranks = threaded(layout.world, _run, target, layout, tokens)
