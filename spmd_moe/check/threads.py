@@ -49,7 +49,7 @@ def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts, seconds: float = SE
             results[rank] = fn(*args)
         except BaseException as error:
             errors[rank] = error
-            ProcessLocalGroup.exception_handle(error)  # wakes the ranks that wait for this one
+            _wake(error)
         finally:
             dist.destroy_process_group()
 
@@ -77,10 +77,20 @@ def _join(ranks: list[threading.Thread], seconds: float) -> list[int]:
         thread.join(max(0.0, end - time.monotonic()))
     stuck = [rank for rank, thread in enumerate(ranks) if thread.is_alive()]
     if stuck:
-        ProcessLocalGroup.exception_handle(TimeoutError())
+        _wake(TimeoutError())
         for thread in ranks:
             thread.join(5.0)
     return stuck
+
+
+def _wake(error: BaseException) -> None:
+    """Wake the ranks that wait for one that failed. Another may enter a collective meanwhile."""
+    for _ in range(1000):
+        try:
+            ProcessLocalGroup.exception_handle(error)
+            return
+        except RuntimeError:  # "dictionary changed size during iteration"
+            continue
 
 
 def _failed(world: int, errors: dict[int, BaseException], stuck: list[int]) -> RanksError:

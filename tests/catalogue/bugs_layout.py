@@ -255,8 +255,8 @@ LAYOUTS = [
         "padding is counted as tokens",
         edit(
             "router",
-            "            expert_ids_TK = torch.where(mask_T.unsqueeze(1), expert_ids_TK, -1)",
-            "            pass",
+            "            ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config), mask_T)",
+            "            ids_TK = self.choose(scores_TE, self.bias_E, config)",
         ),
         target="masked",
         layout=TP_2,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup
 from torch.utils._pytree import tree_leaves
 
 from spmd_moe.check.layout import Layout
 from spmd_moe.check.target import Target
+from spmd_moe.check.threads import RanksError, threaded
 from spmd_moe.placement import placements_of
 from tests.layouts import gradient, meaning
-from spmd_moe.check.threads import threaded
 
 PATIENCE = 60.0  # seconds after which ranks that wait for each other are said to hang
 
@@ -25,24 +23,13 @@ def outcome(
     target: Target, layout: Layout, tokens: int, patience: float = PATIENCE
 ) -> dict[str, Tensor] | str:
     """What all ranks compute, each gradient as its declared kind reads it; or how it fails."""
-    late: list[bool] = []
-
-    def wake() -> None:
-        late.append(True)
-        ProcessLocalGroup.exception_handle(TimeoutError())
-
-    timer = threading.Timer(patience, wake)
-    timer.start()
     try:
-        ranks = threaded(layout.world, _run, target, layout, tokens)
+        ranks = threaded(layout.world, _run, target, layout, tokens, seconds=patience)
         return _together(ranks, layout)
-    except RuntimeError as error:
-        return "hang" if late else f"crash: {str(error).strip().splitlines()[-1]}"
+    except RanksError as error:
+        return "hang" if error.stuck else f"crash: {str(error).strip().splitlines()[-1]}"
     except AssertionError as error:
         return f"ranks differ: {error}"
-    finally:
-        timer.cancel()
-        timer.join()
 
 
 Ran = tuple[dict[str, Tensor], dict[str, tuple[Tensor, Any]]]
