@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from spmd_moe.placement import V as V
     from spmd_moe.placement import placement_of as placement_of
     from spmd_moe.placement import placements_of as placements_of
+    from spmd_moe.recompute import recompute as recompute
     from spmd_moe.redistribute import redistribute as redistribute
     from spmd_moe.router import Router as Router
     from spmd_moe.router import RouterConfig as RouterConfig
@@ -105,6 +106,7 @@ else:
         "permute": "Slots spread take_scores",
         "placement": "CP DP EDP EP ETP TP I P Placed Placement R Role S V placement_of "
         "placements_of",
+        "recompute": "recompute",
         "redistribute": "redistribute",
         "router": "Router RouterConfig Routing",
         "shard": "ShardShape",

@@ -48,6 +48,7 @@ ORDER = [
     "init",
     "moe",
     "load",
+    "recompute",
     "obligations",
     "storage",
     "optim",
@@ -56,7 +57,7 @@ ORDER = [
     "files",
     "checkpoint",
 ]
-LAYER = ORDER[ORDER.index("fault") : ORDER.index("obligations")]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("recompute")]
 STORED = ["obligations", "storage", "optim", "parallelize", "parts", "files", "checkpoint"]
 LONGEST = 400
 
