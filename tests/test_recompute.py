@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from spmd_moe import MoEMesh, parallelize, recompute
@@ -84,3 +86,42 @@ def test_less_waits_for_backward() -> None:
             recompute(model.blocks, exchanges=exchanges)
         saved[exchanges] = step(model, mesh).saved
     assert saved[True] <= saved[False] < 0.6 * saved[None], saved
+
+
+# --- compiled -----------------------------------------------------------------------------------
+
+
+def compiled(what: str, exchanges: bool | None) -> tuple[dict[str, Tensor], int]:
+    """Loss, gradients and counters under FSDP2, and how many graphs were compiled."""
+    warnings.simplefilter("ignore")  # the compiler's own, of tensors that are not leaves
+    torch._dynamo.reset()
+    counters.clear()
+    mesh = mesh_of(Layout(dp=2, ep=2))
+    model = build(mesh, True)
+    if exchanges is not None:
+        recompute(model.blocks, exchanges=exchanges)
+    for module in model.modules():
+        if type(module).__name__ in what.split():
+            module.compile(backend="aot_eager")
+    parallelize(model, mesh, blocks=model.blocks)
+    loss = model(*batch(mesh, True))
+    loss.backward()
+    found = {"loss": loss.detach(), **dict(model.named_buffers())}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter.grad, DTensor)
+        found[name] = parameter.grad.to_local().clone()
+    return found, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+def test_compiled_too() -> None:
+    """Whole blocks; or, where they are recomputed, the parts without an exchange."""
+    plain = run(2, compiled, "", None)
+    for what, exchanges in (("Block", None), ("Router Experts", False), ("Router Experts", True)):
+        for (before, none), (after, graphs) in zip(
+            plain, run(2, compiled, what, exchanges, timeout=150), strict=True
+        ):
+            assert none == 0 < graphs
+            for name, tensor in before.items():
+                assert torch.allclose(tensor, after[name], rtol=1e-12, atol=1e-15), name
