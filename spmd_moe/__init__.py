@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from spmd_moe.placement import Whole as Whole
     from spmd_moe.placement import placement_of as placement_of
     from spmd_moe.placement import placements_of as placements_of
+    from spmd_moe.recompute import recompute as recompute
     from spmd_moe.redistribute import Shape as Shape
     from spmd_moe.redistribute import redistribute as redistribute
     from spmd_moe.router import Router as Router
@@ -138,6 +139,7 @@ else:
         "router": "Router RouterConfig Routing ScoreName",
         "parallelize": "parallelize",
         "sanitize": "Sanitizer sanitize",
+        "recompute": "recompute",
         "shard": "ShardShape",
     }
     _HOME = {name: file for file, names in _FILES.items() for name in names.split()}

@@ -15,9 +15,11 @@ streams, FSDP and checkpoints all read these rows.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Literal, final
 
+import torch
 from spmd_types import Shard
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -67,9 +69,27 @@ class Obligations(tuple[Obligation, ...]):
 
 def obligations(model: nn.Module, mesh: MoEMesh) -> Obligations:
     """A row for every parameter and persistent buffer. What has no placement is refused."""
+    tensors = _tensors(model)
+    key = [(name, id(tensor), tensor.shape) for name, tensor in tensors.items()]
+    last = _LAST.get(model)
+    if last is not None and last[0]() is mesh and last[1] == key:
+        return last[2]
+    table = _table(model, mesh, tensors)
+    _LAST[model] = weakref.ref(mesh), key, table
+    return table
+
+
+# The last table of each model, since every step asks for it. It holds while the tensors are the
+# same ones: parallelize and a cast put others in their place.
+_LAST: weakref.WeakKeyDictionary[
+    nn.Module, tuple[weakref.ref[MoEMesh], list[tuple[str, int, torch.Size]], Obligations]
+] = weakref.WeakKeyDictionary()
+
+
+def _table(model: nn.Module, mesh: MoEMesh, tensors: dict[str, Tensor]) -> Obligations:
     rows: dict[int, Obligation] = {}
     for name, placement in declarations(model).items():
-        tensor = _tensor(model, name)
+        tensor = tensors[name]
         if placement is None:
             raise _undeclared(name, tensor, model)
         row = _row(name, tensor, placement, mesh)
@@ -89,15 +109,19 @@ def obligations(model: nn.Module, mesh: MoEMesh) -> Obligations:
 
 def trained(model: nn.Module, mesh: MoEMesh) -> list[tuple[Obligation, nn.Parameter]]:
     """The rows of the parameters that have gradients, with the parameters."""
-    rows = (row for row in obligations(model, mesh) if not row.is_buffer)
-    pairs = ((row, model.get_parameter(row.name)) for row in rows)
-    return [(row, parameter) for row, parameter in pairs if parameter.requires_grad]
+    tensors = _tensors(model)
+    pairs = ((row, tensors[row.name]) for row in obligations(model, mesh))
+    return [(row, t) for row, t in pairs if isinstance(t, nn.Parameter) and t.requires_grad]
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    prefix, _, own = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(prefix), own)
-    return tensor
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers under every name that they have."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def _row(name: str, tensor: Tensor, placement: Placement, mesh: MoEMesh) -> Obligation:

@@ -196,16 +196,16 @@ def _total_norm(
 
 def _power(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """The norm of some tensors to the power of its type, or their maximum."""
-    norms = [
-        norm.to(device=device, dtype=wide(norm))
-        for _, same in _alike(grads)
-        for norm in torch._foreach_norm(same, norm_type, wide(same[0]))
-    ]
-    return _joined(norms if math.isinf(norm_type) else [n**norm_type for n in norms], norm_type)
+    powers = []
+    for _, same in _alike(grads):
+        norms = torch.stack(torch._foreach_norm(same, norm_type, wide(same[0]))).to(device)
+        powers.append(norms.amax() if math.isinf(norm_type) else (norms**norm_type).sum())
+    return _joined(powers, norm_type)
 
 
 def _joined(powers: list[Tensor], norm_type: float) -> Tensor:
-    stacked = torch.stack(powers)
+    widest = max((power.dtype for power in powers), key=lambda dtype: dtype.itemsize)
+    stacked = torch.stack([power.to(widest) for power in powers])
     return stacked.amax() if math.isinf(norm_type) else stacked.sum()
 
 

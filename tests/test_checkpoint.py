@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from spmd_moe import (
@@ -137,6 +139,7 @@ def test_there_and_back_on_another_layout(way: Way, tmp_path: Path) -> None:
     for wrong in run(way.layout.world, through, way, str(there), str(back), whole):
         assert wrong == []
     fresh = start(ALONE)
+    fresh[2].param_groups[0] |= {"lr": 5.0, "betas": (0.1, 0.1)}
     load_checkpoint(back, *fresh)
     assert equal(everything(*fresh), whole) == []
     assert fresh[2].param_groups[0]["betas"] == (0.8, 0.9)
@@ -171,14 +174,50 @@ def test_a_resumed_run_is_the_uninterrupted_one(fsdp: bool, tmp_path: Path) -> N
 def test_asynchronous_saves_are_of_the_moment_of_the_call(tmp_path: Path) -> None:
     run_ = trained_alone()
     whole = everything(*run_)
-    saves = [save_checkpoint(tmp_path / name, *run_, asynchronous=True) for name in ("1", "2")]
-    train(*run_, range(3, 5))
-    for save in saves:
-        save.result()
+    go, bytes_of = threading.Event(), files._bytes_of
+
+    def later(tensor: Tensor) -> memoryview:
+        assert go.wait(60)
+        return bytes_of(tensor)
+
+    with patch.object(files, "_bytes_of", later):
+        saves = [save_checkpoint(tmp_path / name, *run_, asynchronous=True) for name in ("1", "2")]
+        train(*run_, range(3, 5))
+        assert not any(save.done() for save in saves)
+        go.set()
+        for save in saves:
+            save.result()
     for name in ("1", "2"):
         fresh = start(ALONE)
         load_checkpoint(tmp_path / name, *fresh)
         assert equal(everything(*fresh), whole) == []
+
+
+def after_evaluation(way: Way, folder: str) -> list[str]:
+    """A forward alone leaves FSDP's gathered parameters in the model, in the compute precision."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+
+    def fresh() -> tuple[Model, MoEMesh]:
+        return on_ranks(way, torch.float32, policy=policy)
+
+    model, mesh = fresh()
+    before = {name: _local(p).clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model(*batch(mesh, True))
+    assert any(p.dtype is torch.bfloat16 for p in model.parameters()), "all are stored ones"
+    save_checkpoint(f"{folder}/1", model, mesh)
+    again, _ = fresh()
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    load_checkpoint(f"{folder}/1", again, mesh)
+    return [n for n, p in again.named_parameters() if not torch.equal(_local(p), before[n])]
+
+
+@pytest.mark.gloo
+def test_saved_after_an_evaluation(tmp_path: Path) -> None:
+    way = replace(WAYS[4], reshard=False)
+    assert run(4, after_evaluation, way, str(tmp_path)) == [[]] * 4
 
 
 # --- what goes wrong while saving ---------------------------------------------------------------

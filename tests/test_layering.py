@@ -54,6 +54,7 @@ ORDER = [
     "inputs",
     "moe",
     "load",
+    "recompute",
     "obligations",
     "storage",
     "optim",
@@ -91,7 +92,7 @@ ORDER = [
     "check",
     "__main__",
 ]
-LAYER = ORDER[ORDER.index("fault") : ORDER.index("obligations")]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("recompute")]
 STORED = ["obligations", "storage", "optim", "parallelize", "parts", "files", "checkpoint"]
 LONGEST = 400
 

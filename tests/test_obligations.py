@@ -133,6 +133,19 @@ def test_tied_parameters_are_one_row() -> None:
     assert "embedding.weight" in names and "head.weight" not in names
 
 
+def test_the_table_is_made_once_and_anew_when_something_changed() -> None:
+    mesh, model = MoEMesh.single(), build(MoEMesh.single(), False)
+    table = obligations(model, mesh)
+    assert obligations(model, mesh) is table
+    assert obligations(model, MoEMesh.single()) is not table
+    model.head.bias = nn.Parameter(torch.ones(3))
+    assert {row.name: row for row in obligations(model, mesh)}["head.bias"].local_shape == (3,)
+    with fake_world(4):  # of the same tensors
+        wide = obligations(model, MoEMesh.init("cpu", dp=2, tp=2, ep=4))
+    experts = {row.name: row for row in wide}["blocks.0.moe.experts.w1_eFD"]
+    assert experts.global_shape == (32, 16, 8)
+
+
 # --- gradients that are not there, or were reduced before ---------------------------------------
 
 

@@ -13,10 +13,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from spmd_moe import (
+    CP,
+    DP,
+    TP,
+    I,
     MoEMesh,
+    Placement,
+    R,
     Router,
     SpmdMoeError,
     clip_grad_norm_,
+    declare,
     obligations,
     parallelize,
     reduce_gradients,
@@ -25,6 +32,7 @@ from spmd_moe import (
 from spmd_moe.mesh import Names
 from tests.layouts import Layout
 from tests.models import Model, batch, build, mesh_of, part
+from tests.operators import operators
 from tests.simulate import fake_world
 from tests.workers import run
 
@@ -171,6 +179,18 @@ def test_storage_follows_from_the_placement() -> None:
     assert uneven[f"{experts}w1_eFD"] == "S(1) S(0)"
 
 
+def test_shards_are_the_ranks_that_owe_each_other() -> None:
+    """Also where they are not adjacent: cp stands between dp and tp."""
+    with fake_world(8):
+        mesh, model = MoEMesh.init("cpu", dp=2, cp=2, tp=2), nn.Linear(8, 8, bias=False)
+        declare(model, {"*": Placement((DP[R], CP[I], TP[R]))})
+        parallelize(model, mesh)
+        stored = model.weight
+        assert isinstance(stored, DTensor)
+        assert stored.device_mesh.mesh.tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+        assert stored.device_mesh.mesh_dim_names == ("shard", "cp")
+
+
 def computed_with(way: Way) -> tuple[dict[str, str], float, set[torch.dtype]]:
     """The parameters that a layer sees while it runs; the loss; the dtypes of the gradients."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -184,7 +204,9 @@ def computed_with(way: Way) -> tuple[dict[str, str], float, set[torch.dtype]]:
 
     model.get_submodule("blocks.0.moe").register_forward_hook(look)
     loss = model(*batch(mesh, way.own_tokens))
-    loss.backward()
+    with operators() as ran:
+        loss.backward()
+    assert {op.dtype for op in ran if "_reduce_scatter_base_" in op.name} == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     return (
         seen,
