@@ -9,7 +9,16 @@ from spmd_moe.errors import MeshError
 from spmd_moe.mesh import MoEMesh
 from tests.catalogue import targets
 from tests.catalogue.bug import Bug, Fact
-from tests.catalogue.catalogue import BUGS, EVERYTHING, caught, degrees, goes_wrong, traced
+from tests.catalogue.catalogue import (
+    BUGS,
+    EVERYTHING,
+    caught,
+    degrees,
+    goes_wrong,
+    right_values,
+    traced,
+    valued,
+)
 from tests.catalogue.code import Edit, changed
 from tests.catalogue.facts import FACTS
 from tests.catalogue.table import PAGE, page
@@ -39,7 +48,9 @@ def test_it_is_found(bug: Bug) -> None:
 @pytest.mark.parametrize("bug", [bug for bug in BUGS if not bug.rule], ids=lambda bug: bug.id)
 def test_what_the_traced_check_does_not_see(bug: Bug) -> None:
     """When one of these is found, the table can say so."""
-    assert bug.open and traced(bug).ok, str(traced(bug))
+    assert bool(bug.open) != bug.values and traced(bug).ok, str(traced(bug))
+    assert (valued(bug) is not None) == bug.values, str(valued(bug))
+    assert right_values(bug.target, bug) is None
 
 
 @pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.id)

@@ -23,12 +23,13 @@ from spmd_moe.check.finding import Finding, finding
 from spmd_moe.check.layout import Layout
 from spmd_moe.check.observe import Observer, Point, Record
 from spmd_moe.check.signatures import axis, checked, declare
-from spmd_moe.check.target import Built, Target, build, cannot
+from spmd_moe.check.target import Built, CannotCheckError, Target, build, cannot
 from spmd_moe.check.threads import RanksError, threaded
 from spmd_moe.check.trace import declared_types, raised
 from spmd_moe.check.whole import (
     Kinds,
     NotAlikeError,
+    PartsError,
     distance,
     gradient,
     joined,
@@ -36,7 +37,7 @@ from spmd_moe.check.whole import (
     parts,
 )
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import DENSE, EXPERT, Kind, R, Role
+from spmd_moe.placement import DENSE, EXPERT, Kind, R, Role, V
 
 CLOSE = 1e-5  # of float64, parts of which a module may compute in float32
 
@@ -58,10 +59,11 @@ class Setup:
     """What all ranks share: the lone module's tensors, and what each rank has told of its own."""
 
     whole: dict[str, Tensor]
-    kinds: dict[str, Kinds]
-    upstream: dict[str, Tensor]
+    kinds: dict[str, Kinds] = field(default_factory=dict)
+    upstream: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Size] = field(default_factory=dict)
     shapes: dict[str, dict[int, torch.Size]] = field(default_factory=dict)
-    mine: dict[str, list[Tensor]] = field(default_factory=dict)
+    apart: set[str] = field(default_factory=set)  # outputs that each rank has a whole of its own of
 
 
 def check_values(
@@ -72,8 +74,10 @@ def check_values(
     if any(isinstance(a, DTensor) for a in lone.args):
         return  # they have no types that could be put to the test
     module, args = _wide(lone)
-    setup = Setup(_tensors(module, args), {}, {})
-    single = _compute(module, args, setup.upstream)
+    setup = Setup(_tensors(module, args))
+    single = Run(_named(module(*args)))
+    setup.upstream.update(_upstream(single.outputs))
+    setup.outputs.update({name: out.shape for name, out in single.outputs.items()})
     try:
         runs = threaded(
             layout.world, _rank, target, layout, tokens, packages, setup, seconds=seconds
@@ -81,8 +85,11 @@ def check_values(
     except RanksError as error:
         yield _failed(error, packages)
         return
+    upstream = {name: g for name, g in setup.upstream.items() if name not in setup.apart}
+    _backward(single, upstream, module, args)
     yield from _unlike(runs, layout)
-    yield from _compare("output", single.outputs, [r.outputs for r in runs], runs[0].kinds, layout)
+    outputs = {name: out for name, out in single.outputs.items() if name not in setup.apart}
+    yield from _compare("output", outputs, [r.outputs for r in runs], runs[0].kinds, layout)
     kinds = {name: gradient(k) for name, k in setup.kinds.items()}
     found = [r.gradients for r in runs]
     yield from _compare("gradient of", single.gradients, found, kinds, layout)
@@ -123,16 +130,14 @@ def _argument(number: int) -> str:
     return f"argument {number}"
 
 
-def _compute(module: nn.Module, args: Sequence[object], upstream: dict[str, Tensor]) -> Run:
-    """Alone: outputs, and gradients for a random gradient of each output."""
-    run = Run()
-    run.outputs = _named(module(*args))
+def _upstream(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A random gradient for each output that takes one."""
     random = torch.Generator().manual_seed(2)
-    for name, out in run.outputs.items():
-        if out.requires_grad:
-            upstream[name] = torch.randn(out.shape, generator=random, dtype=torch.float64)
-    _backward(run, upstream, module, args)
-    return run
+    return {
+        name: torch.randn(out.shape, generator=random, dtype=torch.float64)
+        for name, out in outputs.items()
+        if out.requires_grad
+    }
 
 
 def _backward(
@@ -172,8 +177,9 @@ def _rank(target: Target, layout: Layout, tokens: int, packages: set[str], setup
     with checked(mesh), observer:
         run.outputs = _named(module(*args))
     run.kinds = {name: _kinds(out, mesh) for name, out in run.outputs.items()}
+    _set_apart(run, setup, layout)
     upstream = {}
-    for name in sorted(setup.upstream):
+    for name in sorted(setup.upstream.keys() - setup.apart):
         kinds = gradient(run.kinds[name])
         like = run.outputs[name].detach()
         upstream[name] = _my_part(f"d {name}", setup.upstream[name], like, kinds, setup, layout)
@@ -195,7 +201,12 @@ def _take_parts(
         setup.kinds.update({name: kinds.get(name, _everywhere(R)) for name in own})
     for name in sorted(own):
         placed = kinds.get(name, _everywhere(R))
-        part = _my_part(name, setup.whole[name], own[name], placed, setup, layout)
+        try:
+            part = _my_part(name, setup.whole[name], own[name], placed, setup, layout)
+        except PartsError as error:
+            why = "with values, all ranks together get what one process gets for as many tokens"
+            fix = "build it so, or leave --values out"
+            raise cannot("TARGET", f"{name}: {error}", why, fix) from None
         with torch.no_grad():
             own[name].copy_(part)
 
@@ -214,17 +225,26 @@ def _my_part(
     part = parts(whole, shapes, kinds, layout)[dist.get_rank()]
     if part.shape != like.shape:
         said = " ".join(f"{role}:{kind!r}" for role, kind in kinds.items())
-        what = (
-            f"{name} has the shape {list(like.shape)} on a rank, and is {said}: {list(part.shape)}"
-        )
-        raise cannot("TARGET", what, "it must have the same values on every layout", "build it so")
+        raise PartsError(f"{said} of it is {list(part.shape)}, and there is {list(like.shape)}")
     return part
 
 
 def _kinds(out: Tensor, mesh: MoEMesh) -> dict[Role, Kind]:
-    """Of an output, on the dense presentation; by its own types where there are any."""
+    """Of an output, by its own types, on the presentation that these are of."""
     have = get_local_type(out)
-    return {role: have.get(axis(mesh, role), R) for role in DENSE}
+    dense = all(axis(mesh, role) in have for role in DENSE if mesh[role].size > 1)
+    return {role: have.get(axis(mesh, role), R) for role in (DENSE if dense else EXPERT)}
+
+
+def _set_apart(run: Run, setup: Setup, layout: Layout) -> None:
+    """Outputs that are V and no rows, such as counts of each rank's own: they have no whole."""
+    for name, whole in setup.outputs.items():
+        setup.shapes.setdefault(name, {})[dist.get_rank()] = run.outputs[name].shape
+        dist.barrier()
+        varies = any(k is V and layout.sizes[role] > 1 for role, k in run.kinds[name].items())
+        if varies and all(shape == whole for shape in setup.shapes[name].values()):
+            setup.apart.add(name)
+    dist.barrier()
 
 
 # --- comparing ----------------------------------------------------------------------------------
@@ -314,6 +334,10 @@ def _failed(error: RanksError, packages: set[str]) -> Finding:
             "issue each collective on every rank, with no rows where there are none",
         )
     first = error.errors[min(error.errors)]
+    if isinstance(first, CannotCheckError):
+        raise first
+    if isinstance(first, PartsError):
+        return _wrong("output", f"of an output, {first}")
     if not isinstance(first, Exception):
         raise first
     return raised(first, packages, {})

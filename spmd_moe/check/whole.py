@@ -27,6 +27,10 @@ class NotAlikeError(ValueError):
         self.role = role
 
 
+class PartsError(ValueError):
+    """What the ranks have does not make up the whole."""
+
+
 def kinds_of(placement: Placement) -> dict[Role, Kind]:
     """One for each axis of the presentation; an axis that is not mentioned is taken for R."""
     given = {k.role: k.kind for k in placement}
@@ -104,7 +108,7 @@ def _part(
         before = sum(size for other, size in sizes.items() if other < key)
         if sum(sizes.values()) != whole.shape[dim]:
             have = f"{list(sizes.values())} rows on the ranks of {', '.join(map(str, cut))}"
-            raise ValueError(f"{have}, of {whole.shape[dim]} on dim {dim} of the whole")
+            raise PartsError(f"{have}, of {whole.shape[dim]} on dim {dim} of the whole")
         whole = whole.narrow(dim, before, sizes[key])
     if any(kind is P and place[role] for role, kind in kinds.items()):
         whole = torch.zeros_like(whole)

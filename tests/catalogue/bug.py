@@ -14,8 +14,8 @@ class Bug:
     """`target` is a function of targets.py; the check and the run with values are of that.
 
     `rule` finds it, at a line that has `at` in it: by itself, one of the lines that were put in.
-    Where no rule of the traced check does, `rule` is empty and `open` says which level will, or
-    why none can.
+    Where no rule of the traced check does, `rule` is empty: then `values` says that the check with
+    values does, or `open` says which level will, or why none can.
     """
 
     id: str  # of the family in the catalogue, and a letter
@@ -25,6 +25,7 @@ class Bug:
     layout: str = "dp 2 tp 2 ep 2"
     tokens: tuple[int, ...] = (1, 5)
     rule: str = ""
+    values: bool = False
     open: str = ""
     at: str = ""
     run: int = 5  # tokens of the run with values

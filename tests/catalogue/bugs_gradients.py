@@ -100,7 +100,7 @@ GRADIENTS = [
         part("rows = torch.where(valid.unsqueeze(-1), x, 0.0)", "rows = x"),
         target="padded",
         layout=TP_2,
-        open="values: kinds say nothing of which rows are tokens",
+        values=True,
     ),
     Bug(
         "B40a",
@@ -153,7 +153,7 @@ SUMS = [
         layout="dp 2 ep 2",
         tokens=(2, 8),
         run=4,
-        open="values: a declaration that lies",
+        values=True,
     ),
     Bug(
         "B07a",
@@ -284,6 +284,6 @@ SUMS = [
         part("(squares + dense.square().sum())", "(squares / self.ep.size + dense.square().sum())"),
         target="clip_norm",
         layout="dp 4 ep 2",
-        open="plan: a factor that is the same on all ranks has no kind",
+        values=True,
     ),
 ]

@@ -36,7 +36,7 @@ STATE = [
         edit("losses", "redistribute(x, tp, src=P, dst=I)", "redistribute(x, tp, src=P, dst=R)"),
         target="whole",
         layout=TP_2,
-        open="plan: the factor depends on what the caller does with the loss",
+        open="none: the factor depends on what the caller does with the loss",
     ),
     Bug(
         "B15b",
@@ -58,7 +58,7 @@ STATE = [
             "z_sum=declared(z_T.sum(), everywhere) * mesh[TP].size,",
         ),
         layout=TP_2,
-        open="plan: a factor that is the same on all ranks has no kind",
+        values=True,
     ),
     Bug(
         "B35a",
@@ -73,7 +73,7 @@ STATE = [
         ),
         target="step",
         layout=TP_2,
-        open="values: how often something is added has no kind",
+        open="none: one process counts the same; tests/test_counters.py counts",
     ),
     Bug(
         "B35b",
@@ -87,6 +87,6 @@ STATE = [
         "B43a",
         "the random numbers of a weight do not depend on which experts the rank has",
         edit("init", '{stream}/{first + i}"', '{stream}/{i}"'),
-        open="plan: which numbers a weight starts with has no kind",
+        open="none: weights are given to every check, not drawn; tests/test_counters.py draws",
     ),
 ]

@@ -10,6 +10,9 @@ from spmd_moe.check import Layout, examine
 from spmd_moe.check.cli import layout
 from spmd_moe.check.finding import Finding
 from spmd_moe.check.report import Report
+from spmd_moe.check.signatures import signatures
+from spmd_moe.check.target import Target
+from spmd_moe.check.values import check_values
 from tests.catalogue import proof, targets
 from tests.catalogue.bug import TARGETS, Bug, Fact
 from tests.catalogue.bugs_gradients import GRADIENTS, SUMS
@@ -33,6 +36,24 @@ def caught(bug: Bug) -> Finding | None:
     """The finding that is expected of the traced check, at the line where the mistake is."""
     found = (mistake.finding for mistake in traced(bug).mistakes())
     return next((f for f in found if f.rule == bug.rule and stands_at(f, bug)), None)
+
+
+@functools.cache
+def valued(bug: Bug) -> Finding | None:
+    """What the check with values finds first."""
+    with changed(bug.id, bug.edits, TARGETS) as code:
+        return _first_of_values(getattr(code, bug.target), bug)
+
+
+@functools.cache
+def right_values(target: str, bug: Bug) -> Finding | None:
+    return _first_of_values(getattr(targets, target), bug)
+
+
+def _first_of_values(target: Target, bug: Bug) -> Finding | None:
+    packages = {"spmd_moe", "tests"}
+    with signatures(packages):
+        return next(check_values(target, degrees(bug), bug.run, packages, seconds=60.0), None)
 
 
 def stands_at(finding: Finding, bug: Bug) -> bool:
@@ -72,8 +93,14 @@ def _traced(bug: Bug) -> str:
     return "" if finding is None else finding.rule
 
 
+def _values(bug: Bug) -> str:
+    """Of what the traced check does not see: the rest need not be run."""
+    finding = valued(bug) if bug.values else None
+    return "" if finding is None else finding.rule
+
+
 # One column for each level, in the order of the ladder. A level that is added is a line here.
-LEVELS: dict[str, Verdict] = {"traced": _traced}
+LEVELS: dict[str, Verdict] = {"traced": _traced, "values": _values}
 
 
 def table() -> str:
@@ -82,13 +109,13 @@ def table() -> str:
     rows = [(bug.id, _row(bug)) for bug in BUGS]
     for fact in FACTS:
         levels = [""] * len(LEVELS)
-        rows.append((fact.id, [fact.id, fact.title, "arithmetic", *levels, f"open: {fact.open}"]))
+        rows.append((fact.id, [fact.id, fact.title, "arithmetic", *levels, fact.open]))
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for _, row in sorted(rows))])
 
 
 def _row(bug: Bug) -> list[str]:
-    finding = caught(bug)
-    said = f"open: {bug.open}" if finding is None else first_line(finding)
+    finding = caught(bug) or (valued(bug) if bug.values else None)
+    said = bug.open if finding is None else first_line(finding)
     modules = dict.fromkeys(edit.module for edit in bug.edits)
     where = ", ".join(f"`{module}`" for module in modules)
     return [bug.id, bug.title, where, *(level(bug) for level in LEVELS.values()), said]
