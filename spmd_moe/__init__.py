@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spmd_moe.checkpoint import load_checkpoint as load_checkpoint
     from spmd_moe.checkpoint import save_checkpoint as save_checkpoint
     from spmd_moe.collectives import Dtype as Dtype
+    from spmd_moe.collectives import declare_sum as declare_sum
     from spmd_moe.declare import declare as declare
     from spmd_moe.dispatch import AllGather as AllGather
     from spmd_moe.dispatch import AllToAll as AllToAll
@@ -116,7 +117,7 @@ else:
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
         "checkpoint": "latest_checkpoint load_checkpoint save_checkpoint",
         "declare": "declare",
-        "collectives": "Dtype",
+        "collectives": "Dtype declare_sum",
         "dispatch": "AllGather AllToAll Arrived Dispatcher FixedCapacity Local",
         "errors": "CheckpointError ConfigError DtypeError GradientError MeshError "
         "PlacementError RoutingError SanitizerError ShapeError SpmdMoeError",

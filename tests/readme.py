@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spmd_moe import SpmdMoeError
+from spmd_moe.check.finding import RULES
 from spmd_moe.redistribute import moves_table
 from tests.simulate import leave_world
 
@@ -41,7 +42,7 @@ def blocks(text: str) -> Iterator[Block]:
 def outcome(block: Block) -> str:
     """What the program prints; the message of ours that ends it, if one does."""
     printed = io.StringIO()
-    program = compile(block.code, "program.py", "exec")
+    program = compile(block.code, "program.py", "exec", dont_inherit=True)
     try:
         with contextlib.redirect_stdout(printed):
             exec(program, {"__name__": "program"})
@@ -68,7 +69,12 @@ def file_tree() -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-GENERATED = {"moves": moves_table, "files": file_tree}
+def rules_table() -> str:
+    lines = ["| rule | what it demands |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {name} | {text} |" for name, text in RULES.items())])
+
+
+GENERATED = {"moves": moves_table, "rules": rules_table, "files": file_tree}
 
 
 def generated(text: str) -> str:

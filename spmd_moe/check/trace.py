@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -221,9 +222,33 @@ def raised(error: Exception, packages: set[str], names: Mapping[MeshAxis, str]) 
     if rule == "types":
         text = _in_our_words(text, names)
         why = "the kinds of the operands do not go together in this operation"
-        return finding(rule, at, where, text, why, "redistribute one of them first")
+        return finding(rule, at, where, text, why, *_cures(text))
     kind = type(error).__name__
     return finding(rule, at, where, f"{kind}: {text}", "the module raises it in this configuration")
+
+
+# What leads out of a kind that an operation does not take, by what spmd_types says of it.
+_CURES = {
+    "Invariant type": ["src=I, dst=R)   # of what is I there; its backward sums the gradient"],
+    "Partial type": [
+        "src=P, dst=R)   # of what is P there: an all-reduce",
+        "src=P, dst=S(0))   # or a reduce-scatter",
+    ],
+    "expected input type P": [
+        "declare_sum(t, group)   # where t is made, if it is a part of a sum"
+    ],
+}
+
+
+def _cures(text: str) -> list[str]:
+    """Calls that take an operand out of the kind that is in the way, on the axis in question."""
+    named = re.search(r"axis '(\w+)'", text)
+    axis = named[1] if named else "..."
+    for words, calls in _CURES.items():
+        if words in text:
+            moved = (c for c in calls if c.startswith("src="))
+            return [f"redistribute(t, {axis}, {c}" for c in moved] or calls
+    return ["redistribute(t, axis, src=..., dst=...)   # of one of the operands"]
 
 
 def _in_our_words(text: str, names: Mapping[MeshAxis, str]) -> str:
