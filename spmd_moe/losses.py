@@ -229,4 +229,4 @@ def update_selection_bias(routers: Sequence[Router], mesh: MoEMesh, rate: float)
     push_LE = rate * torch.sign(seen_LE.mean(1, keepdim=True) - seen_LE)
     for router, push_E in zip(routers, push_LE, strict=True):
         router.bias_E += push_E.to(router.bias_E.dtype)
-        router.seen_E.zero_()
+        router.seen_E.zero_()  # spmd: allow operation - zeros are parts of a sum that is zero

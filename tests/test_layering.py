@@ -47,8 +47,32 @@ ORDER = [
     "init",
     "moe",
     "load",
+    # The static check, which needs mypy and no torch.
+    "static",
+    "static.kinds",
+    "static.rules",
+    "static.codes",
+    "static.types",
+    "static.annotations",
+    "static.messages",
+    "static.moves",
+    "static.names",
+    "static.ending",
+    "static.notes",
+    "static.hooks",
+    "static.modules",
+    "static.config",
+    "static.walk",
+    "static.arguments",
+    "static.branches",
+    "static.overrides",
+    "static.report",
+    "static.strict",
+    "static.review",
+    "static.entry",
+    "mypy_plugin",
 ]
-LAYER = ORDER[ORDER.index("fault") :]
+LAYER = ORDER[ORDER.index("fault") : ORDER.index("static")]
 LONGEST = 400
 
 
