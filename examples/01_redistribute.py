@@ -86,9 +86,9 @@ def rows_of(x: Tensor, kind: Kind, shape: ShardShape, tp: Axis) -> list[str]:
 def gathered(tp: Axis, text: str) -> list[str]:
     """What every rank has to say, on every rank: by redistribute itself."""
     letters = torch.tensor([list(text.encode().ljust(128)[:128])])
-    return [
-        bytes(row).decode().strip() for row in redistribute(letters, tp, src=S(0), dst=R).tolist()
-    ]
+    # spmd: allow move - torch.tensor is taken for R, but every rank has its own text
+    rows = redistribute(letters, tp, src=S(0), dst=R)
+    return [bytes(row).decode().strip() for row in rows.tolist()]
 
 
 def say(tp: Axis, line: str) -> None:

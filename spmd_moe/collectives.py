@@ -168,7 +168,10 @@ def declare_sum(x: Tensor, group: ProcessGroup) -> Tensor:
     Say it where a contraction runs over a dim that the ranks share, or where each rank fills the
     places of its own and leaves the others zero.
     """
-    return x if group.size() == 1 else cast(Tensor, reinterpret(x, group, src=V, dst=P))
+    if group.size() == 1:
+        return x
+    declared: Tensor = reinterpret(x, group, src=V, dst=P)
+    return declared
 
 
 # --- what the ranks do, one function for each way to move -------------------------------------

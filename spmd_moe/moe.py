@@ -182,10 +182,10 @@ class MoE(nn.Module):
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
         everywhere = [self.mesh[role] for role in DENSE]
-        dropped = routing.dropped
+        lost = routing.dropped
         if arrived.dropped is not None:
-            dropped = dropped + arrived.dropped
-        counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, dropped))
+            lost = lost + arrived.dropped
+        counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
     def _loss_terms(

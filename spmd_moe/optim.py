@@ -101,6 +101,7 @@ def _reduce(bucket: list[Trained], axes: list[Axis]) -> None:
     have = torch.tensor([float(p.grad is not None) for p in parameters])
     flat = torch.cat([*(g.reshape(-1) for g in grads), have.to(some.device, some.dtype)])
     for axis in axes:
+        # spmd: allow move - gradients, whose kinds are data: parts of a sum on these axes
         flat = redistribute(flat, axis, src=P, dst=R, dtype=wide(flat))
     *sums, have = flat.split([*(g.numel() for g in grads), len(grads)])
     torch._foreach_copy_(grads, [s.view_as(g) for s, g in zip(sums, grads, strict=True)])

@@ -14,6 +14,9 @@ A *placement* gives one kind to each of some roles, and `Placed[Tensor, DP[V], T
 into a signature, where checkers read it and the interpreter does not.
 """
 
+# Without our plugin, mypy sees that `Placed` is defined more than once; with it, it is not.
+# mypy: disable-error-code="no-redef"
+
 from __future__ import annotations
 
 import typing
@@ -33,10 +36,23 @@ from spmd_moe.errors import PlacementError, explain
 
 Kind: TypeAlias = PerMeshAxisLocalSpmdType | Shard
 
+_WITH_PLUGIN = False  # in mypy's eyes our plugin makes it True
+
 if TYPE_CHECKING:
     # To a checker without our plugin `Placed[Tensor, ...]` is a Tensor and nothing else, and `S[0]`
-    # is an expression like `S(0)`: correct code raises no false alarm.
-    from typing import Annotated as Placed
+    # is an expression like `S(0)`: correct code raises no false alarm. Of definitions that may all
+    # be reached, mypy takes the first and pyright the last.
+    if not _WITH_PLUGIN:
+        from typing import Annotated as Placed
+    else:
+
+        class _Subscripted(type):
+            def __getitem__(cls, items: object) -> object: ...
+
+        class Placed(metaclass=_Subscripted): ...
+
+    if not _WITH_PLUGIN:
+        from typing import Annotated as Placed
 
     class _ShardKind:
         def __call__(self, dim: int) -> Shard: ...

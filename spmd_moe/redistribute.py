@@ -7,7 +7,7 @@ is `collectives.Move`, which cannot fail for a shape's sake.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeAlias, cast, final
+from typing import TypeAlias, final
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,8 @@ def redistribute(
     if ranks == 1:
         return x  # all kinds are the same thing on one rank
     if step.src == step.dst:
-        return cast(Tensor, convert(x, group, src=step.src, dst=step.dst))  # seen by the checker
+        kept: Tensor = convert(x, group, src=step.src, dst=step.dst)  # seen by the checker
+        return kept
     return move(x, group, step, dtype, grad_dtype)
 
 

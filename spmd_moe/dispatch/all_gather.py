@@ -94,4 +94,4 @@ class AllGather:
     def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:
         for axis, shape in zip(self.axes, shapes, strict=True):
             x = redistribute(x, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))
-        return x
+        return x  # spmd: allow return - it was gathered on every axis

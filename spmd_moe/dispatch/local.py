@@ -41,8 +41,10 @@ class Local:
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
         if slots.complete:  # nothing is sent, so rows need not be made before the experts read them
             gather = Gather(slots.token_N, slots.row_TK)
+            # spmd: allow argument - etp has size 1 here, where V is R
             return Arrived(x_TD, scores_R, routing.counts_E, gather), None
+        # spmd: allow argument - as above
         return Arrived(spread(x_TD, slots), scores_R, routing.counts_E), None
 
     def collect(self, y_RD: RowSums, state: None) -> Tokens:
-        return y_RD
+        return y_RD  # spmd: allow return - etp has size 1 here, where P is V

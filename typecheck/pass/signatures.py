@@ -41,7 +41,7 @@ class Record:
 
 class Pair(NamedTuple):
     a: Tokens
-    b: Placed[Tensor, DP[R], TP[I]]
+    b: Placed[Tensor, DP[R], TP[R]]
 
 
 class Gate(nn.Module):
@@ -78,7 +78,8 @@ def main() -> None:
     assert y.shape == (4, 2) and weight.shape == (2, 3)
     record, pair = Record(y), Pair(y, weight)
     assert record.x_TD.sum() == pair.a.sum() and len(maybe(y, y)) == 2
-    assert torch.equal(gather(split(y, mesh), mesh, ShardShape.even(4, 1)), y)
+    ones = torch.ones(4, 2)
+    assert torch.equal(gather(split(ones, mesh), mesh, ShardShape.even(4, 1)), ones)
     assert str(placement_of(Hidden)) == "edp:R ep:S(0) etp:S(1)"
     assert str(placements_of(Gate)["weight_ED"]) == "dp:R tp:I"
 

@@ -1,0 +1,1 @@
+"""Placements as a type-checker follows them. Nothing here imports torch."""

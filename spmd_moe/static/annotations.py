@@ -1,0 +1,141 @@
+"""`Placed[Tensor, DP[V], TP[S[0]]]` in a signature, an alias or a class: from source to kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mypy.nodes import SymbolTableNode, TypeInfo, Var
+from mypy.plugin import AnalyzeTypeContext
+from mypy.types import (
+    AnyType,
+    Instance,
+    NoneType,
+    RawExpressionType,
+    Type,
+    TypeOfAny,
+    UnboundType,
+    UnionType,
+    get_proper_type,
+)
+
+from spmd_moe.static.codes import CODES
+from spmd_moe.static.kinds import subscript
+from spmd_moe.static.types import declare, is_tensor_class, place
+
+PLACED = "spmd_moe.placement.Placed"
+ROLE = "spmd_moe.placement.Role"
+KIND_NAMES = {f"spmd_types.types.{name}": name for name in "RIVP"}
+SHARD_NAMES = ("spmd_moe.placement.S", "spmd_types.types.S", "spmd_types.types.Shard")
+_FORM = "Placed[Tensor, DP[V], TP[S[0]]]"
+
+
+class Annotation:
+    """One `Placed[...]` while it is read. `roles` are the variables that were used as roles."""
+
+    def __init__(self, ctx: AnalyzeTypeContext) -> None:
+        self.ctx, self.roles = ctx, list[tuple[Var, UnboundType]]()
+
+    def read(self) -> Type:
+        arguments = self.ctx.type.args
+        if not arguments:
+            self._fail("Placed: it has no tensor and no kinds", self.ctx.type, _FORM)
+            return AnyType(TypeOfAny.from_error)
+        base, *written = arguments
+        t = self.ctx.api.analyze_type(base)
+        kinds: dict[str, str] = {}
+        for argument in written:
+            self._add(argument, kinds)
+        if _is_no_tensor(t):
+            self._fail(f"Placed: {t} is not a tensor", base, f"Placed[Tensor, {_tail(kinds)}]")
+            return t
+        return declare(place(t, kinds))
+
+    def _add(self, argument: Type, kinds: dict[str, str]) -> None:
+        """One `TP[S[0]]`."""
+        if not isinstance(argument, UnboundType) or len(argument.args) != 1:
+            self._fail(f"Placed: {_source(argument)} is not a role with a kind", argument, _FORM)
+            return
+        role, kind = self._role(argument), self._kind(argument.args[0])
+        if role is None or kind is None:
+            return
+        if role in kinds:
+            self._fail(f"Placed: role {role} stands twice", argument, f"{role}[{kinds[role]}]")
+            return
+        kinds[role] = kind
+
+    def _role(self, argument: UnboundType) -> str | None:
+        found = self._look_up(argument)
+        if found is None:
+            return None  # mypy has said that there is no such name, or will look again
+        if isinstance(found.node, Var) and _may_be_role(found.node):
+            self.roles.append((found.node, argument))
+            return found.node.name
+        self._fail(f"Placed: {argument.name} is not a role", argument, f'Role("{argument.name}")')
+        return None
+
+    def _kind(self, argument: Type) -> str | None:
+        if isinstance(argument, UnboundType):
+            found = self._look_up(argument)
+            if found is None:
+                return None
+            name = found.fullname or ""
+            if name in KIND_NAMES and not argument.args:
+                return KIND_NAMES[name]
+            if name in SHARD_NAMES:
+                return self._shard(argument)
+        self._fail(f"Placed: {_source(argument)} is not a kind", argument, "R, I, V, P or S[dim]")
+        return None
+
+    def _shard(self, argument: UnboundType) -> str | None:
+        dim = argument.args[0] if len(argument.args) == 1 else None
+        if isinstance(dim, RawExpressionType) and type(dim.literal_value) is int:
+            return f"S({dim.literal_value})"
+        self._fail("Placed: S needs the number of a dim", argument, "S[0]")
+        return None
+
+    def _look_up(self, argument: UnboundType) -> SymbolTableNode | None:
+        analyser: Any = self.ctx.api
+        found: SymbolTableNode | None = analyser.lookup_qualified(argument.name, argument)
+        return found if found is not None and found.node is not None else None
+
+    def _fail(self, message: str, where: Type, fix: str) -> None:
+        self.ctx.api.fail(f"{message} (write {fix})", where, code=CODES["annotation"])
+
+
+def is_role(variable: Var) -> bool:
+    """For the end of the check, when the type of every variable is known."""
+    t = None if variable.type is None else get_proper_type(variable.type)
+    return (
+        t is None or isinstance(t, AnyType) or (isinstance(t, Instance) and _is_role_class(t.type))
+    )
+
+
+def _may_be_role(variable: Var) -> bool:
+    return variable.type is None or is_role(variable)
+
+
+def _is_role_class(info: TypeInfo) -> bool:
+    return any(base.fullname == ROLE for base in info.mro)
+
+
+def _is_no_tensor(t: Type) -> bool:
+    p = get_proper_type(t)
+    if isinstance(p, UnionType):
+        items = [i for i in p.items if not isinstance(get_proper_type(i), NoneType)]
+        return not items or any(map(_is_no_tensor, items))
+    if isinstance(p, Instance):
+        return bool(p.type.mro) and not is_tensor_class(p.type)
+    return isinstance(p, NoneType)
+
+
+def _source(argument: Type) -> str:
+    if isinstance(argument, UnboundType):
+        inner = ", ".join(map(_source, argument.args))
+        return f"{argument.name}[{inner}]" if inner else argument.name
+    if isinstance(argument, RawExpressionType):
+        return repr(argument.literal_value)
+    return str(argument)
+
+
+def _tail(kinds: dict[str, str]) -> str:
+    return ", ".join(f"{role}[{subscript(kind)}]" for role, kind in kinds.items()) or "DP[V]"

@@ -1,0 +1,44 @@
+"""A method that is placed differently from the one that it overrides."""
+
+from __future__ import annotations
+
+from mypy.nodes import FuncDef
+from mypy.types import CallableType, Type, get_proper_type
+
+from spmd_moe.static.messages import Problem, declared_problem
+from spmd_moe.static.types import kinds_of
+
+_NOT_COMPARED = frozenset({"__init__", "__new__", "__post_init__"})
+
+
+def override_problem(function: FuncDef) -> Problem | None:
+    """The first difference: results must be what the base promises, arguments what it takes."""
+    own = _signature(function)
+    if own is None or function.name in _NOT_COMPARED:
+        return None
+    for base in function.info.mro[1:]:
+        found = base.names.get(function.name)
+        theirs = _signature(found.node) if found is not None else None
+        if theirs is None:
+            continue
+        where = f"{function.name}, as in {base.name}"
+        problem = _differs(where, "result", own.ret_type, theirs.ret_type)
+        for name, mine, base_type in zip(
+            own.arg_names, own.arg_types, theirs.arg_types, strict=False
+        ):
+            problem = problem or _differs(where, name or "argument", base_type, mine)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _signature(node: object) -> CallableType | None:
+    t = get_proper_type(node.type) if isinstance(node, FuncDef) and node.type is not None else None
+    return t if isinstance(t, CallableType) else None
+
+
+def _differs(where: str, what: str, have: Type, need: Type) -> Problem | None:
+    found, wanted = kinds_of(have), kinds_of(need)
+    if found is None or wanted is None:
+        return None
+    return declared_problem("override", where, what, found, wanted)

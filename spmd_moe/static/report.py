@@ -1,0 +1,93 @@
+"""Errors, on their lines, unless a comment there allows them:
+
+    y = stranger(x)   # spmd: allow unknown - typed by the other package
+
+On that line, or alone on the line above. The word is a code without `placement-`; several stand
+with commas between them, those of the traced check among them. A comment needs a reason; in strict
+mode also something to allow.
+"""
+
+from __future__ import annotations
+
+import re
+import tokenize
+from dataclasses import dataclass, field
+from typing import Any
+
+from mypy.nodes import Context
+
+from spmd_moe.static.codes import CODES, TRACED
+from spmd_moe.static.messages import Problem
+
+_ALLOW = re.compile(r"#\s*spmd:\s*allow\s+(\w+(?:\s*,\s*\w+)*)\s*(?:-\s*(\S.*))?$")
+
+
+@dataclass
+class _Allowed:
+    what: tuple[str, ...]
+    reason: str | None
+    alone: bool  # on a line of its own, above what it allows
+    used: bool = False
+
+
+@dataclass
+class Report:
+    checker: Any
+    module: str
+    allowed: dict[int, _Allowed] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.allowed = _comments(self.checker.path)
+
+    def problem(self, problem: Problem | None, where: Context) -> None:
+        if problem is None or self._allows(problem.code, where):
+            return
+        code = CODES[problem.code]
+        self.checker.fail(problem.what, where, code=code)
+        for line in problem.lines():
+            self.checker.note(line, where, code=code)
+
+    def finish(self, *, strict: bool) -> None:
+        """Complain of comments that allow nothing; what strict mode alone reports only there."""
+        for line, comment in self.allowed.items():
+            where = Context(line, 0)
+            words = ", ".join(comment.what)
+            if not set(comment.what) <= CODES.keys() | TRACED:
+                self._complain(where, f"allow {words}: there is no such code")
+            elif comment.reason is None:
+                self._complain(where, f"allow {words}: it gives no reason")
+            elif not comment.used and strict and not set(comment.what) <= TRACED:
+                self._complain(where, f"allow {words}: there is nothing to allow here")
+
+    def _complain(self, where: Context, what: str) -> None:
+        fix = "# spmd: allow <code> - <reason>"
+        self.checker.fail(f"{what} (write {fix})", where, code=CODES["allow"])
+
+    def _allows(self, code: str, where: Context) -> bool:
+        for line in range(where.line - 1, (where.end_line or where.line) + 1):
+            comment = self.allowed.get(line)
+            if comment is None or code not in comment.what or comment.reason is None:
+                continue
+            if line >= where.line or comment.alone:
+                comment.used = True
+                return True
+        return False
+
+
+def _comments(path: str) -> dict[int, _Allowed]:
+    """The comments of a file that allow something, by line."""
+    found: dict[int, _Allowed] = {}
+    try:
+        with tokenize.open(path) as source:
+            text = source.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return found
+    if "spmd:" not in text:
+        return found
+    for number, line in enumerate(text.splitlines(), 1):
+        match = _ALLOW.search(line)
+        if match is not None:
+            found[number] = _Allowed(
+                tuple(re.split(r"\s*,\s*", match[1])), match[2], line.lstrip().startswith("#")
+            )
+    return found

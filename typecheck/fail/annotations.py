@@ -1,0 +1,37 @@
+"""Placements that cannot be: the caret stands below what is wrong."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from spmd_moe import DP, TP, MoEMesh, P, Placed, R, Role, S, V
+
+mesh = MoEMesh.single()
+NORTH = Role("north")
+number = 3
+
+good: Placed[Tensor, DP[V], TP[S[-1]], NORTH[P]]
+optional: Placed[Tensor | None, TP[R]]
+weight: Placed[nn.Parameter, TP[R]]
+no_kinds: Placed[Tensor]
+no_tensor: Placed[int, TP[V]]  # E: placement-annotation
+nothing: Placed  # E: placement-annotation
+twice: Placed[Tensor, TP[V], DP[R], TP[R]]  # E: placement-annotation
+bare_role: Placed[Tensor, TP]  # E: placement-annotation
+no_role: Placed[Tensor, number[V]]  # E: placement-annotation
+a_function: Placed[Tensor, print[V]]  # E: placement-annotation
+a_mesh: Placed[Tensor, mesh[V]]  # E: placement-annotation
+a_number: Placed[Tensor, 3]  # E: placement-annotation
+no_kind: Placed[Tensor, TP[DP]]  # E: placement-annotation
+two_kinds: Placed[Tensor, TP[V, R]]  # E: placement-annotation
+no_dim: Placed[Tensor, TP[S]]  # E: placement-annotation
+named_dim: Placed[Tensor, TP[S[tokens]]]  # E: placement-annotation
+half_a_dim: Placed[Tensor, TP[S[number]]]  # E: placement-annotation
+kind_of_kind: Placed[Tensor, TP[V[0]]]  # E: placement-annotation
+unknown: Placed[Tensor, TPP[V]]  # E: name-defined
+unknown_kind: Placed[Tensor, TP[Q]]  # E: name-defined
+Alias = Placed[Tensor, TP[V], TP[V]]  # E: placement-annotation
+
+
+def signature(x: Placed[str, TP[V]]) -> Placed[None, TP[V]]:  # E: placement-annotation
+    print(x)
