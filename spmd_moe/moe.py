@@ -63,7 +63,7 @@ class MoEConfig:
 class MoEOutput:
     """The tokens, the sums that losses are made of, and how this rank's tokens chose."""
 
-    hidden: Tensor
+    hidden: Tensor  # spmd: allow unknown - placed as the boundary is
     losses: LossTerms | None
     counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
     dropped: TokenSums  # int64: choices of no expert, by tokens that are not masked
@@ -106,7 +106,10 @@ class MoE(nn.Module):
         self.weigh_in_combine = config.weigh is Weigh.IN_COMBINE
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, expert_ids: Tensor | None = None
+        self,
+        x: Tensor,  # spmd: allow unknown - the caller's; the boundary makes tokens of it
+        mask: Tensor | None = None,  # spmd: allow unknown - as x
+        expert_ids: Tensor | None = None,  # spmd: allow unknown - as x
     ) -> MoEOutput:
         """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
         self._check(x, mask, expert_ids)
@@ -133,9 +136,11 @@ class MoE(nn.Module):
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
         everywhere = [self.mesh[role] for role in DENSE]
+        # spmd: allow unknown - which axes is data
         counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, routing.dropped))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
+    # spmd: allow unknown - the caller's
     def _loss_terms(
         self, x: Tensor, frame: Frame, routing: Routing, mask_T: Tokens | None
     ) -> LossTerms | None:
@@ -149,8 +154,9 @@ class MoE(nn.Module):
             groups, sequence = rows_BL.shape[0], rows_BL.cumsum(0).flatten() - 1
             group_T = self.boundary.own_rows(sequence, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
-        return reduce_on_tp(terms, self.mesh[TP]) if self.boundary.whole else terms
+        return reduce_on_tp(terms, self.mesh) if self.boundary.whole else terms
 
+    # spmd: allow unknown - the caller's
     def _check(self, x: Tensor, mask: Tensor | None, expert_ids: Tensor | None) -> None:
         """Refuse what does not fit, before any communication; every rank sees the same."""
         weight, lead = self.router.weight_ED, x.shape[:-1]

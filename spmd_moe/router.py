@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, TypeVar, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from spmd_moe.fault import unset
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.redistribute import redistribute, wide
+
+T = TypeVar("T", bound=Tensor)
 
 ScoreName: TypeAlias = Literal["softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"]
 
@@ -152,7 +154,7 @@ class Router(nn.Module):
     ) -> Routing:
         """Route. Tokens whose mask is False choose no expert; ids that are given are the choice."""
         config = self.config
-        weight_ED = redistribute(
+        weight_ED: Whole = redistribute(
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
@@ -200,11 +202,12 @@ def _weigh(
     return weights_TK if config.scale == 1.0 else weights_TK * config.scale
 
 
-def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+def count(expert_ids_TK: T, num_experts: int) -> T:
     """How many choices fell on each expert; of the kind that the ids have."""
     ids = expert_ids_TK.flatten() + 1  # -1, no expert, is counted first, and dropped
     bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return bins.scatter_add(0, ids, torch.ones_like(ids)).narrow(0, 1, num_experts)
+    counted = bins.scatter_add(0, ids, torch.ones_like(ids)).narrow(0, 1, num_experts)
+    return cast(T, counted)
 
 
 # --- choices ----------------------------------------------------------------------------------
@@ -212,6 +215,7 @@ def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
     """The experts of highest biased score, among the groups of highest biased score."""
+    # spmd: allow bypass - the choice has no gradient; the weight of a choice has
     rank_TE = scores_TE.detach() + bias_E
     if config.groups_kept < config.groups:
         rank_TE = _within_best_groups(rank_TE, config)
@@ -221,7 +225,7 @@ def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
 def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
     """-inf for the experts of every group that a token does not keep."""
     per_group = config.num_experts // config.groups
-    grouped: Tensor = rank_TE.unflatten(1, (config.groups, per_group))
+    grouped: Tokens = rank_TE.unflatten(1, (config.groups, per_group))
     best = grouped.topk(min(config.group_best, per_group), dim=2).values.sum(2)
     kept = best.topk(config.groups_kept, dim=1).indices
     dropped = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
@@ -244,26 +248,26 @@ _TINY = torch.finfo(torch.float32).tiny
 class Score:
     """A way to score: of all logits, of the chosen scores, and as shares that sum to 1."""
 
-    of_logits: Callable[[Tensor], Tensor]
-    of_choice: Callable[[Tensor], Tensor]
-    to_probs: Callable[[Tensor], Tensor]
+    of_logits: Callable[[Tokens], Tokens]
+    of_choice: Callable[[Tokens], Tokens]
+    to_probs: Callable[[Tokens], Tokens]
     of_none: float = 0.0  # stands in for the score of a choice of no expert
 
 
-def _softmax(x: Tensor) -> Tensor:
+def _softmax(x: Tokens) -> Tokens:
     return F.softmax(x, 1)
 
 
-def _same(x: Tensor) -> Tensor:
+def _same(x: Tokens) -> Tokens:
     return x
 
 
-def _shares(x: Tensor) -> Tensor:
-    total: Tensor = x.sum(1, keepdim=True).clamp(min=_TINY)
+def _shares(x: Tokens) -> Tokens:
+    total: Tokens = x.sum(1, keepdim=True).clamp(min=_TINY)
     return x / total
 
 
-def _sqrt_softplus(x: Tensor) -> Tensor:
+def _sqrt_softplus(x: Tokens) -> Tokens:
     return torch.sqrt(F.softplus(x).clamp(min=_TINY))  # the root of 0 has no slope
 
 
@@ -291,6 +295,7 @@ class _Jitter:
     def __call__(self, x_TD: Tokens) -> Tokens:
         if not self.amount:
             return x_TD
+        # spmd: allow unknown - a seed, whatever the ranks' generators are at
         seed = int(torch.randint(2**62, ())) + self.stream
         noise = torch.empty_like(x_TD).uniform_(
             1 - self.amount,

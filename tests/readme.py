@@ -16,6 +16,7 @@ from pathlib import Path
 
 from spmd_moe import SpmdMoeError
 from spmd_moe.redistribute import moves_table
+from spmd_moe.static.codes import codes_table
 from tests.simulate import leave_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,7 @@ def file_tree() -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-GENERATED = {"moves": moves_table, "files": file_tree}
+GENERATED = {"moves": moves_table, "codes": codes_table, "files": file_tree}
 
 
 def generated(text: str) -> str:

@@ -13,7 +13,7 @@ the answer, for which it waits; where all slots have experts, it waits for the d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from spmd_types import register_local_autograd_function
@@ -121,12 +121,13 @@ class AllToAll:
 
 def pack(x_ND: Tokens, scores_N: Tokens) -> Tokens:
     """Rows with the bits of their weights behind them."""
-    return cast(Tensor, _Pack.apply(x_ND, scores_N))  # type: ignore[no-untyped-call]  # torch
+    packed: Tokens = _Pack.apply(x_ND, scores_N)  # type: ignore[no-untyped-call]  # torch
+    return packed
 
 
 def unpack(packed: Rows, width: int, dtype: torch.dtype) -> tuple[Rows, Rows]:
-    parts = _Unpack.apply(packed, width, dtype)  # type: ignore[no-untyped-call]  # torch
-    return cast(tuple[Tensor, Tensor], parts)
+    parts: tuple[Rows, Rows] = _Unpack.apply(packed, width, dtype)  # type: ignore[no-untyped-call]  # torch
+    return parts
 
 
 @register_local_autograd_function
