@@ -61,15 +61,20 @@ class Boundary:
         """The model around the layer computes the same on every rank of tp."""
         return self.src != INSIDE
 
+    # What the caller holds on tp is a setting, so no signature can say it.
+
+    # spmd: allow unknown - the caller's
     def enter(self, x: Tensor) -> tuple[Tokens, Frame]:
         x_TD = x.flatten(0, -2) if x.ndim > 2 else x
         frame = Frame(tuple(x.shape[:-1]), self._shape(x_TD))
         return self.own_rows(x_TD, frame), frame
 
+    # spmd: allow unknown - the caller's
     def own_rows(self, x: Tensor, frame: Frame) -> Tokens:
         """This rank's rows of something that has a row for each of the caller's tokens."""
         return redistribute(x, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
 
+    # spmd: allow unknown - the caller's
     def leave(self, y_TD: Tokens, frame: Frame) -> Tensor:
         y = redistribute(
             y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=wide(y_TD)
@@ -77,6 +82,7 @@ class Boundary:
         same_rows = self.whole == (self.dst != INSIDE)
         return y.view(*frame.lead, y.shape[-1]) if same_rows else y
 
+    # spmd: allow unknown - the caller's
     def _shape(self, x_TD: Tensor) -> ShardShape | None:
         if self.whole:
             return ShardShape.even(x_TD.shape[0], self.tp.size)

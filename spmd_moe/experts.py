@@ -43,6 +43,7 @@ from spmd_moe.placement import (
     GatheredRows,
     I,
     P,
+    Rows,
     RowSums,
 )
 from spmd_moe.redistribute import redistribute
@@ -130,18 +131,21 @@ class Experts(nn.Module):
         # Not chosen in the constructor: weights may still move or be cast (meta device, FSDP).
         matmul = self.matmul or choose_matmul(w1_eFD.dtype, x_RD.device, w1_eFD.shape[1:], padded)
         activation, exact = self.activation, not padded
-        y_RD = experts_ffn(
+        part_RD: Rows = experts_ffn(
             x_RD, counts_e, w, scores_R, gather, activation, matmul, self.keep, exact
         )
-        y_RD = declare_sum(y_RD, self.etp.group)  # each rank of etp has summed over its slice
+        y_RD = declare_sum(part_RD, self.etp.group)  # each rank of etp has summed over its slice
         if self.b2_eD is None:
             return y_RD
         # Added by one rank of etp: a sum over etp would add it once for each.
         b2_eD = redistribute(self.b2_eD, self.etp, src=I, dst=P)
-        return y_RD + _per_row(counts_e, y_RD.shape[0], scores_R, b2_eD.dtype) @ b2_eD
+        one_Re = _per_row(counts_e, y_RD.shape[0], scores_R, b2_eD.dtype)
+        return y_RD + one_Re @ b2_eD
 
 
-def _per_row(counts_e: Tensor, rows: int, scores_R: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _per_row(
+    counts_e: GatheredRows, rows: int, scores_R: GatheredRows | None, dtype: torch.dtype
+) -> GatheredRows:
     """`[R, e]`: 1, or the row's score, in the column of the row's expert."""
     experts = torch.arange(counts_e.shape[0], device=counts_e.device)
     row_R = torch.arange(rows, device=counts_e.device)
@@ -165,6 +169,7 @@ def _share(what: str, total: int, axis: Axis) -> int:
     )
 
 
+# spmd: allow unknown - a kernel: the same for rows of whatever kind
 def experts_ffn(
     x_RD: Tensor,
     counts_e: Tensor,
@@ -191,6 +196,7 @@ def experts_ffn(
     return _forward(recipe, Call(x_RD, scores_R, w, activation), counts_e, keep=False)[0]
 
 
+# spmd: allow unknown - a kernel: the same for rows of whatever kind
 def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
     if x_RD.dtype is not w1_eFD.dtype:
         raise DtypeError(
@@ -203,6 +209,7 @@ def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
         )
 
 
+# spmd: allow unknown - a kernel: the same for rows of whatever kind
 def _forward(
     recipe: Recipe, call: Call, counts_e: Tensor, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
@@ -214,6 +221,7 @@ def _forward(
     return y_RD if recipe.exact else block.zero_past_the_end(y_RD), hid if keep else None
 
 
+# spmd: allow unknown - a kernel: the same for rows of whatever kind
 def _backward(
     recipe: Recipe, call: Call, counts_e: Tensor, dy_RD: Tensor, kept: Hidden | None, needs: Needs
 ) -> tuple[Tensor | None, ...]:

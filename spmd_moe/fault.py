@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spmd_moe.collectives import host_ints
 from spmd_moe.errors import RoutingError, explain
@@ -31,7 +31,7 @@ def unset(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, torch.nan))
 
 
-def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tensor:
+def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
     """0 where all is well: an int64 that stays on the device."""
     total = logits_TE.detach().sum()  # spmd: allow detach - a mark has no gradient
     found = (total - total).ne(0).to(torch.int64)  # only NaN and infinity less themselves are not 0

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoEOutput
@@ -36,6 +35,7 @@ class Load:
 
 
 @torch.no_grad()
+# spmd: allow bypass - counts have no gradient
 def expert_load(output: MoEOutput, mesh: MoEMesh) -> Load:
     """The load of one forward over all ranks. Every rank must call it."""
     sums = torch.cat([output.counts_E, output.dropped.view(1)])
@@ -47,8 +47,9 @@ def expert_load(output: MoEOutput, mesh: MoEMesh) -> Load:
     return Load(counts_E, share_E.max() * experts, _entropy(share_E), sums.select(0, experts))
 
 
-def _entropy(share_E: Whole) -> Tensor:
+def _entropy(share_E: Whole) -> Whole:
     """From 0 to 1; of one expert alone, and of no choices at all, 0."""
     most = torch.log(torch.full_like(share_E.select(0, 0), max(share_E.shape[0], 2)))
-    summed: Tensor = torch.special.entr(share_E).sum()
+    # spmd: allow unknown - torch does not type it
+    summed: Whole = torch.special.entr(share_E).sum()
     return summed / most

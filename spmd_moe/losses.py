@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast, final
+from typing import Any, TypeAlias, final
 
 import torch
 from spmd_types import rules
@@ -27,7 +27,7 @@ from torch.export import register_dataclass
 from spmd_moe.collectives import declare_sum
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import Axis, MoEMesh
-from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens
+from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens, TokenSums, Whole
 from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Router, Routing, count
 from spmd_moe.settings import a_thing, instance
@@ -123,21 +123,22 @@ def loss_terms(
     )
 
 
-def reduce_on_tp(terms: LossTerms, tp: Axis) -> LossTerms:
+def reduce_on_tp(terms: LossTerms, mesh: MoEMesh) -> LossTerms:
     """P to I on tp, for a model that computes the same on every rank of tp."""
     return LossTerms(
-        _whole(terms.prob_sums_BE, tp),
-        _whole(terms.counts_BE, tp),
-        _whole(terms.tokens_B, tp),
-        _whole(terms.z_sum, tp),
+        _whole(terms.prob_sums_BE, mesh),
+        _whole(terms.counts_BE, mesh),
+        _whole(terms.tokens_B, mesh),
+        _whole(terms.z_sum, mesh),
         terms.by_sequence,
         whole_on_tp=True,
     )
 
 
-def _whole(x: GroupSums, tp: Axis) -> Tensor:
+def _whole(x: Placed[Tensor, CP[P], TP[P]], mesh: MoEMesh) -> Placed[Tensor, CP[P], TP[I]]:
     # Waited for here: of losses that nobody uses, the results would be kept for ever.
-    return redistribute(x, tp, src=P, dst=I).clone()
+    whole: Placed[Tensor, TP[I]] = redistribute(x, mesh[TP], src=P, dst=I)
+    return whole.clone()
 
 
 def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
@@ -146,12 +147,13 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
     over_tp = [] if terms.whole_on_tp else [mesh[TP]]
     token_axes = [mesh[CP], *over_tp]
     sequence_axes = token_axes if terms.by_sequence else [mesh[DP], *token_axes]
-    tokens_B = _summed(terms.tokens_B, sequence_axes)
-    tokens, groups = tokens_B.sum(), torch.ones_like(tokens_B).sum()
+    tokens_B: GroupTotals = _summed(terms.tokens_B, sequence_axes)
+    tokens: GroupTotals = tokens_B.sum()
+    groups: GroupTotals = torch.ones_like(tokens_B).sum()
     if terms.by_sequence:
         tokens = _summed(declare_sum(tokens, mesh[DP].group), [mesh[DP]])
         groups = _summed(declare_sum(groups, mesh[DP].group), [mesh[DP]])
-    counts_BE = _summed(terms.counts_BE, sequence_axes)
+    counts_BE: GroupTotals = _summed(terms.counts_BE, sequence_axes)
     return Totals(counts_BE, tokens_B, tokens, groups, terms.by_sequence)
 
 
@@ -174,6 +176,7 @@ def z_loss(terms: LossTerms, total: Totals) -> Sums:
     return terms.z_sum / total.tokens.clamp(min=1)
 
 
+# spmd: allow unknown - which axes is data
 def declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sums over this rank's tokens as parts of sums over the tokens of all ranks."""
     for axis in axes:
@@ -181,6 +184,7 @@ def declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     return x.clone()  # a declaration is a view, and of views in a module's output FSDP warns
 
 
+# spmd: allow unknown - which axes is data
 def _summed(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         x = redistribute(x, axis, src=P, dst=R)
@@ -220,13 +224,14 @@ class _CountInBackward(torch.autograd.Function):
         return rules.einsum("...->...", x)
 
 
-def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: Tensor) -> Tokens:
+def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: TokenSums) -> Tokens:
     """`x_TD`, whose backward adds `counts_E` to the counter `seen_E`, once for each step."""
-    counted = _CountInBackward.apply(x_TD, counts_E, seen_E)  # type: ignore[no-untyped-call]  # torch
-    return cast(Tensor, counted)
+    counted: Tokens = _CountInBackward.apply(x_TD, counts_E, seen_E)  # type: ignore[no-untyped-call]  # torch
+    return counted
 
 
 @torch.no_grad()
+# spmd: allow bypass - counts have no gradient
 def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float) -> None:
     """After each optimizer step: a push towards the experts that were chosen too seldom.
 
@@ -235,8 +240,9 @@ def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float)
     routers = _routers(routers)
     if not routers:
         return
-    seen_LE = torch.stack([router.seen_E for router in routers])
-    seen_LE = _summed(seen_LE, [mesh[role] for role in DENSE]).to(torch.float64)
+    counted_LE: TokenSums = torch.stack([router.seen_E for router in routers])
+    summed_LE: Whole = _summed(counted_LE, [mesh[role] for role in DENSE])
+    seen_LE = summed_LE.to(torch.float64)
     push_LE = rate * torch.sign(seen_LE.mean(1, keepdim=True) - seen_LE)
     for router, push_E in zip(routers, push_LE, strict=True):
         router.bias_E += push_E.to(router.bias_E.dtype)

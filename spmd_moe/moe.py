@@ -89,6 +89,7 @@ class MoEConfig:
 class MoEOutput:
     """The tokens, the sums that losses are made of, and how this rank's tokens chose."""
 
+    # spmd: allow unknown - placed as the boundary is
     hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
     losses: LossTerms | None  # None where MoEConfig.balance is None
     counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
@@ -152,7 +153,10 @@ class MoE(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, expert_ids: Tensor | None = None
+        self,
+        x: Tensor,  # spmd: allow unknown - the caller's; the boundary makes tokens of it
+        mask: Tensor | None = None,  # spmd: allow unknown - as x
+        expert_ids: Tensor | None = None,  # spmd: allow unknown - as x
     ) -> MoEOutput:
         """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
         check_inputs(x, mask, expert_ids, self.config.width, self.router, self.experts)
@@ -185,9 +189,11 @@ class MoE(nn.Module):
         lost = routing.dropped
         if arrived.dropped is not None:
             lost = lost + arrived.dropped
+        # spmd: allow unknown - which axes is data
         counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
+    # spmd: allow unknown - the caller's
     def _loss_terms(
         self, x: Tensor, frame: Frame, routing: Routing, mask_T: Tokens | None
     ) -> LossTerms | None:
@@ -201,4 +207,4 @@ class MoE(nn.Module):
             groups, sequence = rows_BL.shape[0], rows_BL.cumsum(0).flatten() - 1
             group_T = self.boundary.own_rows(sequence, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
-        return reduce_on_tp(terms, self.mesh[TP]) if self.boundary.whole else terms
+        return reduce_on_tp(terms, self.mesh) if self.boundary.whole else terms

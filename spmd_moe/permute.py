@@ -16,7 +16,7 @@ Sorting is stable, so rows of one expert stand in the order of their tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, TypeVar, cast, final
 
 import torch
 import torch.nn.functional as fn
@@ -24,13 +24,18 @@ from spmd_types import rules
 from torch import Tensor
 
 from spmd_moe.collectives import host_ints
-from spmd_moe.placement import Tokens
+from spmd_moe.placement import GatheredRows, Tokens
+
+T = TypeVar("T", bound=Tensor)  # of whatever kind, and of that kind again
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Where every chosen slot goes when slots are sorted by expert, and where it came from."""
+    """Where every chosen slot goes when slots are sorted by expert, and where it came from.
+
+    Placed as the ids are that it was made of.
+    """
 
     slot_N: Tensor  # the slot of each row
     token_N: Tensor  # the token of each row
@@ -41,8 +46,10 @@ class Slots:
 class Gather(NamedTuple):
     """Rows as places in a tensor of tokens: then the tokens are kept, not their K copies."""
 
-    token_R: Tensor  # row r is a copy of token `token_R[r]`
-    row_TK: Tensor  # the rows of each token, which are all rows: the way back, without atomics
+    token_R: GatheredRows  # row r is a copy of token `token_R[r]`
+    row_TK: (
+        GatheredRows  # the rows of each token, which are all rows: the way back, without atomics
+    )
 
 
 def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
@@ -58,7 +65,7 @@ def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
     return Slots(slot_N, slot_N // k, row.view_as(expert_ids_TK), complete)
 
 
-def expert_major(counts_Se: Tensor, rows: int) -> Tensor:
+def expert_major(counts_Se: GatheredRows, rows: int) -> GatheredRows:
     """The order that takes rows from rank-major to expert-major.
 
     Rows arrive rank by rank, and from each rank expert by expert: with counts [[2, 1], [1, 1]],
@@ -73,11 +80,10 @@ def expert_major(counts_Se: Tensor, rows: int) -> Tensor:
     )
 
 
-def inverse(order_R: Tensor) -> Tensor:
+def inverse(order_R: T) -> T:
     """The permutation that undoes `order_R`."""
-    return torch.empty_like(order_R).scatter_(
-        0, order_R, torch.arange(order_R.shape[0], device=order_R.device)
-    )
+    places = torch.arange(order_R.shape[0], device=order_R.device)
+    return cast(T, torch.empty_like(order_R).scatter_(0, order_R, places))
 
 
 # --- rows moved by an index -------------------------------------------------------------------
@@ -199,11 +205,11 @@ class _Place(torch.autograd.Function):
         return _typed(x, index)
 
 
-def spread(x_TD: Tensor, slots: Slots) -> Tensor:
+def spread(x_TD: T, slots: Slots) -> T:
     """The rows: each token once for every expert that it chose, sorted by expert."""
     if not torch.is_grad_enabled():  # no backward: nothing to set up, nothing to keep
-        return x_TD.index_select(0, slots.token_N)
-    return _call(_Spread, x_TD, slots.token_N, slots.row_TK, slots.complete)
+        return cast(T, x_TD.index_select(0, slots.token_N))
+    return cast(T, _Spread.apply(x_TD, slots.token_N, slots.row_TK, slots.complete))  # type: ignore[no-untyped-call]  # torch
 
 
 def fold(x_ND: Tokens, slots: Slots) -> Tokens:
@@ -213,32 +219,32 @@ def fold(x_ND: Tokens, slots: Slots) -> Tokens:
     return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.complete)
 
 
-def take_scores(scores_TK: Tensor, slots: Slots) -> Tensor:
+def take_scores(scores_TK: T, slots: Slots) -> T:
     """The weight of each row."""
-    return scores_TK.flatten().index_select(0, slots.slot_N)
+    return cast(T, scores_TK.flatten().index_select(0, slots.slot_N))
 
 
-def to_slots(x_ND: Tensor, slots: Slots) -> Tensor:
+def to_slots(x_ND: T, slots: Slots) -> T:
     """Every slot's row, [T*K, D]: zeros where a slot has none."""
-    return _call(_ToSlots, x_ND, slots.slot_N, slots.row_TK)
+    return cast(T, _ToSlots.apply(x_ND, slots.slot_N, slots.row_TK))  # type: ignore[no-untyped-call]  # torch
 
 
-def from_slots(x: Tensor, slots: Slots) -> Tensor:
+def from_slots(x: T, slots: Slots) -> T:
     """The rows of those slots that have one; the inverse of `to_slots`."""
-    return _call(_FromSlots, x, slots.slot_N, slots.row_TK)
+    return cast(T, _FromSlots.apply(x, slots.slot_N, slots.row_TK))  # type: ignore[no-untyped-call]  # torch
 
 
-def reorder(x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
+def reorder(x_RD: T, order_R: Tensor, back_R: Tensor) -> T:
     """Rows of `x_RD`, of whatever kind, in `order_R`, whose inverse is `back_R`."""
-    return _call(_Reorder, x_RD, order_R, back_R)
+    return cast(T, _Reorder.apply(x_RD, order_R, back_R))  # type: ignore[no-untyped-call]  # torch
 
 
-def place(x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+def place(x: T, index: Tensor, back: Tensor) -> T:
     """Rows by an index; zeros where it points past the last one. `back` is where each row went,
     past the end for one that went nowhere: the index of backward."""
     if not torch.is_grad_enabled():
-        return _placed(x, index)
-    return _call(_Place, x, index, back)
+        return cast(T, _placed(x, index))
+    return cast(T, _call(_Place, x, index, back))
 
 
 def _placed(x: Tensor, index: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ A *placement* gives one kind to each of some roles, and `Placed[Tensor, DP[V], T
 into a signature, where checkers read it and the interpreter does not.
 """
 
-# Without our plugin, mypy sees that `Placed` is defined more than once; with it, it is not.
-# mypy: disable-error-code="no-redef"
+# Mypy sees that `Placed` is defined twice, without our plugin, and with it, that one definition is
+# below a condition that is never true. Both are meant.
+# mypy: disable-error-code="no-redef, unreachable"
 
 from __future__ import annotations
 
@@ -40,19 +41,16 @@ _WITH_PLUGIN = False  # in mypy's eyes our plugin makes it True
 
 if TYPE_CHECKING:
     # To a checker without our plugin `Placed[Tensor, ...]` is a Tensor and nothing else, and `S[0]`
-    # is an expression like `S(0)`: correct code raises no false alarm. Of definitions that may all
-    # be reached, mypy takes the first and pyright the last.
+    # is an expression like `S(0)`: correct code raises no false alarm. Of two definitions mypy
+    # binds the first that the plugin has not ruled out, and pyright never sees the second.
     if not _WITH_PLUGIN:
         from typing import Annotated as Placed
-    else:
+    elif False:
 
         class _Subscripted(type):
             def __getitem__(cls, items: object) -> object: ...
 
         class Placed(metaclass=_Subscripted): ...
-
-    if not _WITH_PLUGIN:
-        from typing import Annotated as Placed
 
     class _ShardKind:
         def __call__(self, dim: int) -> Shard: ...
@@ -210,6 +208,7 @@ RouterWeight: TypeAlias = Placed[Tensor, DP[R], CP[R], TP[I]]
 SharedWeight: TypeAlias = Placed[Tensor, DP[R], CP[R], TP[I]]
 HiddenInWeight: TypeAlias = Placed[Tensor, DP[R], CP[R], TP[S[0]]]
 HiddenOutWeight: TypeAlias = Placed[Tensor, DP[R], CP[R], TP[S[1]]]
+GatheredTokens: TypeAlias = Placed[Tensor, DP[V], CP[V], TP[R]]
 # Expert: every rank has the rows that chose its experts.
 Rows: TypeAlias = Placed[Tensor, EDP[V], EP[V], ETP[V]]
 GatheredRows: TypeAlias = Placed[Tensor, EDP[V], EP[V], ETP[R]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, final
+from typing import Literal, TypeAlias, TypeVar, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums,
 from spmd_moe.ranks import drawn_number
 from spmd_moe.redistribute import redistribute, wide
 from spmd_moe.settings import whole_numbers
+
+T = TypeVar("T", bound=Tensor)
 
 ScoreName: TypeAlias = Literal["softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"]
 
@@ -153,7 +155,7 @@ class Router(nn.Module):
     ) -> Routing:
         """Route. Tokens whose mask is False choose no expert; ids that are given are the choice."""
         config = self.config
-        weight_ED = redistribute(
+        weight_ED: Whole = redistribute(
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
@@ -207,11 +209,12 @@ def _weigh(
     return weights_TK if config.scale == 1.0 else weights_TK * config.scale
 
 
-def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+def count(expert_ids_TK: T, num_experts: int) -> T:
     """How many choices fell on each expert; of the kind that the ids have."""
     ids = expert_ids_TK.flatten() + 1  # -1, no expert, is counted first, and dropped
     bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return bins.scatter_add(0, ids, torch.ones_like(ids)).narrow(0, 1, num_experts)
+    counted = bins.scatter_add(0, ids, torch.ones_like(ids)).narrow(0, 1, num_experts)
+    return cast(T, counted)
 
 
 # --- choices ----------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def count(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
     """The experts of highest biased score, among the groups of highest biased score."""
-    # spmd: allow detach - a choice has no gradient; weights come from the live scores
+    # spmd: allow detach, bypass - a choice has no gradient; weights come from the live scores
     rank_TE = scores_TE.detach() + bias_E
     if config.groups_kept < config.groups:
         rank_TE = _within_best_groups(rank_TE, config)
@@ -229,7 +232,7 @@ def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
 def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
     """-inf for the experts of every group that a token does not keep."""
     per_group = config.num_experts // config.groups
-    grouped: Tensor = rank_TE.unflatten(1, (config.groups, per_group))
+    grouped: Tokens = rank_TE.unflatten(1, (config.groups, per_group))
     best = grouped.topk(min(config.group_best, per_group), dim=2).values.sum(2)
     kept = best.topk(config.groups_kept, dim=1).indices
     dropped = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
@@ -253,26 +256,26 @@ _TINY = torch.finfo(torch.float32).tiny
 class Score:
     """A way to score: of all logits, of the chosen scores, and as shares that sum to 1."""
 
-    of_logits: Callable[[Tensor], Tensor]
-    of_choice: Callable[[Tensor], Tensor]
-    to_probs: Callable[[Tensor], Tensor]
+    of_logits: Callable[[Tokens], Tokens]
+    of_choice: Callable[[Tokens], Tokens]
+    to_probs: Callable[[Tokens], Tokens]
     of_none: float = 0.0  # stands in for the score of a choice of no expert
 
 
-def _softmax(x: Tensor) -> Tensor:
+def _softmax(x: Tokens) -> Tokens:
     return F.softmax(x, 1)
 
 
-def _same(x: Tensor) -> Tensor:
+def _same(x: Tokens) -> Tokens:
     return x
 
 
-def _shares(x: Tensor) -> Tensor:
-    total: Tensor = x.sum(1, keepdim=True).clamp(min=_TINY)
+def _shares(x: Tokens) -> Tokens:
+    total: Tokens = x.sum(1, keepdim=True).clamp(min=_TINY)
     return x / total
 
 
-def _sqrt_softplus(x: Tensor) -> Tensor:
+def _sqrt_softplus(x: Tokens) -> Tokens:
     return torch.sqrt(F.softplus(x).clamp(min=_TINY))  # the root of 0 has no slope
 
 

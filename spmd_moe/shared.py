@@ -13,7 +13,7 @@ from typing import final
 
 import torch
 import torch.nn.functional as fn
-from torch import Tensor, nn
+from torch import nn
 
 from spmd_moe.activation import Activation
 from spmd_moe.collectives import declare_sum
@@ -22,6 +22,7 @@ from spmd_moe.fault import unset
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import (
     TP,
+    GatheredTokens,
     HiddenInWeight,
     HiddenOutWeight,
     I,
@@ -30,6 +31,7 @@ from spmd_moe.placement import (
     S,
     SharedWeight,
     Tokens,
+    Whole,
 )
 from spmd_moe.redistribute import redistribute, wide
 from spmd_moe.shard import ShardShape
@@ -57,10 +59,11 @@ class ReplicatedShared(nn.Module):
     def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
         gate_TF = fn.linear(x_TD, self._whole(self.w1_FD))
         up_TF = None if self.w3_FD is None else fn.linear(x_TD, self._whole(self.w3_FD))
-        y_TD = fn.linear(self.activation.forward(gate_TF, up_TF), self._whole(self.w2_DF))
+        h_TF: Tokens = self.activation.forward(gate_TF, up_TF)
+        y_TD = fn.linear(h_TF, self._whole(self.w2_DF))
         return _gate(y_TD, x_TD, self.gate_1D, self.tp)
 
-    def _whole(self, weight: SharedWeight) -> Tensor:
+    def _whole(self, weight: SharedWeight) -> Whole:
         return redistribute(weight, self.tp, src=I, dst=R, grad_dtype=wide(weight))
 
 
@@ -96,10 +99,13 @@ class ShardedShared(nn.Module):
         self.gate_1D = unset(1, width) if gated else None
 
     def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
-        all_TD = redistribute(x_TD, self.tp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x_TD))
+        all_TD: GatheredTokens = redistribute(
+            x_TD, self.tp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x_TD)
+        )
         gate_Tf = fn.linear(all_TD, self.w1_fD)
         up_Tf = None if self.w3_fD is None else fn.linear(all_TD, self.w3_fD)
-        part_TD = fn.linear(self.activation.forward(gate_Tf, up_Tf), self.w2_Df)
+        h_Tf: Tokens = self.activation.forward(gate_Tf, up_Tf)
+        part_TD = fn.linear(h_Tf, self.w2_Df)
         part_TD = declare_sum(part_TD, self.tp.group)  # each rank has summed over its hidden share
         y_TD = redistribute(part_TD, self.tp, src=P, dst=S(0), shape=shape, dtype=wide(part_TD))
         return _gate(y_TD, x_TD, self.gate_1D, self.tp)
@@ -109,5 +115,5 @@ def _gate(y_TD: Tokens, x_TD: Tokens, gate_1D: SharedWeight | None, tp: Axis) ->
     """Let each token say how much of it comes through."""
     if gate_1D is None:
         return y_TD
-    gate_1D = redistribute(gate_1D, tp, src=I, dst=R, grad_dtype=wide(gate_1D))
-    return y_TD * torch.sigmoid(fn.linear(x_TD, gate_1D))
+    whole_1D: Whole = redistribute(gate_1D, tp, src=I, dst=R, grad_dtype=wide(gate_1D))
+    return y_TD * torch.sigmoid(fn.linear(x_TD, whole_1D))

@@ -17,6 +17,7 @@ from pathlib import Path
 from spmd_moe import SpmdMoeError
 from spmd_moe.check.finding import RULES
 from spmd_moe.redistribute import moves_table
+from spmd_moe.static.codes import codes_table
 from tests.simulate import leave_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def rules_table() -> str:
     return "\n".join([*lines, *(f"| {name} | {text} |" for name, text in RULES.items())])
 
 
-GENERATED = {"moves": moves_table, "rules": rules_table, "files": file_tree}
+GENERATED = {"moves": moves_table, "rules": rules_table, "codes": codes_table, "files": file_tree}
 
 
 def generated(text: str) -> str:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from spmd_moe import fault
 from spmd_moe.collectives import declare_sum, host_ints
 from spmd_moe.dispatch.protocol import Arrived
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, from_slots, sort_by_expert, spread, take_scores, to_slots
-from spmd_moe.placement import EP, ETP, AllTokens, P, R, Rows, RowSums, S, Tokens
+from spmd_moe.placement import EP, ETP, AllTokens, P, Placed, R, Rows, RowSums, S, Tokens
 from spmd_moe.redistribute import redistribute, wide
 from spmd_moe.router import Routing, count
 from spmd_moe.shard import ShardShape
@@ -41,7 +42,7 @@ class AllGather:
     """The dispatcher that moves every token to every rank of ep and etp."""
 
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
-        self.axes = [mesh[ETP], mesh[EP]]
+        self.axes, self.ep = [mesh[role] for role in (ETP, EP)], mesh[EP]
         self.num_experts = num_experts
 
     def dispatch(
@@ -54,11 +55,14 @@ class AllGather:
     ) -> tuple[Arrived, Gathered]:
         shapes = self._count(expert_ids_tK, marked)
         ids_TK, all_E = self._gather(expert_ids_tK, shapes), torch.arange(self.num_experts)
-        own_e = redistribute(all_E.to(ids_TK.device), self.axes[1], src=R, dst=S(0))
+        own_e: Placed[Tensor, EP[S[0]]] = redistribute(
+            all_E.to(ids_TK.device), self.ep, src=R, dst=S(0)
+        )
         local_TK = ids_TK - own_e.select(0, 0)
         elsewhere_TK = (local_TK < 0) | (local_TK >= own_e.shape[0])
         local_TK = torch.where(elsewhere_TK, -1, local_TK)
         here = sort_by_expert(local_TK, complete=False)
+        # spmd: allow argument - taken by places that are each rank's own, what is whole becomes V
         arrived = Arrived(
             spread(self._gather(x_tD, shapes), here),
             None if scores_tK is None else take_scores(self._gather(scores_tK, shapes), here),
@@ -67,10 +71,8 @@ class AllGather:
         return arrived, Gathered(shapes, here, own)
 
     def collect(self, y_RD: RowSums, state: Gathered) -> Tokens:
-        y = declare_sum(
-            to_slots(y_RD, state.here), self.axes[1].group
-        )  # each slot's row is on one rank
-        choices = state.own.row_TK.shape[1]
+        y = declare_sum(to_slots(y_RD, state.here), self.ep.group)  # each slot's row is on one rank
+        choices = state.own.row_TK.shape[1]  # spmd: allow unknown - only its shape is read
         for axis, shape in reversed(list(zip(self.axes, state.shapes, strict=True))):
             slots = ShardShape.ragged([tokens * choices for tokens in shape.sizes])
             y = redistribute(y, axis, src=P, dst=S(0), shape=slots, dtype=wide(y))
@@ -86,12 +88,16 @@ class AllGather:
             ints = host_ints(per_rank.t().flatten())
             rows, marks = ints[: axis.size], ints[axis.size :]
             shapes.append(ShardShape.ragged(rows))
+            # spmd: allow branch - with each round it is whole on one more axis
             told = per_rank.sum(0, keepdim=True)
         etp, ep = self.axes  # of etp only the sum is left
         fault.check(marks, [ep], etp.size * ep.size, self.num_experts)
         return shapes
 
     def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:
+        gathered = x
         for axis, shape in zip(self.axes, shapes, strict=True):
-            x = redistribute(x, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))
-        return x  # spmd: allow return - it was gathered on every axis
+            gathered = redistribute(
+                gathered, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x)
+            )
+        return gathered

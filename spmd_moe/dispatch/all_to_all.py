@@ -13,7 +13,7 @@ the answer, for which it waits; where all slots have experts, it waits for the d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from spmd_types import register_local_autograd_function
@@ -92,8 +92,8 @@ class AllToAll:
         from_all = redistribute(got, self.etp, src=S(0), dst=R)
         counts_Se, marks_S1 = from_all.narrow(1, 0, e), from_all.narrow(1, e, 1)
         sent_S, got_S = sent.narrow(1, 0, e).sum(1), got.narrow(1, 0, e).sum(1)
-        told = [marks_S1.flatten(), sent_S, got_S, counts_Se.sum(1)]
-        ints, all_ranks = host_ints(torch.cat(told)), from_all.shape[0]
+        told_S = torch.cat([marks_S1.flatten(), sent_S, got_S, counts_Se.sum(1)])
+        ints, all_ranks = host_ints(told_S), from_all.shape[0]
         marks, rows = ints[:all_ranks], ints[all_ranks:]
         fault.check(marks, (self.etp, self.ep), all_ranks, self.num_experts)
         sends, receives, *by_peer = (rows[i : i + ranks] for i in range(0, len(rows), ranks))
@@ -123,12 +123,13 @@ class AllToAll:
 
 def pack(x_ND: Tokens, scores_N: Tokens) -> Tokens:
     """Rows with the bits of their weights behind them."""
-    return cast(Tensor, _Pack.apply(x_ND, scores_N))  # type: ignore[no-untyped-call]  # torch
+    packed: Tokens = _Pack.apply(x_ND, scores_N)  # type: ignore[no-untyped-call]  # torch
+    return packed
 
 
 def unpack(packed: Rows, width: int, dtype: torch.dtype) -> tuple[Rows, Rows]:
-    parts = _Unpack.apply(packed, width, dtype)  # type: ignore[no-untyped-call]  # torch
-    return cast(tuple[Tensor, Tensor], parts)
+    parts: tuple[Rows, Rows] = _Unpack.apply(packed, width, dtype)  # type: ignore[no-untyped-call]  # torch
+    return parts
 
 
 @register_local_autograd_function

@@ -71,6 +71,7 @@ class FixedCapacity:
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, InBuffers]:
         counts_Se = routing.counts_E.view(self.ep.size, self.num_local)
+        # spmd: allow unknown - its length
         row_B, place_N = self._fill(counts_Se, slots.slot_N.shape[0])
         sent_Se = self._with_room(counts_Se)
         dropped = counts_Se.sum() - sent_Se.sum()

@@ -19,13 +19,16 @@ from mypy.types import (
 )
 
 from spmd_moe.static.codes import CODES
-from spmd_moe.static.kinds import subscript
-from spmd_moe.static.types import declare, is_tensor_class, place
+from spmd_moe.static.kinds import PRESENTATIONS, subscript
+from spmd_moe.static.types import declare, is_tensor_class, kinds_of, place
 
 PLACED = "spmd_moe.placement.Placed"
 ROLE = "spmd_moe.placement.Role"
 KIND_NAMES = {f"spmd_types.types.{name}": name for name in "RIVP"}
 SHARD_NAMES = ("spmd_moe.placement.S", "spmd_types.types.S", "spmd_types.types.Shard")
+ROLE_LISTS = {
+    f"spmd_moe.placement.{n}": p for n, p in zip(("DENSE", "EXPERT"), PRESENTATIONS, strict=True)
+}
 _FORM = "Placed[Tensor, DP[V], TP[S[0]]]"
 
 
@@ -42,7 +45,7 @@ class Annotation:
             return AnyType(TypeOfAny.from_error)
         base, *written = arguments
         t = self.ctx.api.analyze_type(base)
-        kinds: dict[str, str] = {}
+        kinds = dict(kinds_of(t) or {})
         for argument in written:
             self._add(argument, kinds)
         if _is_no_tensor(t):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from mypy.nodes import (
     AssignmentStmt,
     Block,
+    CallExpr,
     Expression,
     FuncDef,
     LambdaExpr,
@@ -47,11 +48,18 @@ def _assigned(
         for target in node.lvalues:
             for variable, t in _targets(target, type_of(node.rvalue)):
                 kinds = kinds_of(t)
-                if variable.is_inferred and kinds:
+                if variable.is_inferred and kinds and not _is_exempt(node, variable):
                     yield variable, kinds, block, node
     for child in children(node):
         if not isinstance(child, FuncDef | LambdaExpr):
             yield from _assigned(child, child if isinstance(child, Block) else block, type_of)
+
+
+def _is_exempt(node: AssignmentStmt, variable: Var) -> bool:
+    """`_`; and what is moved over axes in a loop, by its own name, and is moved in the end."""
+    call = node.rvalue
+    moved = call.args[0] if isinstance(call, CallExpr) and call.args else None
+    return variable.name == "_" or (isinstance(moved, NameExpr) and moved.node is variable)
 
 
 def _targets(target: Expression, value: Type | None) -> Iterator[tuple[Var, Type]]:

@@ -7,12 +7,17 @@ operator as a sign to try the reflected one; so problems are written down and re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mypy.nodes import (
     CallExpr,
     ComparisonExpr,
     Expression,
+    ForStmt,
+    GeneratorExpr,
+    IndexExpr,
     IntExpr,
+    ListComprehension,
     ListExpr,
     MemberExpr,
     NameExpr,
@@ -25,10 +30,10 @@ from mypy.nodes import (
 from mypy.plugin import AttributeContext, FunctionContext, MethodContext
 from mypy.types import Type
 
-from spmd_moe.static.annotations import KIND_NAMES, is_role
+from spmd_moe.static.annotations import KIND_NAMES, ROLE_LISTS, is_role
 from spmd_moe.static.kinds import Kinds
 from spmd_moe.static.messages import Named, Problem, named, operation_problem
-from spmd_moe.static.moves import Call, moved
+from spmd_moe.static.moves import SEVERAL, Call, moved
 from spmd_moe.static.notes import Notes
 from spmd_moe.static.rules import Operand, gradient, infer_operation, table
 from spmd_moe.static.types import (
@@ -43,6 +48,7 @@ from spmd_moe.static.types import (
     with_kind_value,
     with_role,
 )
+from spmd_moe.static.walk import below
 
 Context = FunctionContext | MethodContext
 
@@ -115,6 +121,10 @@ def _operand(
         for item in items:
             yield from _operand(ctx, _type_of(ctx, item), item, position, keyword)
         return
+    if isinstance(expr, ListComprehension | GeneratorExpr):
+        made = expr.generator if isinstance(expr, ListComprehension) else expr
+        checker: Any = ctx.api
+        t = checker.lookup_type(made.left_expr)
     if is_number(t):
         yield Named(Operand(position, None, keyword), named(expr))
         return
@@ -184,8 +194,37 @@ def attribute(ctx: AttributeContext, name: str, notes: Notes) -> Type:
 def axis_of_mesh(ctx: MethodContext, notes: Notes) -> Type:
     """`mesh[TP]`"""
     expr = ctx.args[0][0] if ctx.args and ctx.args[0] else None
-    role = _role_named(expr)
+    role = _role_named(expr) or _roles_of_loop(ctx, expr)
     return ctx.default_return_type if role is None else with_role(ctx.default_return_type, role)
+
+
+def _roles_of_loop(ctx: MethodContext, expr: Expression | None) -> str | None:
+    """`mesh[role]` where `role` runs over roles that are written down."""
+    checker: Any = ctx.api
+    function = checker.scope.current_function()
+    variable = expr.node if isinstance(expr, NameExpr) else None
+    if function is None or not isinstance(variable, Var):
+        return None
+    for node in below(function):
+        if isinstance(node, ForStmt):
+            pairs = [(node.index, node.expr)]
+        elif isinstance(node, GeneratorExpr):
+            pairs = list(zip(node.indices, node.sequences, strict=True))
+        else:
+            continue
+        for index, over in pairs:
+            if isinstance(index, NameExpr) and index.node is variable:
+                return _roles_written(over)
+    return None
+
+
+def _roles_written(over: Expression) -> str | None:
+    if isinstance(over, RefExpr) and over.fullname in ROLE_LISTS:
+        return SEVERAL.join(ROLE_LISTS[over.fullname])
+    if not isinstance(over, TupleExpr | ListExpr):
+        return None
+    roles = [_role_named(item) for item in over.items]
+    return None if None in roles else SEVERAL.join(r for r in roles if r is not None)
 
 
 def _role_named(expr: Expression | None) -> str | None:
@@ -236,10 +275,12 @@ def collective(ctx: FunctionContext, function: str, notes: Notes) -> Type:
     x, axis = _argument(ctx, "x"), _argument(ctx, "axis", "group")
     kinds = None if x is None else kinds_of(_type_of(ctx, x))
     role = None if axis is None else role_of(_type_of(ctx, axis))
+    if role is not None and SEVERAL in role and not _is_loops_own(axis):
+        role = None
     src, dst = (_end(ctx, function, end) for end in ("src", "dst"))
     result, problem = moved(Call(function, named(x), kinds, role, src, dst))
-    notes.record(ctx, problem)
-    if role is None and result is not None:
+    notes.record(ctx, problem, keep=role is not None and SEVERAL in role)
+    if (role is None or SEVERAL in role) and result is not None:
         _forget(x, result)
     t = ctx.default_return_type
     if tensor(t) is None and x is not None:
@@ -248,11 +289,20 @@ def collective(ctx: FunctionContext, function: str, notes: Notes) -> Type:
     return t if result is None else place(t, result)
 
 
+def _is_loops_own(axis: Expression | None) -> bool:
+    """Whether an axis is a loop's variable, and not one that was picked from a list."""
+    if isinstance(axis, MemberExpr) and axis.name == "group":
+        return _is_loops_own(axis.expr)
+    if isinstance(axis, IndexExpr):  # mesh[role] itself
+        return isinstance(axis.index, NameExpr)
+    return isinstance(axis, NameExpr)
+
+
 def _forget(x: Expression | None, kinds: Kinds) -> None:
     """What is moved on an axis nobody knows is moved in a loop over axes, and by its own name.
 
     Where mypy merges what a variable is before and after a loop, it falls back on what it was first
-    found to be; so that must not say more than is true of both.
+    found to be; so that must not say more than is true in the end.
     """
     variable = x.node if isinstance(x, NameExpr) else None
     if isinstance(variable, Var) and variable.is_inferred and variable.type is not None:

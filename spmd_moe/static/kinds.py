@@ -81,7 +81,9 @@ def on_presentation(kinds: Kinds, roles: tuple[str, ...] | None) -> Kinds | None
         return kinds
     known = {local(kinds[role]) for role in have if role in kinds}
     others = {role: kind for role, kind in kinds.items() if role not in have}
-    if len(known) == 1 and all(role in kinds for role in have) and REPORTED not in known:
+    if REPORTED in known:
+        return others
+    if len(known) == 1 and all(role in kinds for role in have):
         return {**{role: known.copy().pop() for role in roles}, **others}
     return None
 

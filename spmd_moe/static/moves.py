@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from spmd_moe.static.kinds import (
@@ -14,6 +14,7 @@ from spmd_moe.static.kinds import (
     kind_on,
     letter,
     on_presentation,
+    presentation,
 )
 from spmd_moe.static.messages import Problem, no_move_problem, source_problem
 from spmd_moe.static.rules import is_move, moves_from, table
@@ -32,6 +33,8 @@ COLLECTIVES: Mapping[str, str | None] = {
     "spmd_types._local.reinterpret": "reinterpret",
     "spmd_types._local.invariant_to_replicate": "convert",
 }
+# Between the roles of a loop's axis, which is each of them in turn.
+SEVERAL = "|"
 EXCHANGE = "spmd_moe.collectives.exchange"
 
 # Calls that make ranks meet: what must not hang on a shape, nor stand where gradients are off.
@@ -55,6 +58,10 @@ def moved(call: Call) -> tuple[Kinds | None, Problem | None]:
     """Kinds of the result. After an error, what the caller believes he gets."""
     short = call.function.rpartition(".")[2]
     problem = _pair_problem(call, short)
+    if call.role is not None and SEVERAL in call.role:
+        return _on_each(call, short, problem)
+    if call.role is None:
+        call = replace(call, role=_only_axis(call))
     kinds = call.kinds
     if call.role is None:
         return _on_some_axis(call, short, problem)
@@ -99,6 +106,37 @@ def _on_some_axis(
         problem = problem or source_problem(short, call.x, role, kind, call.src)
     unsure = dict.fromkeys(may_be, REPORTED)
     return {**call.kinds, **unsure}, problem
+
+
+def _only_axis(call: Call) -> str | None:
+    """The axis, where all is known of a tensor and it is `src` on one axis only."""
+    kinds = call.kinds or {}
+    roles = presentation(kinds) or ()
+    if call.src is None or not roles or any(kind_on(kinds, role) is None for role in roles):
+        return None
+    may_be = [role for role in kinds if fits(kinds[role], call.src)]
+    return may_be[0] if len(may_be) == 1 else None
+
+
+def _on_each(
+    call: Call, short: str, problem: Problem | None
+) -> tuple[Kinds | None, Problem | None]:
+    """A loop over axes: the tensor is moved on one after the other, and in the end on all of them.
+
+    The body is seen with the tensor as it came, and with it as it was left by the round before.
+    """
+    roles = (call.role or "").split(SEVERAL)
+    kinds = dict(on_presentation(call.kinds or {}, _presentation_of(roles[0])) or call.kinds or {})
+    have = {role: kind for role in roles if (kind := kind_on(kinds, role)) is not None}
+    wrong = [_not_fitting(have, kind) for kind in (call.src, call.dst)]
+    if call.src is not None and all(wrong):
+        role = wrong[0][0]
+        problem = problem or source_problem(short, call.x, role, have[role], call.src)
+    return {**kinds, **dict.fromkeys(roles, call.dst or REPORTED)}, problem
+
+
+def _not_fitting(have: Kinds, kind: str | None) -> list[str]:
+    return [role for role, found in have.items() if kind is None or not fits(found, kind)]
 
 
 def _presentation_of(role: str) -> tuple[str, ...] | None:

@@ -32,13 +32,17 @@ class Notes:
         self._problems: dict[str, dict[int, tuple[Context, Problem]]] = {}
         self._roles: dict[str, list[tuple[Var, UnboundType]]] = {}
 
-    def record(self, ctx: CheckContext, problem: Problem | None) -> None:
-        """The problem of an expression, as of the last time that it was checked."""
+    def record(self, ctx: CheckContext, problem: Problem | None, *, keep: bool = False) -> None:
+        """The problem of an expression, as of the last time that it was checked.
+
+        With `keep`, a problem stays: the body of a loop is checked with what it came with first.
+        """
         checker: Any = ctx.api
         module = checker.tree.fullname
         self.review(checker.tree, checker)
         found = self._problems.setdefault(module, {})
-        found.pop(id(ctx.context), None)
+        if not keep:
+            found.pop(id(ctx.context), None)
         if problem is not None:
             found[id(ctx.context)] = ctx.context, problem
 

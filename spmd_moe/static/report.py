@@ -2,9 +2,9 @@
 
     y = stranger(x)   # spmd: allow unknown - typed by the other package
 
-On that line, or alone on the line above. The word is a code without `placement-`; several stand
-with commas between them, those of the traced check among them. A comment needs a reason; in strict
-mode also something to allow.
+On that line; or alone above a statement or a function, for all of it. The word is a code without
+`placement-`; several stand with commas between them, those of the traced check among them. A
+comment needs a reason; in strict mode also something to allow.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import tokenize
 from dataclasses import dataclass, field
 from typing import Any
 
-from mypy.nodes import Context
+from mypy.nodes import Context, FuncDef, Statement
 
 from spmd_moe.static.codes import CODES, TRACED
 from spmd_moe.static.messages import Problem
+from spmd_moe.static.walk import below
 
-_ALLOW = re.compile(r"#\s*spmd:\s*allow\s+(\w+(?:\s*,\s*\w+)*)\s*(?:-\s*(\S.*))?$")
+_ALLOW = re.compile(r"#\s*spmd:\s*allow\s+(\w+(?:\s*,\s*\w+)*)(?:\s+-\s*([^#]*[^#\s]))?\s*(?:#|$)")
 
 
 @dataclass
@@ -35,9 +36,16 @@ class Report:
     checker: Any
     module: str
     allowed: dict[int, _Allowed] = field(default_factory=dict)
+    covered: list[tuple[int, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.allowed = _comments(self.checker.path)
+        for node in below(self.checker.tree) if self.allowed else ():
+            if isinstance(node, FuncDef | Statement) and self._is_alone(node.line - 1):
+                self.covered.append((node.line - 1, node.line, node.end_line or node.line))
+
+    def _is_alone(self, line: int) -> bool:
+        return line in self.allowed and self.allowed[line].alone
 
     def problem(self, problem: Problem | None, where: Context) -> None:
         if problem is None or self._allows(problem.code, where):
@@ -64,7 +72,9 @@ class Report:
         self.checker.fail(f"{what} (write {fix})", where, code=CODES["allow"])
 
     def _allows(self, code: str, where: Context) -> bool:
-        for line in range(where.line - 1, (where.end_line or where.line) + 1):
+        lines = [*range(where.line - 1, (where.end_line or where.line) + 1)]
+        above = [at for at, begin, end in self.covered if begin <= where.line <= end]
+        for line in [*lines, *above]:
             comment = self.allowed.get(line)
             if comment is None or code not in comment.what or comment.reason is None:
                 continue

@@ -6,6 +6,7 @@ assignments and branches are compared here; what was wrong in an operation was w
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, TypeGuard
 
 from mypy.nodes import (
@@ -15,11 +16,13 @@ from mypy.nodes import (
     ConditionalExpr,
     Expression,
     FuncDef,
+    IndexExpr,
     LambdaExpr,
     ListExpr,
     MemberExpr,
     NameExpr,
     Node,
+    OpExpr,
     ReturnStmt,
     RevealExpr,
     TupleExpr,
@@ -31,14 +34,15 @@ from mypy.types import CallableType, Instance, TupleType, Type, UnionType, get_p
 from spmd_moe.static.annotations import is_role
 from spmd_moe.static.arguments import matched, signatures
 from spmd_moe.static.branches import branch_problems
+from spmd_moe.static.bypass import Bypasses
 from spmd_moe.static.config import Config
 from spmd_moe.static.kinds import shown
 from spmd_moe.static.messages import Problem, declared_problem, named
 from spmd_moe.static.notes import Notes
 from spmd_moe.static.overrides import override_problem
 from spmd_moe.static.report import Report
-from spmd_moe.static.strict import strict_problems
-from spmd_moe.static.types import DEPTH, SEQUENCES, kinds_of
+from spmd_moe.static.strict import unknown_problems
+from spmd_moe.static.types import DEPTH, SEQUENCES, as_found, kinds_of
 from spmd_moe.static.walk import children
 
 
@@ -52,11 +56,15 @@ def review(checker: Any, notes: Notes, config: Config) -> None:
             report.problem(Problem("annotation", what, "a role names a mesh axis"), where)
     for context, problem in notes.take_problems(module):
         report.problem(problem, context)
-    _Review(checker, report).visit(checker.tree, None)
-    if config.is_strict(module):
-        for problem, context in strict_problems(checker):
-            report.problem(problem, context)
-    report.finish(strict=config.is_strict(module))
+    reviewer = _Review(checker, report)
+    reviewer.visit(checker.tree, None)
+    strict = config.is_strict(module)
+    if strict:
+        unknown = unknown_problems(checker.tree, reviewer.type_of)
+        bypasses = Bypasses(checker.tree, reviewer.type_of).problems(checker.tree, {})
+        for problem, place in chain(unknown, bypasses):
+            report.problem(problem, place)
+    report.finish(strict=strict)
 
 
 class _Review:
@@ -68,7 +76,7 @@ class _Review:
             t: Type = self.checker.lookup_type(expr)
         except KeyError:  # not checked: unreachable, or in a function without annotations
             return None
-        return t
+        return as_found(t) if isinstance(expr, CallExpr | OpExpr | IndexExpr) else t
 
     def visit(self, node: Node, function: FuncDef | None) -> None:
         if isinstance(node, FuncDef):

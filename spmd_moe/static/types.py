@@ -34,7 +34,7 @@ _PLACED, _ROLE, _KIND = "placed ", "axis ", "kind "
 # That is right for what an expression was found to be. What is declared must stay, so the notes of
 # all types that were not made by a hook are kept here too, by the object itself.
 _declared: dict[int, tuple[Instance, str]] = {}
-_found: dict[int, Instance] = {}
+_found: dict[int, tuple[Instance, str]] = {}
 
 
 def _note(t: Instance) -> str:
@@ -46,7 +46,7 @@ def _note(t: Instance) -> str:
     if t.extra_attrs is None or len(t.extra_attrs.immutable) != 1:
         return ""
     (note,) = t.extra_attrs.immutable
-    if _found.get(id(t)) is not t:
+    if not _was_found(t):
         _declared[id(t)] = t, note
     return note
 
@@ -55,8 +55,20 @@ def _with_note(t: Instance, note: str) -> Instance:
     new = t.copy_modified()
     # In the part of the slot by which mypy tells two types apart, so that it narrows by assignment.
     new.extra_attrs = ExtraAttrs({}, {note})
-    _found[id(new)] = new
+    _found[id(new)] = new, note
     return new
+
+
+def _was_found(t: Instance) -> bool:
+    return id(t) in _found and _found[id(t)][0] is t
+
+
+def as_found(t: Type) -> Type:
+    """The type of an expression as a hook found it, although mypy has merged it with another."""
+    p = get_proper_type(t)
+    if isinstance(p, Instance) and p.extra_attrs is None and _was_found(p):
+        return _with_note(p, _found[id(p)][1])
+    return t
 
 
 def declare(t: Type) -> Type:
