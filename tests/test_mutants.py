@@ -32,6 +32,7 @@ SURVIVORS = {
     "dispatch/all_to_all:_send:3:left out": VARYING,
     "dispatch/all_gather:_arrive:0:left out": CONSTANT,
     "dispatch/all_gather:_count:3:dst=I": LOOP,
+    "dispatch/all_gather:_count:3:dst=P": LOOP,
 }
 
 

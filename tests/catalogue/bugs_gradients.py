@@ -63,7 +63,7 @@ GRADIENTS = [
         ),
         target="gathering",
         rule="X3",
-        at="redistribute(x, axis, src=S(0), dst=R, shape=shape",
+        at="gathered = redistribute(",
     ),
     Bug(
         "B32b",
@@ -166,7 +166,7 @@ SUMS = [
         target="biased",
         layout="tp 2 etp 2",
         rule="types",
-        at="_per_row(counts_e, y_RD.shape[0]",
+        at="one_Re @ b2_eD",
     ),
     Bug(
         "B07b",
@@ -178,9 +178,8 @@ SUMS = [
         )
         + edit(
             "experts",
-            "        y_RD = declare_sum(y_RD, self.etp.group)  "
-            "# each rank of etp has summed over its slice\n",
-            "",
+            "        y_RD = declare_sum(part_RD, self.etp.group)  ",
+            "        y_RD = part_RD  ",
         ),
         target="biased",
         layout="tp 2 etp 2",

@@ -130,7 +130,7 @@ LAYOUTS = [
         target="shared",
         layout=TP_2,
         rule="X5",
-        at="all_TD = redistribute(",
+        at="all_TD: GatheredTokens = redistribute(",
         shows="crash",
     ),
     Bug(
@@ -188,12 +188,13 @@ LAYOUTS = [
         "a gather of rows takes every rank to have as many as this one",
         edit(
             "dispatch.all_gather",
-            "x = redistribute(x, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))",
-            "x = redistribute(x, axis, src=S(0), dst=R, grad_dtype=wide(x))",
+            "gathered, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x)",
+            "gathered, axis, src=S(0), dst=R, grad_dtype=wide(x)",
         ),
         target="gathering",
         layout="tp 2 ep 2",
         rule="X5",
+        at="gathered = redistribute(",
         shows="crash",
     ),
     Bug(
@@ -201,15 +202,15 @@ LAYOUTS = [
         "a rank without rows leaves out a collective, and the others wait for it",
         edit(
             "shared",
-            "        all_TD = redistribute(",
+            "        all_TD: GatheredTokens = redistribute(",
             "        if x_TD.shape[0] == 0:\n            return x_TD\n"
-            "        all_TD = redistribute(",
+            "        all_TD: GatheredTokens = redistribute(",
         ),
         target="shared",
         layout="tp 2",
         run=1,
         rule="X5",
-        at="all_TD = redistribute(",
+        at="all_TD: GatheredTokens = redistribute(",
         shows="crash",
     ),
     Bug(

@@ -13,13 +13,13 @@ STATE = [
         "the selection bias follows counts that are not summed over tp",
         edit(
             "losses",
-            "seen_LE = _summed(seen_LE, [mesh[role] for role in DENSE])",
-            "seen_LE = _summed(seen_LE, [mesh[role] for role in DENSE[:2]])",
+            "summed_LE: Whole = _summed(counted_LE, [mesh[role] for role in DENSE])",
+            "summed_LE: Whole = _summed(counted_LE, [mesh[role] for role in DENSE[:2]])",
         ),
         target="step",
         layout=TP_2,
         rule="types",
-        at="seen_LE = _summed(",
+        at="seen_LE = summed_LE.to(",
     ),
     Bug(
         "B13b",
@@ -33,10 +33,11 @@ STATE = [
     Bug(
         "B15a",
         "loss terms are handed out as R, so their gradient is summed over tp once more",
-        edit("losses", "redistribute(x, tp, src=P, dst=I)", "redistribute(x, tp, src=P, dst=R)"),
+        edit("losses", "x, mesh[TP], src=P, dst=I)", "x, mesh[TP], src=P, dst=R)"),
         target="whole",
         layout=TP_2,
-        open="none: the factor depends on what the caller does with the loss",
+        rule="types",
+        at="def _whole(",
     ),
     Bug(
         "B15b",
