@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -101,7 +102,8 @@ class Block(nn.Module):
     def forward(self, x_BLD: Hidden) -> tuple[Hidden, MoEOutput]:
         x_BLD = x_BLD + self.attention(self.norm_before(x_BLD))
         out: MoEOutput = self.moe(self.norm_between(x_BLD))
-        return x_BLD + out.hidden, out
+        x_BLD = x_BLD + out.hidden
+        return x_BLD, replace(out, hidden=x_BLD)  # the layer's own is a view: FSDP warns of those
 
 
 class Model(nn.Module):
