@@ -14,11 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def program(*words: str) -> str:
+QUICK = {"train": ("--steps", "2", "--no-check")}  # a run of its default length is a minute
+
+
+def program(*words: str, cwd: Path = ROOT) -> str:
     """What a program prints; it must end well."""
     quiet = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=quiet, capture_output=True, text=True, timeout=120
+        [sys.executable, *words], cwd=cwd, env=quiet, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -36,8 +39,8 @@ def test_every_example_that_the_readme_names_is_there() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_it_runs_alone_and_helps(path: Path) -> None:
-    assert program(str(path))
+def test_it_runs_alone_and_helps(path: Path, tmp_path: Path) -> None:
+    assert program(str(path), *QUICK.get(path.stem, ()), cwd=tmp_path)
     assert "usage:" in program(str(path), "--help")
 
 
