@@ -6,6 +6,7 @@ python tests/check.py tests/test_mesh.py -x    # the same checks; these words go
 
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,11 +19,29 @@ CHECKS = [
     ("mypy", "repair the types; an ignore needs its code in [brackets] and its reason"),
 ]
 TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>    runs one alone")
+# At the same time: tests of real ranks, which share one set of workers, and the rest.
+HALVES = ("gloo", "not gloo")
 
 
 def start(number: int, words: str) -> int:
     print(f"== {number} of {len(CHECKS) + 1}: python -m {words}", flush=True)
     return subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT).returncode
+
+
+def both_halves(words: list[str]) -> int:
+    """All tests, in two processes; what the first one says is shown when the second one is done."""
+    base = [sys.executable, "-m", *words, "-m"]
+    with tempfile.TemporaryFile("w+") as said:
+        ranks = subprocess.Popen([*base, HALVES[0]], cwd=ROOT, stdout=said, stderr=said)
+        try:
+            rest = subprocess.run([*base, HALVES[1]], cwd=ROOT).returncode
+            print(f"== and the tests of {HALVES[0]} ranks, which ran beside them", flush=True)
+            status = ranks.wait()
+        finally:
+            ranks.kill()
+        said.seek(0)
+        print(said.read(), end="", flush=True)
+    return rest or status
 
 
 def main(pytest_words: list[str]) -> int:
@@ -35,6 +54,10 @@ def main(pytest_words: list[str]) -> int:
     words, advice = TESTS
     # Said before and not after, so that pytest's summary is the last line of all.
     print(f"== if a test fails: {advice}", flush=True)
+    if not pytest_words:
+        print(f"== {len(CHECKS) + 1} of {len(CHECKS) + 1}: python -m {words}, in two halves")
+        sys.stdout.flush()
+        return both_halves(words.split())
     return start(len(CHECKS) + 1, " ".join([words, *pytest_words]))
 
 
