@@ -1,6 +1,8 @@
 """The experts' feed-forward network, forward and backward, with little kept in between.
 
-    h = activation(x @ w1.T + b1, x @ w3.T + b3)        y = (score * h) @ w2.T + score * b2
+    h = activation(x @ w1.T + b1, x @ w3.T + b3)        y = (score * h) @ w2.T
+
+A bias of the last matmul is not in here: of the ranks that share an expert only one may add it.
 
 The mathematics stands here once, for a block of rows. `per_expert.py` runs it expert by expert;
 here it runs over all rows at once, with a grouped matmul.
@@ -31,7 +33,6 @@ class Weights(NamedTuple):
     w2_eDF: Tensor | None = None
     b1_eF: Tensor | None = None
     b3_eF: Tensor | None = None
-    b2_eD: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -44,7 +45,6 @@ class Needs(NamedTuple):
     w2: bool
     b1: bool
     b3: bool
-    b2: bool
 
 
 class Call(NamedTuple):
@@ -76,10 +76,7 @@ def output(block: Block, call: Call, hid: Hidden) -> Tensor:
     """`y_RD`, from what the first matmuls gave."""
     assert call.w.w2_eDF is not None
     h_RF = _scaled(call.activation.forward(*hid), call.scores_R)
-    y_RD = block.rows(h_RF, call.w.w2_eDF.transpose(1, 2))
-    if call.w.b2_eD is None:
-        return y_RD
-    return y_RD.add_(_scaled(block.spread(call.w.b2_eD), call.scores_R))
+    return block.rows(h_RF, call.w.w2_eDF.transpose(1, 2))
 
 
 def gradients(
@@ -91,12 +88,9 @@ def gradients(
     h_RF = activation.forward(*hid)
     dh_RF = block.rows(dy_RD, w.w2_eDF)
     dw2 = block.outer(dy_RD, _scaled(h_RF, scores_R), into.w2_eDF) if needs.w2 else None
-    db2 = block.total(_scaled(dy_RD, scores_R), into.b2_eD) if needs.b2 else None
     ds_R = None
     if needs.scores and scores_R is not None:
         ds_R = _dot(dh_RF, h_RF, scores_R)
-        if w.b2_eD is not None:
-            ds_R = ds_R + _dot(dy_RD, block.spread(w.b2_eD), scores_R)
     dgate_RF, dup_RF = activation.backward(_scaled(dh_RF, scores_R), *hid)
     dw1 = block.outer(dgate_RF, x_RD, into.w1_eFD) if needs.w1 else None
     db1 = block.total(dgate_RF, into.b1_eF) if needs.b1 else None
@@ -107,7 +101,7 @@ def gradients(
         dw3 = block.outer(dup_RF, x_RD, into.w3_eFD) if needs.w3 else None
         db3 = block.total(dup_RF, into.b3_eF) if needs.b3 else None
         dx_RD = block.rows(dup_RF, w.w3_eFD, onto=dx_RD) if needs.x else None
-    return dx_RD, ds_R, dw1, dw3, dw2, db1, db3, db2
+    return dx_RD, ds_R, dw1, dw3, dw2, db1, db3
 
 
 def _linear(block: Block, x_RA: Tensor, w_eBA: Tensor | None, b_eB: Tensor | None) -> Tensor:

@@ -40,10 +40,9 @@ def activate(name: str, gate: Tensor, up: Tensor | None) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-def loop(
-    w: Weights, x_RD: Tensor, counts: tuple[int, ...], scores_R: Tensor | None, name: str
-) -> Tensor:
+def loop(given: dict[str, Tensor], counts: tuple[int, ...], name: str) -> Tensor:
     """`y_RD`, with zeros in the rows past the last expert's."""
+    w, x_RD, scores_R = weights_in(given), given["x"], given.get("scores")
     assert w.w1_eFD is not None and w.w2_eDF is not None
     parts, start = [], 0
     for e, count in enumerate(counts):
@@ -55,11 +54,16 @@ def loop(
         if w.b3_eF is not None and up is not None:
             up = up + w.b3_eF[e]
         y = activate(name, gate, up) @ w.w2_eDF[e].T
-        if w.b2_eD is not None:
-            y = y + w.b2_eD[e]
+        if "b2_eD" in given:
+            y = y + given["b2_eD"][e]
         parts.append(y if scores_R is None else y * scores_R[rows].unsqueeze(1))
         start += count
     return torch.cat([*parts, torch.zeros_like(x_RD[start:])])
+
+
+def weights_in(given: dict[str, Tensor]) -> Weights:
+    """What the kernels take: all but the bias of the last matmul."""
+    return Weights(**{name: t for name, t in given.items() if name in Weights._fields})
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Case:
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return values.to(self.dtype)
 
-    def weights(self) -> Weights:
+    def weights(self) -> dict[str, Tensor]:
         e, (D, F), gated = len(self.counts), self.widths, self.activation.gated
         shapes: dict[str, tuple[int, ...]] = {"w1_eFD": (e, F, D), "w2_eDF": (e, D, F)}
         if gated:
@@ -91,7 +95,7 @@ class Case:
             if gated:
                 shapes["b3_eF"] = (e, F)
         # Large enough that clamps clamp, and that no gradient is small by accident.
-        return Weights(**{name: self.drawn(name, *s) * 0.75 for name, s in shapes.items()})
+        return {name: self.drawn(name, *s) * 0.75 for name, s in shapes.items()}
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that gets a gradient, by its name."""
@@ -101,8 +105,7 @@ class Case:
         scores = scores.to(torch.promote_types(self.dtype, torch.float32))
         x[total:], scores[total:] = math.nan, math.nan
         found = {"x": x} | ({"scores": scores} if self.scored else {})
-        found |= {n: t for n, t in self.weights()._asdict().items() if t is not None}
-        return {name: t.requires_grad_() for name, t in found.items()}
+        return {name: t.requires_grad_() for name, t in (found | self.weights()).items()}
 
     def upstream(self) -> Tensor:
         total = sum(self.counts)
@@ -116,8 +119,7 @@ class Case:
         total = sum(self.counts)
         given = {n: t.detach().double().nan_to_num() for n, t in self.leaves().items()}
         wide = {n: t.requires_grad_() for n, t in given.items()}
-        w = Weights(**{n: t for n, t in wide.items() if n in Weights._fields})
-        y = loop(w, wide["x"], self.counts, wide.get("scores"), self.activation.name)
+        y = loop(wide, self.counts, self.activation.name)
         dy = torch.cat([self.upstream()[:total].double(), torch.zeros_like(y[total:])])
         found = torch.autograd.grad(
             y, list(wide.values()), dy, allow_unused=True, materialize_grads=True
@@ -127,11 +129,13 @@ class Case:
     def by_function(self, matmul: Matmul, keep: Keep = Keep.ACTIVATIONS) -> dict[str, Tensor]:
         """The same from the kernels."""
         given = self.leaves()
-        w = Weights(**{n: t for n, t in given.items() if n in Weights._fields})
-        y = experts_ffn(
+        return self._gradients(self.kernel(given, matmul, keep), given)
+
+    def kernel(self, given: dict[str, Tensor], matmul: Matmul, keep: Keep) -> Tensor:
+        y_RD = experts_ffn(
             given["x"],
             torch.tensor(self.counts),
-            w,
+            weights_in(given),
             given.get("scores"),
             None,
             self.activation,
@@ -139,7 +143,16 @@ class Case:
             keep,
             exact=self.past == 0,
         )
-        return self._gradients(y, given)
+        if "b2_eD" not in given:
+            return y_RD
+        # What the module does with the last bias.
+        counts, none = torch.tensor([*self.counts, self.past]), torch.zeros(1, y_RD.shape[1])
+        b_RD = torch.cat([given["b2_eD"], none.to(y_RD)]).repeat_interleave(counts, 0)
+        total = sum(self.counts)
+        if "scores" in given:
+            scores_R = torch.cat([given["scores"][:total], torch.zeros(self.past)])
+            b_RD = (b_RD * scores_R.unsqueeze(1)).to(y_RD.dtype)
+        return y_RD + b_RD
 
     def by_layer(self, matmul: Matmul | None, keep: Keep = Keep.ACTIVATIONS) -> dict[str, Tensor]:
         """The same from the module, which adds the last bias by itself."""
@@ -159,7 +172,7 @@ class Case:
             keep=keep,
             matmul=matmul,
         ).to(self.dtype)
-        layer.load_state_dict({n: t for n, t in self.weights()._asdict().items() if t is not None})
+        layer.load_state_dict(self.weights())
         return layer
 
     def _gradients(self, y: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -180,7 +193,7 @@ def compare(case: Case, got: dict[str, Tensor], tolerance: float) -> None:
         near = want.abs().max().item() * tolerance if want.numel() else 0.0
         off = (got[name].double() - want).abs()
         torch.testing.assert_close(off, torch.zeros_like(off), rtol=0, atol=near, msg=name)
-        if name in Weights._fields:
+        if name in case.weights():
             empty = [e for e, count in enumerate(case.counts) if not count]
             assert not got[name][empty].any(), f"{name}: an expert without rows"
         else:

@@ -119,10 +119,7 @@ def test_gradients_are_slopes(matmul: Matmul, keep: Keep, activation: Activation
 
     def call(*values: Tensor) -> Tensor:
         given = dict(zip(leaves, values, strict=True))
-        w = Weights(**{n: t for n, t in given.items() if n in Weights._fields})
-        x, scores = given["x"], given.get("scores")
-        counts_e = torch.tensor(case.counts)
-        return experts_ffn(x, counts_e, w, scores, None, activation, matmul, keep, exact=False)
+        return case.kernel(given, matmul, keep)
 
     assert torch.autograd.gradcheck(call, list(leaves.values()))
 
@@ -173,11 +170,7 @@ def test_one_gradient_alone(matmul: Matmul, keep: Keep) -> None:
         given = case.leaves()
         for name, leaf in given.items():
             leaf.requires_grad_(name == alone)
-        w = Weights(**{n: t for n, t in given.items() if n in Weights._fields})
-        y = experts_ffn(
-            given["x"], torch.tensor(case.counts), w, given["scores"], None, SWIGLU, matmul, keep
-        )
-        y.backward(case.upstream())
+        case.kernel(given, matmul, keep).backward(case.upstream())
         for name, leaf in given.items():
             assert (leaf.grad is not None) is (name == alone)
         grad = given[alone].grad
@@ -277,7 +270,7 @@ def slice_of_the_hidden_dim(case: Case) -> dict[str, Tensor]:
     cuts = {"w1_eFD": (..., own, slice(None)), "w3_eFD": (..., own, slice(None)), "b2_eD": (...,)}
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            whole = case.weights()._asdict()[name]
+            whole = case.weights()[name]
             parameter.copy_(whole[cuts.get(name, (..., own))])
     given = case.leaves()
     y = layer(given["x"], torch.tensor(case.counts), given["scores"])
