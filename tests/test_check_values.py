@@ -11,7 +11,8 @@ from torch import Tensor
 from spmd_moe import router
 from spmd_moe.check import Layout
 from spmd_moe.check.signatures import signatures
-from spmd_moe.check.values import check_values
+from spmd_moe.check.values import CLOSE, check_values
+from spmd_moe.check.whole import distance
 from spmd_moe.dispatch import all_to_all
 from tests.targets import small
 
@@ -29,6 +30,14 @@ def found(layout: Layout, tokens: int = 9) -> list[str]:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_the_layer_is_what_its_types_say(layout: Layout, tokens: int) -> None:
     assert found(layout, tokens) == []
+
+
+def test_zeros_that_are_rounding_are_not_compared() -> None:
+    """As the gradients of a score that is divided by itself, in float32, on two ways."""
+    zero, other = torch.tensor([1.9e-7, 0.0]), torch.tensor([0.0, -6e-8])
+    assert distance(zero, other) < CLOSE
+    assert distance(zero + 1e-4, other) > CLOSE
+    assert distance(torch.tensor([2.0]), torch.tensor([1.0])) == 1.0
 
 
 def no_exchange(x: Tensor, group: Any, *, receives: list[int], sends: list[int]) -> Tensor:

@@ -78,6 +78,11 @@ def _join(parts: list[Tensor], kind: Kind, role: Role) -> Tensor:
 SAME = 1e-12  # of what ranks compute alike; sums may be taken in another order on them
 
 
+# Values in a check are about the size of 1. What is zero but for rounding (in float32: a gate), as
+# the gradient of a score that is divided by itself, is not compared with another such zero.
+SMALL = 0.1
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     """The largest difference, beside the largest value; infinite where the shapes differ."""
     if a.shape != b.shape:
@@ -85,7 +90,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     if not a.numel():
         return 0.0
     a, b = a.double(), b.double()
-    off = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+    off = float((a - b).abs().max() / b.abs().max().clamp(min=SMALL))
     return float("inf") if off != off else off
 
 

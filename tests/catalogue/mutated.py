@@ -26,7 +26,11 @@ GATHERED = MoEConfig(8, 8, ROUTER, dst=R, weigh=Weigh.IN_COMBINE)
 SHARED = MoEConfig(8, 8, ROUTER, src=I, dst=R, shared=SharedConfig(8, gated=True, sharded=True))
 
 
-def target(config: MoEConfig, gather: bool = False) -> Callable[[MoEMesh, int], Built]:
+def target(
+    config: MoEConfig, gather: bool = False, replay: bool = False
+) -> Callable[[MoEMesh, int], Built]:
+    """Of tokens of which one in four is masked; `replay` gives their experts, too."""
+
     def build(mesh: MoEMesh, tokens: int) -> Built:
         layer = MoE(config, mesh, AllGather(mesh, 8) if gather else None)
         init_weights(layer, mesh, seed=0, std=0.5)
@@ -35,9 +39,12 @@ def target(config: MoEConfig, gather: bool = False) -> Callable[[MoEMesh, int], 
         rows = ShardShape.even(tokens, tp.size).sizes[tp.rank] if inside else tokens
         kind = S(0) if inside else config.src
         place = Placement((DP[V], CP[V], TP[kind]))
-        return Built(layer, (torch.randn(rows, 8),), (place,))
+        given = [torch.randn(rows, 8), torch.rand(rows) < 0.75]
+        if replay:
+            given.append(torch.randint(-1, 8, (rows, 2)))
+        return Built(layer, tuple(given), (place,) * len(given))
 
     return build
 
 
-ALL = [target(WITHIN), target(WHOLE), target(GATHERED, gather=True), target(SHARED)]
+ALL = [target(WITHIN), target(WHOLE), target(GATHERED, gather=True, replay=True), target(SHARED)]
