@@ -7,6 +7,7 @@ the seed, the parameter and g. A rank draws the rows that it has, whole, and kee
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 from spmd_types import Shard
@@ -19,11 +20,15 @@ from spmd_moe.placement import Placement
 from spmd_moe.settings import instance
 
 
+_BIAS = re.compile(r"(bias|b\d*)(_[A-Za-z]+)?")
+
+
 @torch.no_grad()
 def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) -> None:
     """Normal weights and zero biases, for all parameters; all of them must declare a placement.
 
-    `std` is the standard deviation of every weight. Every rank must call it, with the same seed.
+    `std` is the standard deviation of every weight, of a norm's scale too: set such ones after it.
+    Biases are named `bias`, `b1_eF` and the like. Every rank must call it, with the same seed.
     """
     instance("init_weights", "mesh", mesh, MoEMesh, "init_weights(layer, layer.mesh, seed=0)")
     mesh.agree("init_weights", {"seed": seed, "std": std})
@@ -31,7 +36,7 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
     for prefix, module in layer.named_modules():
         placements = declared(module)
         for name, parameter in module.named_parameters(recurse=False):
-            if name.startswith("b"):
+            if _BIAS.fullmatch(name):
                 parameter.zero_()
             else:
                 _draw(parameter, f"{seed}/{prefix}.{name}", placements[name], mesh, std)

@@ -1,3 +1,4 @@
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -6,16 +7,14 @@ import torch
 from tests.workers import POOL
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: looking through it again and again took a third."""
+    torch.set_num_threads(1)  # tensors are small, and the other core has tests of its own
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _workers_end_with_the_session() -> Iterator[None]:
     yield
     POOL.close()
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For files of small tensors, where two threads spend their time on waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -24,8 +24,6 @@ from tests.catalogue.facts import FACTS
 from tests.catalogue.table import PAGE, page
 from tests.simulate import fake_world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Those of the catalogue's summary. B44 is refused by the mesh; see below.
 FAMILIES = (
     "B01 B03 B04 B05 B06 B07 B08 B10 B13 B14 B15 B17 B18 B19 B20 B22 B23 B25 B26 B27 B28 B30 B32 "

@@ -25,7 +25,6 @@ from spmd_moe.errors import PlacementError
 from tests import check_targets as t
 from tests.catalogue import targets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TP_2, HERE = Layout(dp=2, tp=2), "tests.check_targets"
 
 

@@ -39,7 +39,7 @@ TWO_WAYS: list[tuple[torch.dtype, Matmul | None]] = [
     (torch.bfloat16, TorchGroupedMM()),
 ]
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "no_graphs_of_others"),
+    pytest.mark.usefixtures("no_graphs_of_others"),
     # Dynamo makes an instance of an autograd.Function while it traces `apply` (torch 2.13).
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]

@@ -173,7 +173,6 @@ def test_the_trace_test_can_fail() -> None:
 # --- time -------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_small_training_step_is_no_slower_than_the_loop() -> None:
     """By hand, the gradients of all experts are copied into one tensor. We need about 0.65."""
     pair = Pair(Sizes(256, 512, 32, 4), FLOAT32, 8, alone=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -23,7 +23,7 @@ from spmd_moe.init import init_weights
 from spmd_moe.losses import update_selection_bias
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig, MoEOutput, SharedConfig
-from spmd_moe.placement import DENSE
+from spmd_moe.placement import DENSE, Whole
 from spmd_moe.router import Router, RouterConfig
 from tests.layer_runs import placements
 from tests.layouts import Layout, part
@@ -353,3 +353,20 @@ def test_initial_values_have_the_spread_that_is_asked_for() -> None:
     w1_eFD = layer.experts.w1_eFD.detach()
     assert w1_eFD.std().item() == pytest.approx(0.02, rel=0.05)
     assert abs(w1_eFD.mean().item()) < 0.001
+
+
+class Named(nn.Module):
+    beta: Whole
+    bias: Whole
+    b1_eF: Whole
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta, self.bias, self.b1_eF = (nn.Parameter(torch.ones(3)) for _ in range(3))
+
+
+def test_biases_are_known_by_their_names() -> None:
+    named = Named()
+    init_weights(named, MoEMesh.single(), seed=0)
+    alive = {name: bool(p.any()) for name, p in named.named_parameters()}
+    assert alive == {"beta": True, "bias": False, "b1_eF": False}

@@ -51,7 +51,6 @@ WAYS: list[tuple[torch.dtype, Matmul, float]] = [
     (torch.bfloat16, PerExpert(), 2e-2),
     (torch.bfloat16, TorchGroupedMM(), 2e-2),
 ]
-pytestmark = pytest.mark.usefixtures("one_thread")
 by_name = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name.split("(")[0])
 both_ways = pytest.mark.parametrize("matmul", [PerExpert(), TorchGroupedMM()], ids=str)
 

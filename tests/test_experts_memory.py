@@ -32,7 +32,6 @@ WAYS: list[tuple[torch.dtype, Matmul]] = [
     (torch.bfloat16, PerExpert(compute=torch.float32)),
     (torch.bfloat16, TorchGroupedMM()),
 ]
-pytestmark = pytest.mark.usefixtures("one_thread")
 ways = pytest.mark.parametrize(("dtype", "matmul"), WAYS, ids=str)
 
 

@@ -27,6 +27,7 @@ from spmd_moe.check.target import Built, CannotCheckError, Target, build, cannot
 from spmd_moe.check.threads import RanksError, threaded
 from spmd_moe.check.trace import declared_types, raised
 from spmd_moe.check.whole import (
+    SMALL,
     Kinds,
     NotAlikeError,
     PartsError,
@@ -40,6 +41,10 @@ from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, EXPERT, Kind, R, Role, V
 
 CLOSE = 1e-5  # of float64, parts of which a module may compute in float32
+# What reads a shape and no values, which may be whatever was in memory.
+SHAPE_ALONE = {f"{word}_like" for word in ("ones", "zeros", "empty", "full", "rand", "randn")} | {
+    f"new_{word}" for word in ("ones", "zeros", "empty", "full", "tensor")
+}
 
 
 @final
@@ -290,6 +295,8 @@ def _wrong(name: str, what: str) -> Finding:
 def _unlike(runs: Sequence[Run], layout: Layout) -> Iterator[Finding]:
     """The first place where what is R or I on an axis differs between its ranks."""
     for point, passes in runs[0].record.points.items():
+        if point.op in SHAPE_ALONE:
+            continue
         twins = [run.record.points.get(point, []) for run in runs]
         for number, seen in enumerate(passes):
             for position, operand in enumerate(seen.operands):
@@ -299,7 +306,7 @@ def _unlike(runs: Sequence[Run], layout: Layout) -> Iterator[Finding]:
                 for role in alike:
                     there = [r for r in _group(layout, role) if number < len(twins[r])]
                     totals = [twins[r][number].operands[position].total for r in there]
-                    if max(totals) - min(totals) > CLOSE * max(map(abs, totals)):
+                    if max(totals) - min(totals) > CLOSE * max(SMALL, *map(abs, totals)):
                         yield _differs(point, position, role, there)
                         return
 
