@@ -19,7 +19,6 @@ from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import Placement
 from spmd_moe.settings import instance
 
-
 _BIAS = re.compile(r"(bias|b\d*)(_[A-Za-z]+)?")
 
 

@@ -11,7 +11,9 @@ the shapes only), or of LocalTensorMode (it runs the operator once per rank, on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import mmap
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from spmd_moe.errors import ShapeError, explain
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import OneExpert, PerExpert
 
+WORTH_PAGES = 1 << 20  # bytes, below which memory of its own costs more than writing zeros
 _CALL = (
     "Tensor x, Tensor? scores, Tensor?[] weights, Tensor sizes, str activation, "
     "ScalarType? compute, int row_block"
@@ -151,7 +154,9 @@ def _backward_loop(
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
     hits, need = _hits(sizes_e, x_RD), Needs(*needs)
-    d_rows, d_weights = _empty_gradients(call, need)
+    starved = set(range(sizes_e.shape[0])).difference(hits.experts)
+    mostly = len(starved) > len(hits.experts)
+    d_rows, d_weights = _empty_gradients(call, need, untouched_zeros if mostly else _empty)
     room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
     for (dx_nD, ds_n, dy_nD, *kept_n), (block, one) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
@@ -161,12 +166,11 @@ def _backward_loop(
         for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
             if d_n is not None:
                 d_n.copy_(computed)
-    # Each gradient is written once: by its expert, or here where an expert has no rows.
-    starved = set(range(sizes_e.shape[0])).difference(hits.experts)
-    for d_e in d_weights:
-        if d_e is not None:
-            for e in starved:
-                d_e[e].zero_()
+    if not mostly:
+        for d_e in d_weights:
+            if d_e is not None:
+                for e in starved:
+                    d_e[e].zero_()
     return [
         *(hits.zero_the_rest(t) for t in d_rows if t is not None),
         *(t for t in d_weights if t is not None),
@@ -185,14 +189,30 @@ def _empty_outputs(call: Call, keep: bool) -> list[Tensor]:
     return [call.x_RD.new_empty(num_rows, width) for width in widths]
 
 
-def _empty_gradients(call: Call, needs: Needs) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _empty(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def untouched_zeros(t: Tensor) -> Tensor:
+    """Zeros of the shape of `t`, of which the system makes a page when it is first written.
+
+    With few tokens most experts have no rows, and writing zeros for them would be most of backward.
+    """
+    if sys.platform == "win32" or t.nbytes < WORTH_PAGES or t.device.type != "cpu":
+        return torch.zeros_like(t, memory_format=torch.contiguous_format)
+    pages = mmap.mmap(-1, t.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=t.dtype).view(t.shape)
+
+
+def _empty_gradients(
+    call: Call, needs: Needs, of_weights: Callable[[Tensor], Tensor] = _empty
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Room for the gradients of the rows (x, scores), and for those of the weights."""
     given = (call.x_RD, call.scores_R, *call.w)
+    makers = [_empty] * 2 + [of_weights] * len(call.w)
     room = [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        if need and t is not None
-        else None
-        for t, need in zip(given, needs, strict=True)
+        make(t) if need and t is not None else None
+        for make, t, need in zip(makers, given, needs, strict=True)
     ]
     return room[:2], room[2:]
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,9 @@ from spmd_moe.experts import Experts, Gather, Keep, Weigh
 from spmd_moe.grouped import Matmul, PerExpert, TorchGroupedMM
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig
+from spmd_moe.per_expert import untouched_zeros
 from spmd_moe.router import RouterConfig
-from tests.experts_oracle import Case
+from tests.experts_oracle import Case, compare
 
 E, K, T = 8, 4, 16
 ROWS = T * K
@@ -243,3 +245,17 @@ def test_weighing_early_spares_the_layer_the_outputs(bias: bool) -> None:
         assert y.any() and len(outputs) == 1
         saved_outputs[weigh] = address(outputs[0]) in map(address, saved)
     assert saved_outputs == {Weigh.BEFORE_SECOND_MATMUL: False, Weigh.IN_COMBINE: True}
+
+
+def test_gradients_of_experts_without_rows_take_no_memory() -> None:
+    """Their pages are zeros that nobody has written; the others are what they should be."""
+    case = Case(SWIGLU, (2, 0, 0, 0, 0, 0, 0, 3), dtype=torch.float32, widths=(512, 1024))
+    compare(case, case.by_function(PerExpert()), 1e-5)
+    like = torch.empty(1 << 24)
+    begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    zeros = untouched_zeros(like)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin
+    assert faults < 20, "64 MB are 32 huge pages, or 16,000 small ones"
+    assert not zeros.any() and zeros.shape == like.shape and zeros.is_contiguous()
+    zeros[3] = 1.0
+    assert zeros.sum() == 1 and not untouched_zeros(like).any()
