@@ -14,6 +14,7 @@ import pytest
 from spmd_moe.static.codes import MEANINGS, codes_table
 from spmd_moe.static.config import Config, read_config
 from spmd_moe.static.notes import RAISE
+from tests.readme import GUEST_CACHE
 from tests.test_typecheck import ROOT, mypy
 
 PYPROJECT = ROOT / "pyproject.toml"
@@ -120,7 +121,7 @@ def test_an_error_of_the_plugin_is_told_in_tests_and_nowhere_else(
     (tmp_path / "wrong.py").write_text(WRONG)
     config = tmp_path / "mypy.ini"
     config.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\nfollow_imports = silent\n")
-    words = ("--cache-dir", str(ROOT / ".mypy_cache" / "broken"), "wrong.py")
+    words = ("--cache-dir", str(GUEST_CACHE), "wrong.py")
     assert "INTERNAL ERROR" in run(tmp_path, *words, package=package)
     assert "Success" in run(tmp_path, *words, package=package, raising=False)
 
@@ -132,7 +133,7 @@ def test_an_edited_rule_is_seen_at_once_and_torch_stays_cached(tmp_path: Path) -
     (tmp_path / "wrong.py").write_text(WRONG)
     config = tmp_path / "mypy.ini"
     config.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\nfollow_imports = silent\n")
-    words = ("-v", "--cache-dir", str(ROOT / ".mypy_cache" / "two_runs"), "wrong.py")
+    words = ("-v", "--cache-dir", str(GUEST_CACHE), "wrong.py")
     assert "placement-operation" in run(tmp_path, *words, package=package)
     rules = package / "spmd_moe" / "static" / "rules.py"
     text = rules.read_text()

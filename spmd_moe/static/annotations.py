@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mypy.nodes import SymbolTableNode, TypeInfo, Var
+from mypy.nodes import SymbolTableNode, Var
 from mypy.plugin import AnalyzeTypeContext
 from mypy.types import (
     AnyType,
@@ -20,10 +20,10 @@ from mypy.types import (
 
 from spmd_moe.static.codes import CODES
 from spmd_moe.static.kinds import PRESENTATIONS, subscript
+from spmd_moe.static.roles import is_role, role_name
 from spmd_moe.static.types import declare, is_tensor_class, kinds_of, place
 
 PLACED = "spmd_moe.placement.Placed"
-ROLE = "spmd_moe.placement.Role"
 KIND_NAMES = {f"spmd_types.types.{name}": name for name in "RIVP"}
 SHARD_NAMES = ("spmd_moe.placement.S", "spmd_types.types.S", "spmd_types.types.Shard")
 ROLE_LISTS = {
@@ -70,11 +70,19 @@ class Annotation:
         found = self._look_up(argument)
         if found is None:
             return None  # mypy has said that there is no such name, or will look again
-        if isinstance(found.node, Var) and _may_be_role(found.node):
+        if isinstance(found.node, Var) and is_role(found.node):
             self.roles.append((found.node, argument))
-            return found.node.name
+            return self._role_of(found.node, argument)
         self._fail(f"Placed: {argument.name} is not a role", argument, f'Role("{argument.name}")')
         return None
+
+    def _role_of(self, variable: Var, argument: UnboundType) -> str | None:
+        analyser: Any = self.ctx.api
+        name = role_name(variable, analyser.api.modules)
+        if name is None:
+            what = f"Placed: which role {variable.name} is, its annotation hides"
+            self._fail(what, argument, f"{variable.name} = ... without an annotation")
+        return name
 
     def _kind(self, argument: Type) -> str | None:
         if isinstance(argument, UnboundType):
@@ -103,22 +111,6 @@ class Annotation:
 
     def _fail(self, message: str, where: Type, fix: str) -> None:
         self.ctx.api.fail(f"{message} (write {fix})", where, code=CODES["annotation"])
-
-
-def is_role(variable: Var) -> bool:
-    """For the end of the check, when the type of every variable is known."""
-    t = None if variable.type is None else get_proper_type(variable.type)
-    return (
-        t is None or isinstance(t, AnyType) or (isinstance(t, Instance) and _is_role_class(t.type))
-    )
-
-
-def _may_be_role(variable: Var) -> bool:
-    return variable.type is None or is_role(variable)
-
-
-def _is_role_class(info: TypeInfo) -> bool:
-    return any(base.fullname == ROLE for base in info.mro)
 
 
 def _is_no_tensor(t: Type) -> bool:

@@ -29,6 +29,7 @@ from spmd_moe.static.moves import COLLECTIVES, EXCHANGE
 from spmd_moe.static.names import function_operation, is_foreign, method_operation
 from spmd_moe.static.notes import Notes, raises
 from spmd_moe.static.review import review
+from spmd_moe.static.roles import ROLE
 from spmd_moe.static.types import (
     declare,
     declare_all_of,
@@ -103,6 +104,8 @@ class SpmdMoePlugin(Plugin):
             return _careful(lambda ctx: hooks.exchange(ctx, notes), _default)
         if fullname in COLLECTIVES:
             return _careful(lambda ctx: hooks.collective(ctx, fullname, notes), _default)
+        if fullname == ROLE:
+            return _careful(lambda ctx: hooks.role(ctx, notes), _default)
         if fullname == "spmd_types.types.Shard":
             return _careful(lambda ctx: hooks.shard_kind(ctx, notes), _default)
         name = function_operation(fullname)

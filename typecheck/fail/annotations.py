@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from spmd_moe import DP, TP, MoEMesh, P, Placed, R, Role, S, V
+from spmd_moe import DP, TP, MoEMesh, P, Placed, R, Role, S, V, redistribute
 
 mesh = MoEMesh.single()
 NORTH = Role("north")
+DATA = Role("dp")
 number = 3
 
 good: Placed[Tensor, DP[V], TP[S[-1]], NORTH[P]]
@@ -35,3 +36,20 @@ Alias = Placed[Tensor, TP[V], TP[V]]  # E: placement-annotation
 
 def signature(x: Placed[str, TP[V]]) -> Placed[None, TP[V]]:  # E: placement-annotation
     print(x)
+
+
+# Other names of roles are those roles, whatever the names.
+EAST = TP
+NORTH_AGAIN, COLUMNS = NORTH, EAST
+HIDDEN: Role = TP
+other_name: Placed[Tensor, EAST[V], TP[V]]  # E: placement-annotation
+name_of_a_name: Placed[Tensor, DP[V], COLUMNS[V], TP[V]]  # E: placement-annotation
+of_own_role: Placed[Tensor, NORTH[V], NORTH_AGAIN[R]]  # E: placement-annotation
+same_text: Placed[Tensor, DATA[V], DP[V]]  # E: placement-annotation
+hidden: Placed[Tensor, HIDDEN[V]]  # E: placement-annotation
+
+
+def other_names(x: Placed[Tensor, EAST[P]], mesh: MoEMesh) -> Placed[Tensor, TP[R]]:
+    y: Placed[Tensor, TP[V]] = x  # E: placement-assignment
+    print(y)
+    return redistribute(x, mesh[COLUMNS], src=P, dst=R)
