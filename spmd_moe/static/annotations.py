@@ -55,6 +55,9 @@ class Annotation:
 
     def _add(self, argument: Type, kinds: dict[str, str]) -> None:
         """One `TP[S[0]]`."""
+        if _is_quoted(argument):
+            self._quoted(argument)
+            return
         if not isinstance(argument, UnboundType) or len(argument.args) != 1:
             self._fail(f"Placed: {_source(argument)} is not a role with a kind", argument, _FORM)
             return
@@ -85,6 +88,9 @@ class Annotation:
         return name
 
     def _kind(self, argument: Type) -> str | None:
+        if _is_quoted(argument):
+            self._quoted(argument)
+            return None
         if isinstance(argument, UnboundType):
             found = self._look_up(argument)
             if found is None:
@@ -104,6 +110,10 @@ class Annotation:
         self._fail("Placed: S needs the number of a dim", argument, "S[0]")
         return None
 
+    def _quoted(self, argument: Type) -> None:
+        """mypy reads what is quoted as if it were not; the interpreter sees a string."""
+        self._fail(f"Placed: {_source(argument)} is a string", argument, "it without quotes")
+
     def _look_up(self, argument: UnboundType) -> SymbolTableNode | None:
         analyser: Any = self.ctx.api
         found: SymbolTableNode | None = analyser.lookup_qualified(argument.name, argument)
@@ -111,6 +121,10 @@ class Annotation:
 
     def _fail(self, message: str, where: Type, fix: str) -> None:
         self.ctx.api.fail(f"{message} (write {fix})", where, code=CODES["annotation"])
+
+
+def _is_quoted(t: Type) -> bool:
+    return isinstance(t, UnboundType) and t.original_str_expr is not None
 
 
 def _is_no_tensor(t: Type) -> bool:
@@ -125,6 +139,8 @@ def _is_no_tensor(t: Type) -> bool:
 
 def _source(argument: Type) -> str:
     if isinstance(argument, UnboundType):
+        if argument.original_str_expr is not None:
+            return repr(argument.original_str_expr)
         inner = ", ".join(map(_source, argument.args))
         return f"{argument.name}[{inner}]" if inner else argument.name
     if isinstance(argument, RawExpressionType):

@@ -29,6 +29,11 @@ no_dim: Placed[Tensor, TP[S]]  # E: placement-annotation
 named_dim: Placed[Tensor, TP[S[tokens]]]  # E: placement-annotation
 half_a_dim: Placed[Tensor, TP[S[number]]]  # E: placement-annotation
 kind_of_kind: Placed[Tensor, TP[V[0]]]  # E: placement-annotation
+quoted_kind: Placed[Tensor, TP["V"]]  # E: placement-annotation
+quoted_shard: Placed[Tensor, TP["S[0]"]]  # E: placement-annotation
+quoted_dim: Placed[Tensor, TP[S["0"]]]  # E: placement-annotation
+quoted_role: Placed[Tensor, "TP[V]"]  # E: placement-annotation
+quoted_tensor: "Placed['Tensor', TP[V]]"
 unknown: Placed[Tensor, TPP[V]]  # E: name-defined
 unknown_kind: Placed[Tensor, TP[Q]]  # E: name-defined
 Alias = Placed[Tensor, TP[V], TP[V]]  # E: placement-annotation
