@@ -190,7 +190,9 @@ class SpmdMoePlugin(Plugin):
 
     def report_config_data(self, ctx: ReportConfigContext) -> Any:
         """What a cached result depends on: a digest of the rules, for modules they can touch."""
-        return None if is_foreign(ctx.id + ".") else [rules_digest(), self._config.digest()]
+        if is_foreign(ctx.id + "."):
+            return None
+        return [rules_digest(), self._config.is_strict(ctx.id)]
 
     def _function_type(self) -> Instance:
         found = self.lookup_fully_qualified("builtins.function")
