@@ -10,9 +10,13 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 from spmd_moe import SpmdMoeError
 from spmd_moe.check.finding import RULES
@@ -24,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.S)
 FILES = ("spmd_moe", "examples", "typecheck", "tests")
+# What mypy keeps between runs with a user's settings, which are not ours; tests share it.
+GUEST_CACHE = ROOT / ".mypy_cache" / "guest"
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,43 @@ def rules_table() -> str:
 GENERATED = {"moves": moves_table, "rules": rules_table, "codes": codes_table, "files": file_tree}
 
 
-def generated(text: str) -> str:
+@cache
+def said_by_mypy() -> tuple[ModuleType, dict[str, str], str]:
+    """The porting example, its files and the README's own module, and what mypy says of them."""
+    spec = spec_from_file_location("porting", ROOT / "examples" / "03_porting.py")
+    assert spec is not None and spec.loader is not None
+    example = module_from_spec(spec)
+    spec.loader.exec_module(example)
+    sources: dict[str, str] = example.versions()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {**sources, "my_layer": my_layer()}
+        return example, sources, example.checked(Path(folder), files, GUEST_CACHE)
+
+
+def my_layer() -> str:
+    """The README's module with axes of its own names."""
+    (found,) = [b.code for b in blocks(README.read_text()) if b.code.startswith("# my_layer.py")]
+    return found
+
+
+def porting() -> str:
+    example, sources, said = said_by_mypy()
+    lines = example.walk(sources, said)
+    first = next(n for n, line in enumerate(lines) if line.startswith("typed.py"))
+    return "\n".join(["```text", *lines[first:], "```"])
+
+
+def own_names() -> str:
+    lines = re.findall(r"(?:^|[/\\])(my_layer\.py:.*)", said_by_mypy()[2], re.M)
+    return "\n".join(["```text", *lines, "```"])
+
+
+SAID = {"porting": porting, "own names": own_names}  # these take seconds
+
+
+def generated(text: str, makers: dict[str, Callable[[], str]] = GENERATED) -> str:
     """The README with its generated parts made anew."""
-    for name, make in GENERATED.items():
+    for name, make in makers.items():
         pattern = rf"(<!-- {name}:[^\n]*-->\n).*?(\n<!-- end of {name} -->)"
         text, found = re.subn(pattern, lambda m: m[1] + make() + m[2], text, flags=re.S)  # noqa: B023  # called at once
         assert found == 1, f"the README has no place for {name}"
@@ -96,4 +136,4 @@ def rewritten(text: str) -> str:
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
-    README.write_text(rewritten(README.read_text()))
+    README.write_text(generated(rewritten(README.read_text()), SAID))

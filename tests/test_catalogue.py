@@ -7,7 +7,7 @@ import pytest
 from spmd_moe.check import Layout, examine
 from spmd_moe.errors import MeshError
 from spmd_moe.mesh import MoEMesh
-from tests.catalogue import targets
+from tests.catalogue import static, targets
 from tests.catalogue.bug import Bug, Fact
 from tests.catalogue.catalogue import (
     BUGS,
@@ -54,6 +54,18 @@ def test_what_the_traced_check_does_not_see(bug: Bug) -> None:
 @pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.id)
 def test_wrong_numbers_are_not_the_right_ones(fact: Fact) -> None:
     assert fact.wrong != fact.right and fact.open
+
+
+@pytest.mark.parametrize("bug", EVERYTHING, ids=lambda bug: bug.id)
+def test_what_mypy_says_or_why_it_does_not(bug: Bug | Fact) -> None:
+    """One run of mypy for all. A reason that is out of date fails, too."""
+    said = static.verdict(bug, tuple(BUGS))
+    assert bool(said) != (bug.id in static.UNSEEN), said
+
+
+def test_the_reasons_are_of_bugs_and_the_typed_cases_are_marked() -> None:
+    assert set(static.UNSEEN) <= {bug.id for bug in EVERYTHING} and all(static.UNSEEN.values())
+    assert static.cases()["B40B"] == ("return",) and "ALL_AXES" in static.cases()
 
 
 CORRECT = sorted({(bug.target, bug.layout, bug.tokens) for bug in BUGS})

@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.readme import GUEST_CACHE
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-QUICK = {"train": ("--steps", "2", "--no-check")}  # a run of its default length is a minute
+QUICK = {
+    "train": ("--steps", "2", "--no-check"),  # a run of its default length is a minute
+    "03_porting": ("--cache-dir", str(GUEST_CACHE)),
+}
 
 
 def program(*words: str, cwd: Path = ROOT) -> str:
@@ -61,3 +66,22 @@ def test_one_layer_on_one_process_and_on_four() -> None:
     assert sorted(agreed) == ["0", "1", "2", "3"]
     shown = "loss 45.48157" + alone.partition("loss 45.48157")[2].partition("rank 0")[0]
     assert shown.count("\n") == 11 and shown in four
+
+
+@pytest.mark.slow
+def test_porting_finds_three_bugs_and_leaves_the_files(tmp_path: Path) -> None:
+    path = ROOT / "examples" / "03_porting.py"
+    shown = program(str(path), *QUICK[path.stem], "--keep", "here", cwd=tmp_path)
+    assert [len(re.findall(rf"mypy reports {n} ", shown)) for n in (0, 3)] == [2, 1]
+    assert shown.count("[placement-operation]") == shown.count("otherwise:") == 3
+    for name in ("before", "typed", "fixed"):
+        program(f"here/{name}.py", cwd=tmp_path)  # each is a module that can be imported
+
+
+def test_porting_says_what_it_needs(tmp_path: Path) -> None:
+    hidden = "import runpy, sys; sys.modules['mypy'] = None; "
+    hidden += "runpy.run_path(sys.argv.pop(), None, '__main__')"
+    words = [sys.executable, "-c", hidden, str(ROOT / "examples" / "03_porting.py")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    needed = "this example needs mypy: pip install 'spmd-moe[dev]', or: pip install mypy\n"
+    assert (done.returncode, done.stderr) == (1, needed)

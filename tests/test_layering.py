@@ -96,6 +96,7 @@ ORDER = [
     "static.rules",
     "static.codes",
     "static.types",
+    "static.roles",
     "static.annotations",
     "static.walk",
     "static.messages",

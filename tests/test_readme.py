@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.readme import README, Block, blocks, file_tree, generated, outcome, rewritten
+from tests.readme import README, SAID, Block, blocks, file_tree, generated, outcome, rewritten
 
 TEXT = README.read_text()
 
@@ -19,6 +19,13 @@ def test_programs_do_what_is_shown(block: Block) -> None:
 
 def test_generated_parts_are_fresh() -> None:
     assert generated(TEXT) == TEXT, "python -m tests.readme --write"
+
+
+@pytest.mark.slow
+def test_what_mypy_says_is_fresh() -> None:
+    assert generated(TEXT, SAID) == TEXT, "python -m tests.readme --write"
+    stale = TEXT.replace("x_TD is V and self.gate_ED is I on TP", "x_TD is V")
+    assert stale != TEXT and generated(stale, SAID) == TEXT
 
 
 def test_every_file_says_what_it_is() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mypy.nodes import SymbolTableNode, TypeInfo, Var
+from mypy.nodes import SymbolTableNode, Var
 from mypy.plugin import AnalyzeTypeContext
 from mypy.types import (
     AnyType,
@@ -20,10 +20,10 @@ from mypy.types import (
 
 from spmd_moe.static.codes import CODES
 from spmd_moe.static.kinds import PRESENTATIONS, subscript
+from spmd_moe.static.roles import is_role, role_name
 from spmd_moe.static.types import declare, is_tensor_class, kinds_of, place
 
 PLACED = "spmd_moe.placement.Placed"
-ROLE = "spmd_moe.placement.Role"
 KIND_NAMES = {f"spmd_types.types.{name}": name for name in "RIVP"}
 SHARD_NAMES = ("spmd_moe.placement.S", "spmd_types.types.S", "spmd_types.types.Shard")
 ROLE_LISTS = {
@@ -55,6 +55,9 @@ class Annotation:
 
     def _add(self, argument: Type, kinds: dict[str, str]) -> None:
         """One `TP[S[0]]`."""
+        if _is_quoted(argument):
+            self._quoted(argument)
+            return
         if not isinstance(argument, UnboundType) or len(argument.args) != 1:
             self._fail(f"Placed: {_source(argument)} is not a role with a kind", argument, _FORM)
             return
@@ -70,13 +73,24 @@ class Annotation:
         found = self._look_up(argument)
         if found is None:
             return None  # mypy has said that there is no such name, or will look again
-        if isinstance(found.node, Var) and _may_be_role(found.node):
+        if isinstance(found.node, Var) and is_role(found.node):
             self.roles.append((found.node, argument))
-            return found.node.name
+            return self._role_of(found.node, argument)
         self._fail(f"Placed: {argument.name} is not a role", argument, f'Role("{argument.name}")')
         return None
 
+    def _role_of(self, variable: Var, argument: UnboundType) -> str | None:
+        analyser: Any = self.ctx.api
+        name = role_name(variable, analyser.api.modules)
+        if name is None:
+            what = f"Placed: which role {variable.name} is, its annotation hides"
+            self._fail(what, argument, f"{variable.name} = ... without an annotation")
+        return name
+
     def _kind(self, argument: Type) -> str | None:
+        if _is_quoted(argument):
+            self._quoted(argument)
+            return None
         if isinstance(argument, UnboundType):
             found = self._look_up(argument)
             if found is None:
@@ -96,6 +110,10 @@ class Annotation:
         self._fail("Placed: S needs the number of a dim", argument, "S[0]")
         return None
 
+    def _quoted(self, argument: Type) -> None:
+        """mypy reads what is quoted as if it were not; the interpreter sees a string."""
+        self._fail(f"Placed: {_source(argument)} is a string", argument, "it without quotes")
+
     def _look_up(self, argument: UnboundType) -> SymbolTableNode | None:
         analyser: Any = self.ctx.api
         found: SymbolTableNode | None = analyser.lookup_qualified(argument.name, argument)
@@ -105,20 +123,8 @@ class Annotation:
         self.ctx.api.fail(f"{message} (write {fix})", where, code=CODES["annotation"])
 
 
-def is_role(variable: Var) -> bool:
-    """For the end of the check, when the type of every variable is known."""
-    t = None if variable.type is None else get_proper_type(variable.type)
-    return (
-        t is None or isinstance(t, AnyType) or (isinstance(t, Instance) and _is_role_class(t.type))
-    )
-
-
-def _may_be_role(variable: Var) -> bool:
-    return variable.type is None or is_role(variable)
-
-
-def _is_role_class(info: TypeInfo) -> bool:
-    return any(base.fullname == ROLE for base in info.mro)
+def _is_quoted(t: Type) -> bool:
+    return isinstance(t, UnboundType) and t.original_str_expr is not None
 
 
 def _is_no_tensor(t: Type) -> bool:
@@ -133,6 +139,8 @@ def _is_no_tensor(t: Type) -> bool:
 
 def _source(argument: Type) -> str:
     if isinstance(argument, UnboundType):
+        if argument.original_str_expr is not None:
+            return repr(argument.original_str_expr)
         inner = ", ".join(map(_source, argument.args))
         return f"{argument.name}[{inner}]" if inner else argument.name
     if isinstance(argument, RawExpressionType):

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 
 from mypy.nodes import (
     AssignmentStmt,
+    Block,
+    BreakStmt,
     CallExpr,
     ClassDef,
     ConditionalExpr,
     Context,
+    ContinueStmt,
     Decorator,
     Expression,
     FuncDef,
@@ -20,6 +23,7 @@ from mypy.nodes import (
     NameExpr,
     Node,
     RefExpr,
+    ReturnStmt,
     TupleExpr,
     Var,
     WhileStmt,
@@ -84,6 +88,8 @@ class Bypasses:
                 yield self._size(f"{named(node.base)} is cut by a rank's number", node)
         elif isinstance(node, IfStmt | WhileStmt | ConditionalExpr):
             yield from self._branch(node)
+        elif isinstance(node, Block):
+            yield from self._left_early(node)
         elif isinstance(node, WithStmt):
             if any(self._is_no_grad(e) for e in node.expr) and self._meet(node.body):
                 yield self._bypass("no_grad around a collective", node)
@@ -119,14 +125,21 @@ class Bypasses:
     # --- X2: what ranks would do differently --------------------------------------------------
 
     def _branch(self, node: IfStmt | WhileStmt | ConditionalExpr) -> Found:
-        conditions = [node.cond] if isinstance(node, ConditionalExpr) else node.expr
-        if isinstance(conditions, Expression):
-            conditions = [conditions]
+        conditions = _conditions(node)
         if not any(self._asks_shape(n) for c in conditions for n in below(c)):
             return
         bodies = [child for child in children(node) if child not in conditions]
         if any(self._meet(body) for body in bodies):
             yield self._size("a shape decides whether there is a collective", node)
+
+    def _left_early(self, block: Block) -> Found:
+        """`if x.shape[0] == 0: return x`, and below it a collective."""
+        for number, statement in enumerate(block.body):
+            if not isinstance(statement, IfStmt) or not any(map(_leaves, statement.body)):
+                continue
+            asks = any(self._asks_shape(n) for c in statement.expr for n in below(c))
+            if asks and any(map(self._meet, block.body[number + 1 :])):
+                yield self._size("a shape decides whether the collectives below happen", statement)
 
     def _size(self, what: str, where: Context) -> tuple[Problem, Context]:
         why = "it may differ between ranks, or agree by accident, and no type says which"
@@ -215,3 +228,14 @@ class Bypasses:
     def _touches_tensor(self, call: CallExpr) -> bool:
         receiver = [call.callee.expr] if isinstance(call.callee, MemberExpr) else []
         return any(self._has_tensor(e) for e in [*receiver, *call.args])
+
+
+def _conditions(node: IfStmt | WhileStmt | ConditionalExpr) -> list[Expression]:
+    if isinstance(node, ConditionalExpr):
+        return [node.cond]
+    return node.expr if isinstance(node, IfStmt) else [node.expr]
+
+
+def _leaves(body: Block) -> bool:
+    """An error is no way of leaving: it ends the program on all ranks."""
+    return bool(body.body) and isinstance(body.body[-1], ReturnStmt | ContinueStmt | BreakStmt)

@@ -29,6 +29,7 @@ from spmd_moe.static.moves import COLLECTIVES, EXCHANGE
 from spmd_moe.static.names import function_operation, is_foreign, method_operation
 from spmd_moe.static.notes import Notes, raises
 from spmd_moe.static.review import review
+from spmd_moe.static.roles import ROLE
 from spmd_moe.static.types import (
     declare,
     declare_all_of,
@@ -103,6 +104,8 @@ class SpmdMoePlugin(Plugin):
             return _careful(lambda ctx: hooks.exchange(ctx, notes), _default)
         if fullname in COLLECTIVES:
             return _careful(lambda ctx: hooks.collective(ctx, fullname, notes), _default)
+        if fullname == ROLE:
+            return _careful(lambda ctx: hooks.role(ctx, notes), _default)
         if fullname == "spmd_types.types.Shard":
             return _careful(lambda ctx: hooks.shard_kind(ctx, notes), _default)
         name = function_operation(fullname)
@@ -187,7 +190,9 @@ class SpmdMoePlugin(Plugin):
 
     def report_config_data(self, ctx: ReportConfigContext) -> Any:
         """What a cached result depends on: a digest of the rules, for modules they can touch."""
-        return None if is_foreign(ctx.id + ".") else [rules_digest(), self._config.digest()]
+        if is_foreign(ctx.id + "."):
+            return None
+        return [rules_digest(), self._config.is_strict(ctx.id)]
 
     def _function_type(self) -> Instance:
         found = self.lookup_fully_qualified("builtins.function")

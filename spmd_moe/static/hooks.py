@@ -30,11 +30,12 @@ from mypy.nodes import (
 from mypy.plugin import AttributeContext, FunctionContext, MethodContext
 from mypy.types import Type
 
-from spmd_moe.static.annotations import KIND_NAMES, ROLE_LISTS, is_role
+from spmd_moe.static.annotations import KIND_NAMES, ROLE_LISTS
 from spmd_moe.static.kinds import Kinds
 from spmd_moe.static.messages import Named, Problem, named, operation_problem
 from spmd_moe.static.moves import SEVERAL, Call, moved
 from spmd_moe.static.notes import Notes
+from spmd_moe.static.roles import Modules, is_role, role_made_by, role_name
 from spmd_moe.static.rules import Operand, gradient, infer_operation, table
 from spmd_moe.static.types import (
     is_any,
@@ -194,13 +195,19 @@ def attribute(ctx: AttributeContext, name: str, notes: Notes) -> Type:
 def axis_of_mesh(ctx: MethodContext, notes: Notes) -> Type:
     """`mesh[TP]`"""
     expr = ctx.args[0][0] if ctx.args and ctx.args[0] else None
-    role = _role_named(expr) or _roles_of_loop(ctx, expr)
+    checker: Any = ctx.api
+    role = _role_named(expr, checker.modules) or _roles_of_loop(checker, expr)
     return ctx.default_return_type if role is None else with_role(ctx.default_return_type, role)
 
 
-def _roles_of_loop(ctx: MethodContext, expr: Expression | None) -> str | None:
+def role(ctx: FunctionContext, notes: Notes) -> Type:
+    """`Role("north")`"""
+    made = role_made_by(ctx.context) if isinstance(ctx.context, CallExpr) else None
+    return ctx.default_return_type if made is None else with_role(ctx.default_return_type, made)
+
+
+def _roles_of_loop(checker: Any, expr: Expression | None) -> str | None:
     """`mesh[role]` where `role` runs over roles that are written down."""
-    checker: Any = ctx.api
     function = checker.scope.current_function()
     variable = expr.node if isinstance(expr, NameExpr) else None
     if function is None or not isinstance(variable, Var):
@@ -214,25 +221,27 @@ def _roles_of_loop(ctx: MethodContext, expr: Expression | None) -> str | None:
             continue
         for index, over in pairs:
             if isinstance(index, NameExpr) and index.node is variable:
-                return _roles_written(over)
+                return _roles_written(over, checker.modules)
     return None
 
 
-def _roles_written(over: Expression) -> str | None:
+def _roles_written(over: Expression, modules: Modules) -> str | None:
     if isinstance(over, RefExpr) and over.fullname in ROLE_LISTS:
         return SEVERAL.join(ROLE_LISTS[over.fullname])
     if not isinstance(over, TupleExpr | ListExpr):
         return None
-    roles = [_role_named(item) for item in over.items]
+    roles = [_role_named(item, modules) for item in over.items]
     return None if None in roles else SEVERAL.join(r for r in roles if r is not None)
 
 
-def _role_named(expr: Expression | None) -> str | None:
+def _role_named(expr: Expression | None, modules: Modules) -> str | None:
     """The role that an expression names, if it is a constant of some module."""
     if not isinstance(expr, RefExpr) or not isinstance(expr.node, Var):
         return None
     variable = expr.node
-    return variable.name if "." in variable.fullname and is_role(variable) else None
+    if "." not in variable.fullname or not is_role(variable):
+        return None
+    return role_name(variable, modules)
 
 
 def group_of_axis(ctx: AttributeContext, notes: Notes) -> Type:

@@ -17,7 +17,15 @@ from spmd_moe.static.kinds import (
     on_presentation,
     presentation,
 )
-from spmd_moe.static.rules import Operand, Refusal, infer_operation, is_move, moves_from, table
+from spmd_moe.static.rules import (
+    Operand,
+    Refusal,
+    infer_operation,
+    is_move,
+    moves_from,
+    table,
+    takes_part,
+)
 
 
 @final
@@ -77,7 +85,7 @@ def operation_problem(name: str, operands: Sequence[Named], refusal: Refusal) ->
         for n in operands
         if n.operand.kinds is not None and (kind := kind_on(n.operand.kinds, role)) is not None
     ]
-    numbers = [n.text for n in operands if n.operand.kinds is None]
+    numbers = [n for n in operands if n.operand.kinds is None and takes_part(name, n.operand)]
     having = " and ".join(dict.fromkeys(have)) + f" on {role}"
     with_numbers = ", and a number joins" if numbers and have else ""
     return Problem(

@@ -31,7 +31,6 @@ from mypy.nodes import (
 )
 from mypy.types import CallableType, Instance, TupleType, Type, UnionType, get_proper_type
 
-from spmd_moe.static.annotations import is_role
 from spmd_moe.static.arguments import matched, signatures
 from spmd_moe.static.branches import branch_problems
 from spmd_moe.static.bypass import Bypasses
@@ -41,6 +40,7 @@ from spmd_moe.static.messages import Problem, declared_problem, named
 from spmd_moe.static.notes import Notes
 from spmd_moe.static.overrides import override_problem
 from spmd_moe.static.report import Report
+from spmd_moe.static.roles import is_role
 from spmd_moe.static.strict import unknown_problems
 from spmd_moe.static.types import DEPTH, SEQUENCES, as_found, kinds_of
 from spmd_moe.static.walk import children

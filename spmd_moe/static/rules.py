@@ -158,6 +158,11 @@ def infer_operation(name: str, operands: Sequence[Operand]) -> tuple[Kinds, Refu
     return same_shape(name, tensors, result), refusal or divided
 
 
+def takes_part(name: str, operand: Operand) -> bool:
+    """Whether the kinds of a result depend on an operand: a dim, for one, is only a number."""
+    return operand.kinds is not None or _counts(operand, table()["operations"].get(name, {}))
+
+
 def _counts(operand: Operand, row: Mapping[str, Any]) -> bool:
     """Whether a number stands where a tensor might, and so takes part in the rule."""
     if operand.keyword is not None:

@@ -13,7 +13,7 @@ from spmd_moe.check.report import Report
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.target import Target
 from spmd_moe.check.values import check_values
-from tests.catalogue import proof, targets
+from tests.catalogue import proof, static, targets
 from tests.catalogue.bug import TARGETS, Bug, Fact
 from tests.catalogue.bugs_gradients import GRADIENTS, SUMS
 from tests.catalogue.bugs_layout import LAYOUTS
@@ -85,22 +85,26 @@ def goes_wrong(bug: Bug) -> str:
 
 # --- the table ----------------------------------------------------------------------------------
 
-Verdict = Callable[[Bug], str]
+Verdict = Callable[[Bug | Fact], str]
 
 
-def _traced(bug: Bug) -> str:
-    finding = caught(bug)
+def _static(bug: Bug | Fact) -> str:
+    return static.verdict(bug, tuple(BUGS))
+
+
+def _traced(bug: Bug | Fact) -> str:
+    finding = caught(bug) if isinstance(bug, Bug) else None
     return "" if finding is None else finding.rule
 
 
-def _values(bug: Bug) -> str:
+def _values(bug: Bug | Fact) -> str:
     """Of what the traced check does not see: the rest need not be run."""
-    finding = valued(bug) if bug.values else None
+    finding = valued(bug) if isinstance(bug, Bug) and bug.values else None
     return "" if finding is None else finding.rule
 
 
 # One column for each level, in the order of the ladder. A level that is added is a line here.
-LEVELS: dict[str, Verdict] = {"traced": _traced, "values": _values}
+LEVELS: dict[str, Verdict] = {"static": _static, "traced": _traced, "values": _values}
 
 
 def table() -> str:
@@ -108,8 +112,7 @@ def table() -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     rows = [(bug.id, _row(bug)) for bug in BUGS]
     for fact in FACTS:
-        levels = [""] * len(LEVELS)
-        rows.append((fact.id, [fact.id, fact.title, "arithmetic", *levels, fact.open]))
+        rows.append((fact.id, [fact.id, fact.title, "arithmetic", *_cells(fact), fact.open]))
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for _, row in sorted(rows))])
 
 
@@ -118,7 +121,13 @@ def _row(bug: Bug) -> list[str]:
     said = bug.open if finding is None else first_line(finding)
     modules = dict.fromkeys(edit.module for edit in bug.edits)
     where = ", ".join(f"`{module}`" for module in modules)
-    return [bug.id, bug.title, where, *(level(bug) for level in LEVELS.values()), said]
+    return [bug.id, bug.title, where, *_cells(bug), said]
+
+
+def _cells(bug: Bug | Fact) -> list[str]:
+    """What each level says; of the static one, why it says nothing."""
+    said = {name: level(bug) for name, level in LEVELS.items()}
+    return [*({**said, "static": said["static"] or f"({static.UNSEEN[bug.id]})"}).values()]
 
 
 def first_line(finding: Finding) -> str:

@@ -16,9 +16,23 @@ from torch import Tensor, nn
 
 from spmd_moe import DP, TP, I, MoEMesh, P, Placed, R, S, V, redistribute
 from spmd_moe.collectives import declare_sum
-from spmd_moe.placement import DENSE, EP, ETP, RouterWeight, Rows, RowSums, Tokens, TokenSums, Whole
+from spmd_moe.placement import (
+    DENSE,
+    EDP,
+    EP,
+    ETP,
+    RouterWeight,
+    Rows,
+    RowSums,
+    Tokens,
+    TokenSums,
+    Whole,
+)
+from spmd_moe.router import Router
 
 SharedSums = Placed[Tensor, DP[V], TP[P]]
+ExpertGradient = Placed[Tensor, EDP[P], EP[V], ETP[S[1]]]
+ExpertUpdate = Placed[Tensor, EDP[R], EP[V], ETP[S[1]]]
 Degree = NewType("Degree", int)
 Experts = NewType("Experts", int)
 
@@ -40,7 +54,15 @@ class B01(nn.Module):
         return scores_TE.chunk(self.tp.size)[self.tp.rank]  # E: placement-size, placement-return
 
 
-def b04(x_RD: Rows, mesh: MoEMesh) -> Placed[Tensor, EP[R]]:
+def b03a(
+    x_TD: Placed[Tensor, TP[I]], up_FD: Placed[Tensor, TP[S[0]]], ep: int, mesh: MoEMesh
+) -> Placed[Tensor, TP[V]]:
+    """The gradient of what the experts read is summed over tp only where there is ep."""
+    rows_TD = x_TD if ep == 1 else redistribute(x_TD, mesh[TP], src=I, dst=R)  # E: placement-branch
+    return fn.linear(rows_TD, up_FD)  # E: placement-operation
+
+
+def b04a(x_RD: Rows, mesh: MoEMesh) -> Placed[Tensor, EP[R]]:
     """Rows of different tokens are summed."""
     return redistribute(x_RD, mesh[EP], src=P, dst=R)  # E: placement-move
 
@@ -52,7 +74,7 @@ def b05(x_TD: Placed[Tensor, TP[S[0]]], tokens: int, mesh: MoEMesh) -> Placed[Te
     return x_TD  # E: placement-return
 
 
-def b06(ids_TK: Whole, mesh: MoEMesh) -> Whole:
+def b06d(ids_TK: Whole, mesh: MoEMesh) -> Whole:
     """Few tokens are kept whole, and their counts reduced all the same."""
     counts_E = fn.one_hot(ids_TK).sum(0)
     return redistribute(counts_E, mesh[TP], src=P, dst=R)  # E: placement-move
@@ -75,6 +97,13 @@ def b10(y_TD: Tokens, shared_TD: SharedSums) -> Tokens:
     return y_TD + shared_TD  # E: placement-operation
 
 
+def b08b(
+    y_TD: Placed[Tensor, DP[V], TP[V]], shared_TD: Placed[Tensor, DP[V], TP[R]], mesh: MoEMesh
+) -> Tokens:
+    """The same where the routed part is not declared to be a part of a sum."""
+    return redistribute(y_TD + shared_TD, mesh[TP], src=P, dst=S(0))  # E: placement-move
+
+
 class B13(nn.Module):
     """The selection bias is moved by counts that are not summed over tp."""
 
@@ -95,11 +124,23 @@ def b14(counts_E: Tokens, mesh: MoEMesh) -> Tokens:
     return counts_E
 
 
+def b19a(gradient: ExpertGradient, mesh: MoEMesh) -> ExpertUpdate:
+    """An expert's gradient is reduced over the group of the dense weights."""
+    return redistribute(gradient, mesh[DP], src=P, dst=R)  # E: placement-return
+
+
 def b20(gradients: list[Rows], mesh: MoEMesh) -> Placed[Tensor, EP[I]]:
     """The norm of the experts' gradients is not summed over ep."""
     squares = torch.stack([g.square().sum() for g in gradients]).sum()
     norm = declare_sum(squares, mesh[ETP].group)
     return redistribute(norm, mesh[ETP], src=P, dst=I).sqrt()  # E: placement-return
+
+
+def b20d(gradients: list[Rows], mesh: MoEMesh) -> Placed[Tensor, EP[I]]:
+    """The ranks' norms are averaged, where their squares should be added."""
+    squares = torch.stack([g.square().sum() for g in gradients]).sum()
+    norm = declare_sum(squares, mesh[EP].group).sqrt()  # E: placement-operation
+    return redistribute(norm, mesh[EP], src=P, dst=I) / mesh[EP].size
 
 
 def b23(x_TD: Placed[Tensor, TP[R]], mesh: MoEMesh) -> Placed[Tensor, TP[S[0]]]:
@@ -119,9 +160,21 @@ def b36(ids_TK: Tokens, mask_T: Placed[Tensor, TP[P]]) -> Tokens:
     return torch.where(mask_T.unsqueeze(1), ids_TK, -1)  # E: placement-operation
 
 
+def b36b(x_TD: Tokens, mask_T: Placed[Tensor, DP[V], TP[R]], router: Router) -> None:
+    """The first rows of the mask of all tokens are taken for those of this rank."""
+    print(router(x_TD, mask_T[: x_TD.shape[0]]))  # E: placement-argument
+
+
 def b40(y_RD: RowSums, adapter_RD: Placed[Tensor, ETP[R]]) -> RowSums:
     """An adapter's branch is whole where the expert's is a part of a sum."""
     return y_RD + adapter_RD  # E: placement-operation
+
+
+def b40b(
+    gradient: Placed[Tensor, EDP[P], EP[P], ETP[R]], mesh: MoEMesh
+) -> Placed[Tensor, EDP[R], EP[R], ETP[R]]:
+    """The gradient of an adapter that all experts share is reduced over edp alone."""
+    return redistribute(gradient, mesh[EDP], src=P, dst=R)  # E: placement-return
 
 
 def b44(ep: Degree, experts: Experts) -> None:

@@ -120,3 +120,24 @@ def by_shape(x: Placed[Tensor, DP[V], TP[S[0]]], total: int, mesh: MoEMesh) -> N
     if x.shape[0] != total:  # E: placement-size
         y = redistribute(x, mesh[TP], src=S(0), dst=I)  # E: placement-branch
     print(y)
+
+
+def left_early(x: Placed[Tensor, DP[V], TP[S[0]]], mesh: MoEMesh) -> Placed[Tensor, DP[V], TP[R]]:
+    if x.shape[0] > 9:
+        raise ValueError
+    if mesh[TP].size == 1:
+        print(x)
+    if x.shape[0] == 0:  # E: placement-size
+        return torch.zeros(9)
+    return redistribute(x, mesh[TP], src=S(0), dst=R)
+
+
+def skipped(parts: list[Tokens], mesh: MoEMesh) -> None:
+    for x in parts:
+        if len(x) == 0:  # E: placement-size
+            continue
+        print(redistribute(x, mesh[TP], src=S(0), dst=R))
+    for y in parts:
+        if len(y) == 0:
+            continue
+        print(y)
