@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from spmd_moe.check import CannotCheckError, Layout, check, examine
 from spmd_moe.check.cli import main
 from spmd_moe.check.signatures import signatures
-from spmd_moe.check.trace import Configuration, trace
+from spmd_moe.check.trace import Configuration, standing, trace
 from spmd_moe.errors import PlacementError
 from tests import check_targets as t
 from tests.catalogue import targets
@@ -51,13 +52,17 @@ WRONG: dict[Callable[..., torch.Tensor], str] = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> object:
-    """No process group, mode or patch outlives a check, however it ends."""
-    before = torch.autograd.Function.apply, _checker._install_autograd_apply_patch, t.Module.forward
+    """No process group, mode, hook or patch outlives a check, however it ends."""
+    before = _patched()
     yield
     assert not dist.is_initialized() and not is_type_checking()
     assert _get_current_function_mode_stack() == []
-    after = torch.autograd.Function.apply, _checker._install_autograd_apply_patch, t.Module.forward
-    assert before == after
+    assert before == _patched()
+
+
+def _patched() -> tuple[object, ...]:
+    spmd = torch.autograd.Function.apply, _checker._install_autograd_apply_patch
+    return *spmd, t.Module.forward, dist.new_group, dist.device_mesh.new_group, sys.excepthook
 
 
 def rules(run: Callable[..., torch.Tensor]) -> set[str]:
@@ -117,6 +122,63 @@ def test_what_is_allowed_in_place(
     assert report.ok is ok, str(report)
     if not ok:
         assert [m.finding.rule for m in report.mistakes()] == ["X3"]
+
+
+# --- annotations that cannot be read --------------------------------------------------------------
+
+UNREAD = """\
+from __future__ import annotations
+from typing import TYPE_CHECKING
+from torch import nn
+from spmd_moe.check import Built
+from spmd_moe.placement import DP, R, V, Placed
+from tests import check_targets as t
+if TYPE_CHECKING:
+    from torch import Tensor
+    from spmd_moe.placement import GatheredTokens, Whole
+    from spmd_moe import MoEConfig
+class Part(t.Module):
+    config: MoEConfig
+    {of_class}
+    def forward(self, x: {of_function}) -> Tensor:
+        return t.shared_out(self, nn.functional.linear(self.own(None, x), self.weight))
+    def own(self, config: MoEConfig | None, x: Tensor) -> Tensor:
+        return x
+def target(mesh, tokens):
+    import torch
+    return Built(Part(mesh, t.shared_out), (torch.randn(tokens, 4),), (t.Whole,))
+"""
+
+
+@pytest.mark.parametrize(
+    "of_function,of_class,said",
+    [
+        ("Tensor", "", ""),
+        (
+            "GatheredTokens",
+            "",
+            r"'x' is annotated 'GatheredTokens', in which a name does not exist",
+        ),
+        ("Tensor", "weight: Whole", "'weight' is annotated 'Whole', in which a name does not"),
+    ],
+)
+def test_a_name_that_exists_for_type_checkers_only(
+    of_function: str,
+    of_class: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What cannot be read is no placement that could be trusted; what is no tensor needs none."""
+    name = f"unread_{of_function}_{len(of_class)}"
+    text = UNREAD.format(of_function=of_function, of_class=of_class)
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [f"{name}:target", "--layout", "dp 2 tp 2", "--jobs", "1"]
+    assert main(["check", *words]) == (2 if said else 0), capsys.readouterr()
+    error = capsys.readouterr().err
+    assert said in error and ("TYPE_CHECKING" in error) is bool(said), error
 
 
 # --- exits --------------------------------------------------------------------------------------
@@ -262,10 +324,9 @@ def test_a_world_of_8192_ranks() -> None:
 
 
 def test_one_trace_is_quick() -> None:
-    with signatures({"spmd_moe", "tests"}):
-        configuration = Configuration(Layout(dp=2, tp=2, ep=2), 24)
-        trace(targets.layer, configuration, {"spmd_moe"})
-        spent = min(
-            seconds(lambda: trace(targets.layer, configuration, {"spmd_moe"})) for _ in range(5)
-        )
+    layout = Layout(dp=2, tp=2, ep=2)
+    with signatures({"spmd_moe", "tests"}), standing(layout, 0) as here:
+        act = functools.partial(trace, targets.layer, Configuration(layout, 24), {"spmd_moe"}, here)
+        act()
+        spent = min(seconds(act) for _ in range(5))
     assert spent < 0.15

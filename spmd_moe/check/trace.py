@@ -22,12 +22,12 @@ from spmd_moe.check.layout import Layout
 from spmd_moe.check.lines import is_checked
 from spmd_moe.check.observe import Observer, Record
 from spmd_moe.check.shards import give
-from spmd_moe.check.signatures import axis, checked, declare
-from spmd_moe.check.target import Built, Target, build
+from spmd_moe.check.signatures import axis, checked, declare, readable
+from spmd_moe.check.target import Built, CannotCheckError, Target, build
 from spmd_moe.check.world import Issued, mirror_world
 from spmd_moe.errors import SpmdMoeError
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import DENSE, EXPERT, Placement, V, placements_of
+from spmd_moe.placement import DENSE, EXPERT, Placement, V, annotations_of, placements_of
 
 
 @final
@@ -57,12 +57,27 @@ class Trace:
     refused: str = ""  # why the target does not build this
 
 
-def trace(target: Target, configuration: Configuration, packages: set[str]) -> Trace:
+@final
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank of a layout, in a world where it is alone; good for one trace after another."""
+
+    mesh: MoEMesh
+    log: list[Issued]
+
+
+@contextmanager
+def standing(layout: Layout, rank: int) -> Iterator[Place]:
+    """Be this rank. In a world of thousands the mesh takes longer to make than a trace."""
+    with mirror_world(layout.world, rank) as log:
+        yield Place(layout.mesh(), log)
+
+
+def trace(target: Target, configuration: Configuration, packages: set[str], here: Place) -> Trace:
     """Run the target once as one rank; to be called inside `signatures(packages)`."""
-    found = Trace(configuration)
+    found, mesh, log = Trace(configuration), here.mesh, here.log
     # The same numbers on every rank: what is R or I is then the same on all of them.
-    with _seeded(), mirror_world(configuration.layout.world, configuration.rank) as log:
-        mesh = configuration.layout.mesh()
+    with _seeded():
         try:
             built = build(target, mesh, configuration.tokens)
         except ValueError as error:  # ours among them: what a module says of a layout it cannot do
@@ -76,6 +91,8 @@ def trace(target: Target, configuration: Configuration, packages: set[str]) -> T
         try:
             _run(built, mesh, found, log, packages)
             found.findings += _changed(declared, mesh)
+        except CannotCheckError:
+            raise
         except Exception as error:  # whatever the checked code raises is its mistake, and shown
             found.findings.append(raised(error, packages, _names(mesh)))
         found.findings += found.record.findings
@@ -107,21 +124,25 @@ def declared_types(module: nn.Module) -> dict[str, tuple[Tensor, Placement]]:
     """Each parameter and buffer that its class declares, by its full name."""
     found = {}
     for prefix, part in module.named_modules():
-        for name, placement in _placements(type(part)).items():
+        placements, unknown = _placements(type(part))
+        for name, written in unknown.items():
+            readable(getattr(part, name, None), name, written, type(part))
+        for name, placement in placements.items():
             tensor = getattr(part, name, None)
             if isinstance(tensor, Tensor):
                 found[f"{prefix}.{name}".removeprefix(".")] = (tensor, placement)
     return found
 
 
-_KNOWN: dict[type, dict[str, Placement]] = {}
+_KNOWN: dict[type, tuple[dict[str, Placement], dict[str, str]]] = {}
 
 
-def _placements(kind: type) -> dict[str, Placement]:
-    """Those of a class. Torch's own declare none, and their annotations name what is not there."""
+def _placements(kind: type) -> tuple[dict[str, Placement], dict[str, str]]:
+    """Those of a class, and what of it cannot be read. Torch's own declare none, and their
+    annotations name what is not there."""
     if kind not in _KNOWN:
         ours = not kind.__module__.startswith("torch.")
-        _KNOWN[kind] = placements_of(kind) if ours else {}
+        _KNOWN[kind] = (placements_of(kind), annotations_of(kind)[1]) if ours else ({}, {})
     return _KNOWN[kind]
 
 
