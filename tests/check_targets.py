@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spmd_moe.check import Built
 from spmd_moe.collectives import declare_sum
+from spmd_moe.declare import declare
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import CP, DP, TP, P, Placed, R, S, V
 from spmd_moe.redistribute import redistribute
@@ -168,6 +169,53 @@ def no_tensor(mesh: MoEMesh, tokens: int) -> Built:
 
 def not_built(mesh: MoEMesh, tokens: int) -> object:
     return Module(mesh, shared_out)
+
+
+class Undeclared(Module):
+    def __init__(self, mesh: MoEMesh, run: Step) -> None:
+        super().__init__(mesh, run)
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+class Misspelt(Module):
+    wieght: Placed[Tensor, DP[R], CP[R], TP[R]]
+
+
+class InPart(Module):
+    weight: Placed[Tensor, DP[R], CP[R]]
+
+
+def by_name(name: str) -> Callable[[MoEMesh, int], Built]:
+    """A module of torch's, whose parameters are declared by name where there is a tp."""
+
+    def target(mesh: MoEMesh, tokens: int) -> Built:
+        module = nn.Linear(4, 4)
+        declare(module, {name if mesh[TP].size > 1 else "*": Placed[Tensor, DP[R], CP[R], TP[R]]})
+        return Built(module, (torch.randn(tokens, 4),), (Whole,))
+
+    return target
+
+
+def of_class(kind: type[Module]) -> Callable[[MoEMesh, int], Built]:
+    def target(mesh: MoEMesh, tokens: int) -> Built:
+        return Built(kind(mesh, shared_out), (torch.randn(tokens, 4),), (Whole,))
+
+    return target
+
+
+def too_many_placements(mesh: MoEMesh, tokens: int) -> Built:
+    return Built(Module(mesh, shared_out), (torch.randn(tokens, 4),), (Whole, Whole))
+
+
+def without_tp(mesh: MoEMesh, tokens: int) -> Built:
+    placed = Placed[Tensor, DP[V], CP[V]]
+    return Built(Module(mesh, shared_out), (torch.randn(tokens, 4),), (placed,))
+
+
+def raises_on_tp(mesh: MoEMesh, tokens: int) -> Built:
+    if mesh[TP].size > 1:
+        raise KeyError("tp")
+    return good(mesh, tokens)
 
 
 def no_placement(mesh: MoEMesh, tokens: int) -> Built:

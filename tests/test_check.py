@@ -124,6 +124,27 @@ def test_what_is_allowed_in_place(
         assert [m.finding.rule for m in report.mistakes()] == ["X3"]
 
 
+# --- declarations ---------------------------------------------------------------------------------
+
+DECLARED = {
+    "declared by name": (t.by_name("*"), ""),
+    "a name of nothing": (t.by_name("wieght"), "'wieght' names no parameter or buffer of Linear"),
+    "a name that is left out": (t.by_name("weight"), "'bias' f32[4] has no declared placement"),
+    "a parameter without": (t.of_class(t.Undeclared), "'scale' f32[4] has no declared placement"),
+    "misspelt in the class": (t.of_class(t.Misspelt), "'wieght' is declared dp:R cp:R tp:R, but"),
+    "in part": (t.of_class(t.InPart), "weight f32[4, 4] is declared dp:R cp:R, and nothing on tp"),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_declarations_fail_closed(name: str) -> None:
+    target, said = DECLARED[name]
+    report = examine(target, chosen=[Layout(), TP_2], tokens=(4,))
+    found = report.mistakes()
+    assert [m.finding.rule for m in found] == ["X9"] * bool(said), str(report)
+    assert all(said in str(m) for m in found), str(report)
+
+
 # --- annotations that cannot be read --------------------------------------------------------------
 
 UNREAD = """\
@@ -208,6 +229,9 @@ CANNOT = [
     ([f"{HERE}:not_built"], "returns Module, not Built"),
     ([f"{HERE}:no_placement"], "without a placement"),
     ([f"{HERE}:elsewhere"], "lies on meta"),
+    ([f"{HERE}:too_many_placements"], "2 placements are given for 1 arguments"),
+    ([f"{HERE}:without_tp"], "dp:V cp:V, which says nothing of tp"),
+    ([f"{HERE}:raises_on_tp"], "raises KeyError"),
     ([f"{HERE}:refuses"], "every layout is refused"),
     ([f"{HERE}:hangs", "--seconds", "1"], "takes more than 1 s"),
     ([f"{HERE}:good", "--world", "0"], "a world of 0"),

@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import final
 
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from spmd_moe.check.declared import declared_types, misdeclared, unsaid
 from spmd_moe.check.escapes import escapes
 from spmd_moe.check.finding import Finding, allowed, finding, short
 from spmd_moe.check.layout import Layout
 from spmd_moe.check.lines import is_checked
 from spmd_moe.check.observe import Observer, Record
 from spmd_moe.check.shards import give
-from spmd_moe.check.signatures import axis, checked, declare, readable
-from spmd_moe.check.target import Built, CannotCheckError, Target, build
+from spmd_moe.check.signatures import axis, checked, declare
+from spmd_moe.check.target import Built, CannotCheckError, Target, build, cannot
 from spmd_moe.check.world import Issued, mirror_world
-from spmd_moe.errors import SpmdMoeError
+from spmd_moe.errors import PlacementError, SpmdMoeError, describe
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import DENSE, EXPERT, Placement, V, annotations_of, placements_of
+from spmd_moe.placement import DENSE, EXPERT, Placement, V
 
 
 @final
@@ -80,11 +81,20 @@ def trace(target: Target, configuration: Configuration, packages: set[str], here
     with _seeded():
         try:
             built = build(target, mesh, configuration.tokens)
+        except CannotCheckError:  # a ValueError as well
+            raise
+        except PlacementError as error:  # no refusal of a layout: its declarations are wrong
+            found.findings.append(replace(raised(error, packages, _names(mesh)), rule="X9"))
+            return found
         except ValueError as error:  # ours among them: what a module says of a layout it cannot do
             found.refused = str(error)
             return found
+        found.findings += misdeclared(built.module, mesh)
+        if found.findings:
+            return found  # what has no type could not be followed
         declared = declared_types(built.module)
         built = _as_from_a_model(built)
+        _whole_placements(built, mesh)
         for tensor, placement in (*declared.values(), *built.tensors()):
             declare(tensor, placement, mesh)
         log.clear()
@@ -99,6 +109,16 @@ def trace(target: Target, configuration: Configuration, packages: set[str], here
         found.findings += _raw(found.forward + found.backward or log)
         found.findings += escapes(found.record.lines)
     return found
+
+
+def _whole_placements(built: Built, mesh: MoEMesh) -> None:
+    for tensor, placement in built.tensors():
+        missing = unsaid(placement, mesh)
+        if missing:
+            what = f"argument {describe(tensor)} is placed {placement}, which says nothing of "
+            fix = f"{missing.split(', ')[0].upper()}[V]   # if the ranks have different ones there"
+            why = "what the ranks of an axis hold decides what may be computed of it"
+            raise cannot("Built", what + missing, why, fix)
 
 
 def _as_from_a_model(built: Built) -> Built:
@@ -118,32 +138,6 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def declared_types(module: nn.Module) -> dict[str, tuple[Tensor, Placement]]:
-    """Each parameter and buffer that its class declares, by its full name."""
-    found = {}
-    for prefix, part in module.named_modules():
-        placements, unknown = _placements(type(part))
-        for name, written in unknown.items():
-            readable(getattr(part, name, None), name, written, type(part))
-        for name, placement in placements.items():
-            tensor = getattr(part, name, None)
-            if isinstance(tensor, Tensor):
-                found[f"{prefix}.{name}".removeprefix(".")] = (tensor, placement)
-    return found
-
-
-_KNOWN: dict[type, tuple[dict[str, Placement], dict[str, str]]] = {}
-
-
-def _placements(kind: type) -> tuple[dict[str, Placement], dict[str, str]]:
-    """Those of a class, and what of it cannot be read. Torch's own declare none, and their
-    annotations name what is not there."""
-    if kind not in _KNOWN:
-        ours = not kind.__module__.startswith("torch.")
-        _KNOWN[kind] = (placements_of(kind), annotations_of(kind)[1]) if ours else ({}, {})
-    return _KNOWN[kind]
 
 
 def _run(built: Built, mesh: MoEMesh, found: Trace, log: list[Issued], packages: set[str]) -> None:
