@@ -36,6 +36,14 @@ WRONG: dict[Callable[..., torch.Tensor], str] = {
     t.chunked: "X2",
     t.ranged: "X2",
     t.scaled: "X2",
+    t.factory_of_a_rank: "X2",
+    t.number_of_a_rank: "X2",
+    t.one_rank_alone: "X2",
+    t.as_often_as_the_rank: "X2",
+    t.scaled_by_an_item: "X2",
+    t.factory_of_an_item: "X2",
+    t.cut_by_an_item: "X2",
+    t.branch_on_an_item: "X2",
     t.bare_sum: "X1",
     t.v_to_p: "X1",
     t.detached: "X3",
@@ -87,7 +95,15 @@ def test_a_rule_finds_its_mistake_where_it_is(run: Callable[..., torch.Tensor]) 
 
 
 @pytest.mark.parametrize(
-    "run", [t.shared_out, t.summed, t.softmax_beside_a_shard], ids=lambda run: run.__name__
+    "run",
+    [
+        t.shared_out,
+        t.summed,
+        t.softmax_beside_a_shard,
+        t.room_for_own_rows,
+        t.number_of_all_ranks,
+    ],
+    ids=lambda run: run.__name__,
 )
 def test_correct_code_breaks_no_rule(run: Callable[..., torch.Tensor]) -> None:
     few = [Layout(), Layout(tp=4, ep=2, etp=2), Layout(dp=2, tp=2, ep=2)]

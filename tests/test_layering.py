@@ -78,6 +78,7 @@ ORDER = [
     "check.escapes",
     "check.layout",
     "check.lines",
+    "check.lineage",
     "check.observe",
     "check.trace",
     "check.compare",

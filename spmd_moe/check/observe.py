@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from spmd_moe.check.finding import Finding, allowed, finding, short
+from spmd_moe.check.lineage import Lineage, descend, lineage
 from spmd_moe.check.lines import Lines
 from spmd_moe.check.shards import follow, is_given, keep_rows, moved, rows_are_given
 from spmd_moe.check.world import Issued
@@ -52,6 +53,7 @@ class Operand:
     shape: tuple[int, ...]
     offset: int  # in its storage
     total: float  # of its elements: enough to tell that two are not the same
+    made_of: Lineage = field(default_factory=Lineage)
 
 
 @final
@@ -76,8 +78,9 @@ class Record:
     lines: dict[str, set[int]] = field(default_factory=dict)  # of checked code, by file
     tensors: int = 0
     untyped: int = 0
-    # What the program read from data, and how many collectives came before it.
-    reads: list[tuple[int, str]] = field(default_factory=list)
+    # What the program read from data, how many collectives came before it, and the types of what
+    # no collective had a part in.
+    reads: list[tuple[int, str, Types]] = field(default_factory=list)
 
 
 @final
@@ -131,11 +134,17 @@ class Observer(TorchFunctionMode):
         finally:  # what is refused has been asked for
             even = self._even(name, args, kwargs)
             seen = Seen(given, plain, found, reads, even)
-            self.record.points.setdefault(Point(lines, name), []).append(seen)
+            point = Point(lines, name)
+            passes = self.record.points.setdefault(point, [])
+            passes.append(seen)
             for file, line in lines:
                 self.record.lines.setdefault(file, set()).add(line)
         if name in _READS:
-            self.record.reads.append((before, repr(result)))
+            own = bool(given) and not given[0].made_of.moved
+            self.record.reads.append((before, repr(result), given[0].types if own else ()))
+        # What is written into gets the lineage of what is written.
+        written = tensors[:1] if name == "__setitem__" else results
+        descend([x.made_of for x in given], written, (point, len(passes)), len(self.log) > before)
         if self.typed:
             self._count(name, results, found, lines)
             self._follow(name, args, kwargs, tensors, results, lines)
@@ -167,9 +176,15 @@ class Observer(TorchFunctionMode):
         varying = [all(kind == "V" for _, kind in own) for own in types]
         asked = plain and not any(varying)
         return tuple(
-            Operand(own, tuple(x.shape), 0, 0.0)
+            Operand(own, tuple(x.shape), 0, 0.0, lineage(x))
             if v or isinstance(x, DTensor) or id(x) in self._made
-            else Operand(own, tuple(x.shape), int(x.storage_offset()), _total(x) if asked else 0.0)
+            else Operand(
+                own,
+                tuple(x.shape),
+                int(x.storage_offset()),
+                _total(x) if asked else 0.0,
+                lineage(x),
+            )
             for x, own, v in zip(tensors, types, varying, strict=True)
         )
 

@@ -239,7 +239,8 @@ def raised(error: Exception, packages: set[str], names: Mapping[MeshAxis, str]) 
         why = "the kinds of the operands do not go together in this operation"
         return finding(rule, at, where, text, why, *_cures(text))
     kind = type(error).__name__
-    return finding(rule, at, where, f"{kind}: {text}", "the module raises it in this configuration")
+    said = f"{kind}: {text.rstrip('.')}"
+    return finding(rule, at, where, said, "the module raises it in this configuration")
 
 
 # What leads out of a kind that an operation does not take, by what spmd_types says of it.
