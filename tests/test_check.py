@@ -358,9 +358,9 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def test_a_world_of_8192_ranks() -> None:
-    """Ten seconds are asked for; the rest is for machines that do other things, too."""
+    """Ten seconds of this process are the most that may be asked; two is what it takes."""
     wide = Layout(dp=1024, tp=8, ep=64, etp=2)
-    assert seconds(lambda: check(t.good, chosen=[wide], tokens=(9,))) < 30
+    assert seconds(lambda: check(t.good, chosen=[wide], tokens=(9,))) < 10
 
 
 def test_one_trace_is_quick() -> None:

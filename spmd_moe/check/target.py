@@ -2,7 +2,7 @@
 
     def target(mesh: MoEMesh, tokens: int) -> Built:
         layer = MyLayer(mesh)
-        return Built(layer, (torch.randn(tokens, 64),), (Placed[Tensor, DP[V], TP[R]],))
+        return Built(layer, (torch.randn(tokens, 64),), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 
 `tokens` is how many tokens a cell of dp and cp has; what of them this rank holds is the target's to
 say, as it is in the program that the layer is for. `Built` gives each tensor argument the placement
@@ -54,7 +54,7 @@ class Built:
                         "Built",
                         f"argument {number} is a tensor without a placement",
                         why="the check follows placements, and has to start from one",
-                        fixes=["Built(module, (x,), (Placed[Tensor, DP[V], TP[S[0]]],))"],
+                        fixes=["Built(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"],
                     )
                 )
             found.append((arg, cast(Placement, placement)))
