@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 from spmd_types import no_typecheck
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import local_tensor_mode
 
@@ -32,9 +33,10 @@ def agree(
     text = "\n".join(f"{name}={value}" for name, value in settings.items()).encode()
     with no_typecheck():
         digests = _gathered(hashlib.sha256(text).digest(), groups, device_type)
-        if len(set(digests)) == 1:
+        if digests is None or bool((digests == digests[:1]).all()):
             return
-        texts = _gathered(text[:_LONGEST_TEXT].ljust(_LONGEST_TEXT), groups, device_type)
+        rows = _gathered(text[:_LONGEST_TEXT].ljust(_LONGEST_TEXT), groups, device_type)
+        texts = [] if rows is None else [bytes(row) for row in rows.tolist()]
     raise MeshError(
         explain(
             where,
@@ -47,18 +49,18 @@ def agree(
 
 def _gathered(
     mine: bytes, groups: Sequence[ProcessGroup | None], device_type: str
-) -> Sequence[bytes]:
-    """What every rank says, in the order of the ranks."""
+) -> Tensor | None:
+    """What every rank says, a row for each, in the order of the ranks."""
     rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device_type)
     if type(rows) is not torch.Tensor:
-        return [mine]  # a layer without memory (FakeTensorMode) has no values to exchange
+        return None  # a layer without memory (FakeTensorMode) has no values to exchange
     for group in groups:
         size = dist.get_world_size(group)
         if size > 1:
             parts = [torch.empty_like(rows) for _ in range(size)]
             dist.all_gather(parts, rows, group=group)
             rows = torch.cat(parts)
-    return [bytes(row) for row in rows.tolist()]
+    return rows
 
 
 def _differing(texts: Sequence[bytes]) -> str:

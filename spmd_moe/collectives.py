@@ -57,6 +57,7 @@ class Step:
     dst: Kind
     src_shape: ShardShape | None = None
     dst_shape: ShardShape | None = None
+    told: bool = False  # somebody has said how many rows the ranks have, also where all are equal
 
     @property
     def src_dim(self) -> int:
@@ -73,7 +74,11 @@ class Step:
     def backward(self) -> Step:
         """What the gradient does: from the gradient of `dst` to the gradient of `src`."""
         return Step(
-            self.dst.backward_type(), self.src.backward_type(), self.dst_shape, self.src_shape
+            self.dst.backward_type(),
+            self.src.backward_type(),
+            self.dst_shape,
+            self.src_shape,
+            self.told,
         )
 
 

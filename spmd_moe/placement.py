@@ -20,6 +20,9 @@ into a signature, where checkers read it and the interpreter does not.
 
 from __future__ import annotations
 
+import inspect
+import sys
+import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -186,13 +189,37 @@ def placement_of(annotation: object) -> Placement | None:
 def placements_of(function: Any) -> dict[str, Placement]:
     """The placement of each annotated argument of a function or class, and of its `return`.
 
-    Of an object, such as a module, that of its class.
+    Of an object, such as a module, that of its class. What cannot be read is left out.
     """
     if not (hasattr(function, "__wrapped__") or isclass(function) or isroutine(function)):
         function = type(function)
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints, _ = annotations_of(function)
     found = ((name, placement_of(hint)) for name, hint in hints.items())
     return {name: placement for name, placement in found if placement is not None}
+
+
+def annotations_of(function: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The annotations of a function or class; and as they are written, those with a name that is
+    not there, such as one that is imported under `if TYPE_CHECKING:` only."""
+    try:
+        return typing.get_type_hints(function, include_extras=True), {}
+    except (NameError, TypeError, AttributeError):
+        pass  # of one of them; the others can be read
+    owners = reversed(function.__mro__) if isclass(function) else [inspect.unwrap(function)]
+    hints: dict[str, Any] = {}
+    unknown: dict[str, str] = {}
+    for owner in owners:
+        names = vars(sys.modules.get(owner.__module__, typing))
+        own = vars(owner) if isclass(owner) else {"__annotations__": owner.__annotations__}
+        for name, written in own.get("__annotations__", {}).items():
+            alone = types.SimpleNamespace(__annotations__={name: written})
+            try:
+                hints |= typing.get_type_hints(alone, names, dict(own), include_extras=True)
+                unknown.pop(name, None)
+            except (NameError, TypeError, AttributeError):
+                hints.pop(name, None)
+                unknown[name] = str(written)
+    return hints, unknown
 
 
 # The dense presentation of the ranks, and the expert presentation of the same ranks.

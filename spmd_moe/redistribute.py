@@ -104,7 +104,7 @@ def plan(
         before = _shape_before(src, local[src.dim], rank, ranks, before)
     if isinstance(dst, Shard) and dst != src:
         after = _shape_after(dst, local[dst.dim], ranks, after)
-    return Step(src, dst, before, after)
+    return Step(src, dst, before, after, told=shape is not None)
 
 
 def moves_table() -> str:

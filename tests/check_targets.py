@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd_moe.check import Built
-from spmd_moe.collectives import declare_sum
+from spmd_moe.collectives import declare_sum, host_ints
+from spmd_moe.declare import declare
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import CP, DP, TP, P, Placed, R, S, V
 from spmd_moe.redistribute import redistribute
@@ -78,6 +79,63 @@ def ranged(m: Module, x: Tensor) -> Tensor:
     place = torch.arange(x.shape[0])
     mine = (place >= m.tp.rank) & (place < m.tp.rank + 2)
     return x * mine.unsqueeze(1)
+
+
+def own_rows(m: Module, x: Tensor) -> Tensor:
+    shape = ShardShape.even(x.shape[0], m.tp.size)
+    return redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
+
+
+def factory_of_a_rank(m: Module, x: Tensor) -> Tensor:
+    return x * torch.ones(m.tp.rank + 1).sum()
+
+
+def number_of_a_rank(m: Module, x: Tensor) -> Tensor:
+    return torch.where(torch.tensor(m.tp.rank == 0), x, 0 * x)
+
+
+def one_rank_alone(m: Module, x: Tensor) -> Tensor:
+    return x if m.tp.rank == 0 else x * 2
+
+
+def as_often_as_the_rank(m: Module, x: Tensor) -> Tensor:
+    own = declare_sum(own_rows(m, x).sum(0), m.tp.group)
+    for _ in range(m.tp.rank):
+        own = own + own
+    return redistribute(own, m.tp, src=P, dst=R)
+
+
+def scaled_by_an_item(m: Module, x: Tensor) -> Tensor:
+    y: Tensor = x * own_rows(m, x).abs().sum().item()
+    return y
+
+
+def factory_of_an_item(m: Module, x: Tensor) -> Tensor:
+    n = int((own_rows(m, x) > -99).sum().item())
+    return x * torch.ones(n + 1).sum()
+
+
+def cut_by_an_item(m: Module, x: Tensor) -> Tensor:
+    (n,) = host_ints((own_rows(m, x) > -99).sum().reshape(1))
+    return x[: n % 3 + 1].sum(0) + x
+
+
+def branch_on_an_item(m: Module, x: Tensor) -> Tensor:
+    return x * 2 if own_rows(m, x).sum().item() > 0 else x * 3
+
+
+def room_for_own_rows(m: Module, x: Tensor) -> Tensor:
+    """Right: rows of this rank's number are the rank's own, and reduced as such."""
+    own = own_rows(m, x)
+    room = torch.arange(own.shape[0]).unsqueeze(1) * 0.5 + torch.zeros(own.shape[0], 4)
+    return redistribute(declare_sum((own * room).sum(0), m.tp.group), m.tp, src=P, dst=R) + x
+
+
+def number_of_all_ranks(m: Module, x: Tensor) -> Tensor:
+    """Right: a number that all ranks have told each other is one number."""
+    count = declare_sum((own_rows(m, x) > -99).sum().reshape(1), m.tp.group)
+    (n,) = host_ints(redistribute(count, m.tp, src=P, dst=R))
+    return x * n + torch.ones(n + 1).sum()
 
 
 def scaled(m: Module, x: Tensor) -> Tensor:
@@ -168,6 +226,53 @@ def no_tensor(mesh: MoEMesh, tokens: int) -> Built:
 
 def not_built(mesh: MoEMesh, tokens: int) -> object:
     return Module(mesh, shared_out)
+
+
+class Undeclared(Module):
+    def __init__(self, mesh: MoEMesh, run: Step) -> None:
+        super().__init__(mesh, run)
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+class Misspelt(Module):
+    wieght: Placed[Tensor, DP[R], CP[R], TP[R]]
+
+
+class InPart(Module):
+    weight: Placed[Tensor, DP[R], CP[R]]
+
+
+def by_name(name: str) -> Callable[[MoEMesh, int], Built]:
+    """A module of torch's, whose parameters are declared by name where there is a tp."""
+
+    def target(mesh: MoEMesh, tokens: int) -> Built:
+        module = nn.Linear(4, 4)
+        declare(module, {name if mesh[TP].size > 1 else "*": Placed[Tensor, DP[R], CP[R], TP[R]]})
+        return Built(module, (torch.randn(tokens, 4),), (Whole,))
+
+    return target
+
+
+def of_class(kind: type[Module]) -> Callable[[MoEMesh, int], Built]:
+    def target(mesh: MoEMesh, tokens: int) -> Built:
+        return Built(kind(mesh, shared_out), (torch.randn(tokens, 4),), (Whole,))
+
+    return target
+
+
+def too_many_placements(mesh: MoEMesh, tokens: int) -> Built:
+    return Built(Module(mesh, shared_out), (torch.randn(tokens, 4),), (Whole, Whole))
+
+
+def without_tp(mesh: MoEMesh, tokens: int) -> Built:
+    placed = Placed[Tensor, DP[V], CP[V]]
+    return Built(Module(mesh, shared_out), (torch.randn(tokens, 4),), (placed,))
+
+
+def raises_on_tp(mesh: MoEMesh, tokens: int) -> Built:
+    if mesh[TP].size > 1:
+        raise KeyError("tp")
+    return good(mesh, tokens)
 
 
 def no_placement(mesh: MoEMesh, tokens: int) -> Built:

@@ -15,7 +15,7 @@ from spmd_moe.boundary import INSIDE
 from spmd_moe.check import Built, Layout
 from spmd_moe.check.forecast import Collective, forecast, group
 from spmd_moe.check.signatures import signatures
-from spmd_moe.check.trace import Configuration, Trace, trace
+from spmd_moe.check.trace import Configuration, Trace, standing, trace
 from spmd_moe.check.world import Issued
 from spmd_moe.dispatch import AllGather, AllToAll
 from spmd_moe.placement import CP, DENSE, DP, EXPERT, TP, I, Placement, R, S, V
@@ -68,7 +68,8 @@ def traced(
         kind = S(0) if config.src == INSIDE else config.src
         return Built(layer, (x,), (Placement((DP[V], CP[V], TP[kind])),))
 
-    return trace(target, configuration, {"spmd_moe"}), planned
+    with standing(configuration.layout, configuration.rank) as here:
+        return trace(target, configuration, {"spmd_moe"}, here), planned
 
 
 def said(layout: Layout, rank: int, when: str, issued: Issued) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ X12  every program point has the same types, whatever the number of tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TypeAlias
 
 from spmd_moe.check.finding import Finding, allowed, finding, short
@@ -42,7 +42,7 @@ def compare(traces: Sequence[Trace]) -> Found:
 
 def _ran(trace: Trace) -> bool:
     """To its end, whatever was found on the way."""
-    return not any(finding.rule in ("types", "crash") for finding in trace.findings)
+    return not any(finding.rule in ("types", "crash", "X9") for finding in trace.findings)
 
 
 def _same_reads(a: Trace, b: Trace) -> int:
@@ -121,19 +121,75 @@ def _other_plain(first: Trace, other: Trace) -> Found:
     axes = _shared_axes(first, other)
     if not axes:
         return
-    same_reads = _same_reads(first, other)
+    trusted = {axis: _true_reads(first, other, axis) for axis in axes}
+    made = {axis: _other_factories(first, other, trusted[axis]) for axis in axes}
     for point, passes in first.record.points.items():
         twins = other.record.points.get(point, [])
         for a, b in zip(passes, twins, strict=False):
             if _both_even(a, b, axes):
                 yield other, _uneven(point, a, b, first, other)
                 return
-            if a.reads > same_reads:
-                continue  # offsets and sizes may be data, which mirror images do not tell truly
-            axis = _differs_alone(point.op, a, b, axes)
+            # Of what comes after, offsets and sizes may be data that mirror images tell untruly.
+            true = {axis for axis in axes if max(a.reads, b.reads) <= trusted[axis]}
+            axis = _differs_alone(point.op, a, b, true) or _mixes(b, made, true)
             if axis is not None and not allowed("rank", *point.lines[-1]):
                 yield other, _depends_on_rank(point, axis, first, other)
                 return
+    yield from _done_by_one(first, other, trusted)
+
+
+def _true_reads(first: Trace, other: Trace, axis: str) -> int:
+    """How many reads of data give each rank what it would have in a world of many.
+
+    What is V on the axis, and came out of no collective, is the rank's own and may differ. All else
+    is a mirror image if the ranks do not agree about it.
+    """
+    pairs = zip(first.record.reads, other.record.reads, strict=False)
+    for number, ((_, x, of), (_, y, its)) in enumerate(pairs):
+        if x != y and not (dict(of).get(axis) == dict(its).get(axis) == "V"):
+            return number
+    return min(len(first.record.reads), len(other.record.reads))
+
+
+def _other_factories(first: Trace, other: Trace, reads: int) -> set[object]:
+    """The factories to which the ranks gave other numbers."""
+    return {
+        (point, number)
+        for point, passes in first.record.points.items()
+        for number, (a, b) in enumerate(
+            zip(passes, other.record.points.get(point, []), strict=False), 1
+        )
+        if not a.operands and a.plain != b.plain and max(a.reads, b.reads) <= reads
+    }
+
+
+def _mixes(seen: Seen, made: Mapping[str, Set[object]], axes: set[str]) -> str | None:
+    """The axis on which all is alike but for what came of a factory, and the result is, too."""
+    for axis in sorted(axes):
+        varied = [bool(x.made_of.factories & made[axis]) for x in seen.operands]
+        whole = [not x.made_of.pure for x in seen.operands]
+        if any(varied) and any(whole) and _stays(seen, axis):
+            return axis
+    return None
+
+
+def _done_by_one(first: Trace, other: Trace, trusted: Mapping[str, int]) -> Found:
+    """What the module was given, and is alike on both, is worked on by one of them alone."""
+    for mine, theirs in ((first, other), (other, first)):
+        for point, passes in mine.record.points.items():
+            for seen in passes[len(theirs.record.points.get(point, [])) :]:
+                fed = any(x.made_of.fed for x in seen.operands)
+                true = (axis for axis, reads in sorted(trusted.items()) if seen.reads <= reads)
+                axis = next((axis for axis in true if fed and _stays(seen, axis)), None)
+                if axis is not None and not allowed("rank", *point.lines[-1]):
+                    yield other, _depends_on_rank(point, axis, first, other)
+                    return
+
+
+def _stays(seen: Seen, axis: str) -> bool:
+    """Nothing that goes in or comes out is V on the axis."""
+    kinds = [dict(types).get(axis) for types in (*(x.types for x in seen.operands), *seen.results)]
+    return bool(seen.results) and all(kind in ("R", "I", "P") for kind in kinds)
 
 
 def _both_even(a: Seen, b: Seen, axes: set[str]) -> bool:
@@ -234,7 +290,7 @@ def _key(issued: Issued) -> tuple[object, ...]:
 def _misfit(a: Trace, b: Trace, when: str, number: int, rule: str) -> bool:
     """Other shapes on ranks of one group; sizes that were read from data are not comparable."""
     x, y = getattr(a, when)[number], getattr(b, when)[number]
-    reads = [before for before, _ in a.record.reads[_same_reads(a, b) :]]
+    reads = [before for before, *_ in a.record.reads[_same_reads(a, b) :]]
     comparable = when == "forward" and x.group == y.group and number < min(reads, default=10**9)
     return rule == "X5" and comparable and x.op != "all_to_all" and x.shape != y.shape
 

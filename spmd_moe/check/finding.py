@@ -21,6 +21,8 @@ RULES = {
     "X5": "all coordinates issue the same collectives in the same order, with fitting shapes",
     "X7": "a dim that is cut over ranks is not mixed with others, and nothing that needs all of it "
     "runs along it",
+    "X9": "every declaration names a tensor, and every parameter and buffer is named by one, for "
+    "all axes",
     "X10": "backward reaches every trainable parameter, with the same collectives "
     "however few rows there are",
     "X11": "types are true of the values, and all ranks together compute what one process does",

@@ -13,16 +13,19 @@ class Lines:
     def __init__(self, packages: set[str], stop: str) -> None:
         self.packages, self.stop = packages, stop
         self.function: dict[tuple[str, int], str] = {}
-        self._ours: dict[CodeType, bool] = {}
+        self._ours: dict[CodeType, bool | None] = {}  # None: what is outside of it runs the check
 
     def here(self, frame: FrameType | None) -> tuple[tuple[str, int], ...]:
         """File and line of every frame of checked code, the innermost last."""
         found: list[tuple[str, int]] = []
         while frame is not None:
             code = frame.f_code
-            ours = self._ours.get(code)
+            if code not in self._ours:
+                runs = frame.f_globals.get("__name__") in _RUNS
+                self._ours[code] = None if runs else is_checked(frame, self.packages)
+            ours = self._ours[code]
             if ours is None:
-                ours = self._ours[code] = is_checked(frame, self.packages)
+                break
             if ours:
                 line = (code.co_filename, frame.f_lineno)
                 if not found:
@@ -38,6 +41,8 @@ def is_checked(frame: FrameType, packages: set[str]) -> bool:
     name = str(frame.f_globals.get("__name__", ""))
     return name.partition(".")[0] in packages and not name.startswith(_NOT_CHECKED)
 
+
+_RUNS = ("spmd_moe.check.trace", "spmd_moe.check.values")
 
 # The typed collectives are what checked code stands on; their insides have types of their own.
 _NOT_CHECKED = ("spmd_moe.check", "spmd_moe.collectives", "spmd_moe.agree", "spmd_moe.redistribute")

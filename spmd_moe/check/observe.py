@@ -8,10 +8,9 @@ it is passed several times.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import Any, final
 from unittest import mock
 
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from spmd_moe.check.finding import Finding, allowed, finding, short
+from spmd_moe.check.lineage import Lineage, descend, lineage
 from spmd_moe.check.lines import Lines
 from spmd_moe.check.shards import follow, is_given, keep_rows, moved, rows_are_given
 from spmd_moe.check.world import Issued
@@ -53,6 +53,7 @@ class Operand:
     shape: tuple[int, ...]
     offset: int  # in its storage
     total: float  # of its elements: enough to tell that two are not the same
+    made_of: Lineage = field(default_factory=Lineage)
 
 
 @final
@@ -77,8 +78,9 @@ class Record:
     lines: dict[str, set[int]] = field(default_factory=dict)  # of checked code, by file
     tensors: int = 0
     untyped: int = 0
-    # What the program read from data, and how many collectives came before it.
-    reads: list[tuple[int, str]] = field(default_factory=list)
+    # What the program read from data, how many collectives came before it, and the types of what
+    # no collective had a part in.
+    reads: list[tuple[int, str, Types]] = field(default_factory=list)
 
 
 @final
@@ -114,7 +116,9 @@ class Observer(TorchFunctionMode):
         lines = self._lines.here(sys._getframe(1))
         if not lines:
             return run(*args, **kwargs)
-        given = tuple(self._operand(x) for x in _tensors((args, kwargs)))
+        leaves = list(_leaves((args, kwargs)))
+        tensors, plain = _tensors(leaves), tuple(repr(x) for x in leaves if isinstance(x, _PLAIN))
+        given = self._operands(tensors, bool(plain))
         if name.endswith("_") and given:  # what was in it is overwritten, and may be anything
             given = (replace(given[0], total=0.0), *given[1:])
         self._before(func, name, args, kwargs, lines)
@@ -122,22 +126,28 @@ class Observer(TorchFunctionMode):
         reads, before = len(self.record.reads), len(self.log)
         try:
             result = run(*args, **kwargs)
-            results = list(_tensors(result))
+            results = _tensors(_leaves(result))
             if not given:  # a factory: what it makes is of a size that the rank gave it
                 self._made.update(map(id, results))
                 self._kept += results
             found = tuple(map(self._types, results))
         finally:  # what is refused has been asked for
             even = self._even(name, args, kwargs)
-            seen = Seen(given, tuple(_plain((args, kwargs))), found, reads, even)
-            self.record.points.setdefault(Point(lines, name), []).append(seen)
+            seen = Seen(given, plain, found, reads, even)
+            point = Point(lines, name)
+            passes = self.record.points.setdefault(point, [])
+            passes.append(seen)
             for file, line in lines:
                 self.record.lines.setdefault(file, set()).add(line)
         if name in _READS:
-            self.record.reads.append((before, repr(result)))
+            own = bool(given) and not given[0].made_of.moved
+            self.record.reads.append((before, repr(result), given[0].types if own else ()))
+        # What is written into gets the lineage of what is written.
+        written = tensors[:1] if name == "__setitem__" else results
+        descend([x.made_of for x in given], written, (point, len(passes)), len(self.log) > before)
         if self.typed:
             self._count(name, results, found, lines)
-            self._follow(name, args, kwargs, results, lines)
+            self._follow(name, args, kwargs, tensors, results, lines)
             self._cut_off(args, results)
         return result
 
@@ -159,14 +169,24 @@ class Observer(TorchFunctionMode):
         with mock.patch.object(DTensor, "to_local", leave):
             yield
 
-    def _operand(self, x: Tensor) -> Operand:
-        types = self._types(x)
-        varying = all(kind == "V" for _, kind in types)
-        if varying or isinstance(x, DTensor) or id(x) in self._made:
-            return Operand(types, tuple(x.shape), 0, 0.0)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            total = float(x.sum())
-        return Operand(types, tuple(x.shape), int(x.storage_offset()), total)
+    def _operands(self, tensors: list[Tensor], plain: bool) -> tuple[Operand, ...]:
+        """Their elements are added up only where `compare` may ask for it, since that takes time:
+        where there are plain arguments, and nothing is V on all axes."""
+        types = [self._types(x) for x in tensors]
+        varying = [all(kind == "V" for _, kind in own) for own in types]
+        asked = plain and not any(varying)
+        return tuple(
+            Operand(own, tuple(x.shape), 0, 0.0, lineage(x))
+            if v or isinstance(x, DTensor) or id(x) in self._made
+            else Operand(
+                own,
+                tuple(x.shape),
+                int(x.storage_offset()),
+                _total(x) if asked else 0.0,
+                lineage(x),
+            )
+            for x, own, v in zip(tensors, types, varying, strict=True)
+        )
 
     def _types(self, x: Tensor) -> Types:
         if isinstance(x, DTensor):
@@ -219,18 +239,26 @@ class Observer(TorchFunctionMode):
         """
         axis, dst = _move_of(name, args, kwargs)
         src = args[2].src if name == "Move" else kwargs.get("src")
-        told = _shape_of_caller() if name == "Move" else kwargs.get("split_sizes")
-        if axis is None or told is not None or not isinstance(src, Shard) or src == dst:
+        told = args[2].told if name == "Move" else kwargs.get("split_sizes") is not None
+        if axis is None or told or not isinstance(src, Shard) or src == dst:
             return None
         if not rows_are_given(args[0]):
             return None
         return self._names.get(axis, str(axis)), args[0].shape[src.dim]
 
-    def _follow(self, name: str, args: Any, kwargs: Any, results: list[Tensor], lines: Any) -> None:
+    def _follow(
+        self,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        tensors: list[Tensor],
+        results: list[Tensor],
+        lines: tuple[tuple[str, int], ...],
+    ) -> None:
         """Which dims are cut: X7."""
         axis, dst = _move_of(name, args, kwargs)
         if axis is None and name != "Exchange":
-            keep_rows(_tensors((args, kwargs)), results)
+            keep_rows(tensors, results)
         if axis is not None and results:
             moved(args[0], results[0], axis, dst)
             return
@@ -246,7 +274,7 @@ class Observer(TorchFunctionMode):
 
         What the module was given does not count: a module may be run for its values alone.
         """
-        if torch.is_grad_enabled() or not any(map(_is_cut_off, _tensors(args))):
+        if torch.is_grad_enabled() or not any(map(_is_cut_off, _tensors(_leaves(args)))):
             return
         for x in results:
             if x.is_floating_point():
@@ -295,16 +323,6 @@ def _is_cut_off(x: Tensor) -> bool:
     return x.is_floating_point() and (made_here or _LOST in own)
 
 
-def _shape_of_caller() -> object:
-    """What `redistribute` was given. The step no longer says: equal rows need no shape."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "spmd_moe.redistribute":
-            return frame.f_locals.get("shape")
-        frame = frame.f_back
-    return None
-
-
 def _move_of(name: str, args: Any, kwargs: Any) -> tuple[MeshAxis | None, object]:
     """The axis of a move and where it leads, if it is one."""
     if name == "Move":
@@ -332,13 +350,16 @@ def _has_gradient(args: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (x for x in _leaves(values) if isinstance(x, Tensor))
+_PLAIN = (int, float, bool, str, slice, torch.dtype)
 
 
-def _plain(values: Any) -> Iterator[object]:
-    plain = (int, float, bool, str, slice, torch.dtype)
-    return (repr(x) for x in _leaves(values) if isinstance(x, plain))
+def _tensors(leaves: Iterable[Any]) -> list[Tensor]:
+    return [x for x in leaves if isinstance(x, Tensor)]
+
+
+def _total(x: Tensor) -> float:
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        return float(x.sum())
 
 
 def _leaves(values: Any) -> Iterator[Any]:

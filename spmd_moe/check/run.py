@@ -92,7 +92,8 @@ def _packages(target: Target, everything: Sequence[Layout]) -> set[str]:
             return own | packages_of(build(target, MoEMesh.single(), 3).module)
     except CannotCheckError:
         raise
-    except ValueError:  # it does not do one process alone; then what it is made of must be enough
+    except (ValueError, PlacementError):
+        # It does not do one process alone, or in no layout; what it is made of must be enough.
         return own | {"spmd_moe"}
 
 

@@ -50,8 +50,8 @@ def rows_are_given(x: Tensor) -> bool:
 
 def keep_rows(operands: Iterable[Tensor], results: Iterable[Tensor]) -> None:
     """What has as many rows as something with a given number of them has a given number, too."""
-    known = {x.shape[0] for x in operands if x.ndim and rows_are_given(x)}
-    for y in results:
+    known = {x.shape[0] for x in operands if rows_are_given(x) and x.ndim}
+    for y in results if known else ():
         if y.ndim and y.shape[0] in known:
             setattr(y, _ROWS, True)
 

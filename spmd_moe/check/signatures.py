@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, final
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 import spmd_types
 from spmd_types import (
@@ -32,11 +34,22 @@ from spmd_types import (
 )
 from spmd_types.checker import typecheck
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from spmd_moe.check.shards import cut_dims, mark
+from spmd_moe.check.target import cannot
 from spmd_moe.errors import PlacementError, describe, explain
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import DENSE, EXPERT, Kind, Placement, Role, V, placement_of
+from spmd_moe.placement import (
+    DENSE,
+    EXPERT,
+    Kind,
+    Placement,
+    Role,
+    V,
+    annotations_of,
+    placement_of,
+)
 
 
 class _Here(threading.local):
@@ -62,6 +75,7 @@ def signatures(packages: Iterable[str]) -> Iterator[None]:
     """Let `checked` read the signatures in these packages; entered once, around all threads."""
     modules = _loaded(set(packages))
     with ExitStack() as stack:
+        stack.callback(_READ.clear)
         for owner, name in _annotated(modules):
             stack.callback(_wrap(owner, name, modules))
         for module, patch, unpatch in _PATCHES:
@@ -108,8 +122,8 @@ def declare(x: Tensor, placement: Placement, mesh: MoEMesh) -> Tensor:
 
 def _mark(x: Tensor, placement: Placement, mesh: MoEMesh) -> None:
     """The dims that are cut; where V is said, none is known."""
-    dims = cut_dims(x)
-    said = {axis(mesh, k.role): k.kind for k in placement if mesh[k.role].size > 1}
+    dims, known = cut_dims(x), _axes(mesh).by_role
+    said = {known[k.role]: k.kind for k in placement if mesh[k.role].size > 1}
     kept = {a: d for a, d in dims.items() if a not in said}
     mark(x, kept | {a: k.dim % x.ndim for a, k in said.items() if isinstance(k, Shard)})
 
@@ -118,12 +132,36 @@ def presentation(placement: Placement) -> tuple[Role, ...]:
     return DENSE if placement.kinds[0].role in DENSE else EXPERT
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """What spmd_types calls the axes of a mesh; asked for at every signature."""
+
+    by_role: dict[Role, MeshAxis]
+    named: dict[tuple[Role, ...], dict[str, MeshAxis]]  # of each presentation
+    real: dict[tuple[Role, ...], frozenset[MeshAxis]]  # those of more than one rank
+
+
+_AXES: WeakKeyDictionary[MoEMesh, _Axes] = WeakKeyDictionary()
+
+
+def _axes(mesh: MoEMesh) -> _Axes:
+    found = _AXES.get(mesh)
+    if found is None:
+        by_role = {role: MeshAxis.of(mesh[role].group) for role in (*DENSE, *EXPERT)}
+        both: tuple[tuple[Role, ...], ...] = (DENSE, EXPERT)
+        named = {roles: {r.name: by_role[r] for r in roles} for roles in both}
+        real = {k: frozenset(a for a in of.values() if a.size() > 1) for k, of in named.items()}
+        found = _AXES[mesh] = _Axes(by_role, named, real)
+    return found
+
+
 def axes(mesh: MoEMesh, roles: tuple[Role, ...]) -> dict[str, MeshAxis]:
-    return {role.name: axis(mesh, role) for role in roles}
+    return _axes(mesh).named[roles]
 
 
 def axis(mesh: MoEMesh, role: Role) -> MeshAxis:
-    return MeshAxis.of(mesh[role].group)
+    return _axes(mesh).by_role[role]
 
 
 # --- wrapping ---------------------------------------------------------------------------------
@@ -146,7 +184,7 @@ def _annotated(modules: Iterable[types.ModuleType]) -> Iterator[tuple[Any, str]]
         for owner in owners:
             for name, function in list(vars(owner).items()):
                 ours = isinstance(function, types.FunctionType)
-                if ours and function.__module__ == module.__name__ and _placements(function):
+                if ours and function.__module__ == module.__name__ and _is_annotated(function):
                     yield owner, name
 
 
@@ -154,24 +192,24 @@ def _is_class_of(value: object, module: types.ModuleType) -> bool:
     return isinstance(value, type) and value.__module__ == module.__name__
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError):  # names that exist for checkers only
-        return {}
+def _is_annotated(function: Callable[..., Any]) -> bool:
+    """With a placement, or with something that cannot be read, and may be one."""
+    hints, unknown = annotations_of(function)
+    return bool(unknown) or any(placement_of(hint) is not None for hint in hints.values())
 
 
-def _placements(function: Callable[..., Any]) -> list[Placement]:
-    found = (placement_of(h) for name, h in _hints(function).items() if name != "return")
-    last = placement_of(_hints(function).get("return"))
-    return [p for p in (*found, last) if p is not None]
+def _roles(hints: Mapping[str, Any]) -> tuple[Role, ...] | None:
+    """The presentation that a signature speaks of, where it has a placement."""
+    found = (placement_of(hint) for hint in hints.values())
+    first = next((placement for placement in found if placement is not None), None)
+    return None if first is None else presentation(first)
 
 
 def _wrap(owner: Any, name: str, modules: Iterable[types.ModuleType]) -> Callable[[], None]:
     function = vars(owner)[name]
-    hints, signature = _hints(function), inspect.signature(function)
+    (hints, unknown), signature = annotations_of(function), inspect.signature(function)
     label = f"{function.__module__.removeprefix('spmd_moe.')}.{function.__qualname__}"
-    roles = presentation(_placements(function)[0])
+    roles = _roles(hints)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -179,6 +217,10 @@ def _wrap(owner: Any, name: str, modules: Iterable[types.ModuleType]) -> Callabl
         if mesh is None:
             return function(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
+        for n, written in unknown.items():
+            readable(bound.arguments.get(n), n, written, function)
+        if roles is None:
+            return readable(function(*args, **kwargs), "return", unknown.get("return"), function)
         _HERE.ran += (label,)
         with set_current_mesh(axes(mesh, roles)):
             for n, value in bound.arguments.items():
@@ -186,6 +228,7 @@ def _wrap(owner: Any, name: str, modules: Iterable[types.ModuleType]) -> Callabl
                     where = f"{label}, argument {n}"
                     bound.arguments[n] = _as_declared(value, hints[n], mesh, where, crossing=True)
             result = function(*bound.args, **bound.kwargs)
+            readable(result, "return", unknown.get("return"), function)
             try:
                 return _as_declared(result, hints.get("return"), mesh, f"{label}, result")
             except PlacementError as error:
@@ -206,13 +249,40 @@ def _wrap(owner: Any, name: str, modules: Iterable[types.ModuleType]) -> Callabl
     return restore
 
 
+_NO_PLACEMENT = {"torch", "Tensor", "Optional", "None", "list", "tuple", "dict", "str", "int"}
+
+
+def readable(value: Any, name: str, written: str | None, owner: Any) -> Any:
+    """`value`, if no tensor is in it whose annotation cannot be read, and may be a placement."""
+    if written is None or set(re.findall(r"\w+", written)) <= _NO_PLACEMENT:
+        return value
+    if any(isinstance(x, Tensor) for x in tree_leaves(value)):
+        what = f"{name!r} is annotated {written!r}, in which a name does not exist when it runs"
+        why = "a placement that cannot be read would be taken for none"
+        fix = "import it without a condition   # not under `if TYPE_CHECKING:`"
+        raise cannot(f"{owner.__module__}.{owner.__qualname__}", what, why, fix)
+    return value
+
+
 # --- comparing --------------------------------------------------------------------------------
+
+
+# Asked at every call, of few annotations, which live as long as what they stand in; kept, so that
+# an id stays theirs.
+_READ: dict[int, tuple[Any, Placement | None]] = {}
+
+
+def _placement_of(hint: Any) -> Placement | None:
+    read = _READ.get(id(hint))
+    if read is None:
+        read = _READ[id(hint)] = hint, placement_of(hint)
+    return read[1]
 
 
 def _as_declared(value: Any, hint: Any, mesh: MoEMesh, where: str, crossing: bool = False) -> Any:
     """`value`, after every tensor in it that has a declared placement was found to have it."""
     if isinstance(value, Tensor):
-        placement = placement_of(hint)
+        placement = _placement_of(hint)
         return value if placement is None else _seen(value, placement, mesh, where, crossing)
     if isinstance(value, tuple) and typing.get_origin(hint) is tuple and ... not in hint.__args__:
         parts = zip(value, typing.get_args(hint), strict=True)
@@ -221,23 +291,24 @@ def _as_declared(value: Any, hint: Any, mesh: MoEMesh, where: str, crossing: boo
         declared = _field_hints(type(value))
         for field in fields(value):
             inside = f"{where}.{field.name}"
-            _as_declared(getattr(value, field.name), declared[field.name], mesh, inside)
+            _as_declared(getattr(value, field.name), declared.get(field.name), mesh, inside)
     return value
 
 
 @functools.cache
 def _field_hints(record: type) -> dict[str, Any]:
-    return typing.get_type_hints(record, include_extras=True)
+    return annotations_of(record)[0]
 
 
 def _seen(x: Tensor, placement: Placement, mesh: MoEMesh, where: str, crossing: bool) -> Tensor:
-    wanted = {a for a in axes(mesh, presentation(placement)).values() if a.size() > 1}
+    known = _axes(mesh)
+    wanted = known.real[presentation(placement)]
     kinds = get_local_type(x)
-    if set(kinds) != wanted and (crossing or all(k is V for k in kinds.values())):
-        x = reinterpret_mesh(x, frozenset(wanted))
+    if kinds.keys() != wanted and (crossing or all(k is V for k in kinds.values())):
+        x = reinterpret_mesh(x, wanted)
         kinds = get_local_type(x)
     for k in placement:
-        have = kinds.get(axis(mesh, k.role))
+        have = kinds.get(known.by_role[k.role])
         want = V if isinstance(k.kind, Shard) else k.kind
         if mesh[k.role].size > 1 and have is not want:
             raise _wrong(x, k.role, have, k.kind, mesh, where)

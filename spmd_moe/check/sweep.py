@@ -10,7 +10,7 @@ from spmd_moe.check.compare import compare
 from spmd_moe.check.finding import Finding
 from spmd_moe.check.layout import Layout
 from spmd_moe.check.target import Target
-from spmd_moe.check.trace import Configuration, Trace, trace
+from spmd_moe.check.trace import Configuration, Trace, standing, trace
 from spmd_moe.check.values import check_values
 from spmd_moe.placement import DENSE, EXPERT, TP
 
@@ -54,6 +54,16 @@ def configurations(layout: Layout, tokens: Sequence[int] = ()) -> Iterator[Confi
         yield from (Configuration(layout, n, rank) for rank in coordinates(layout, n) if rank)
 
 
+def _traced(target: Target, wanted: Sequence[Configuration], packages: set[str]) -> list[Trace]:
+    """Each configuration, in the order given; one rank after another, since a place costs time."""
+    found: dict[Configuration, Trace] = {}
+    for rank in sorted({c.rank for c in wanted}):
+        mine = [c for c in wanted if c.rank == rank]
+        with standing(mine[0].layout, rank) as here:
+            found.update((c, trace(target, c, packages, here)) for c in mine)
+    return [found[c] for c in dict.fromkeys(wanted)]
+
+
 def check_layout(
     target: Target,
     layout: Layout,
@@ -66,8 +76,7 @@ def check_layout(
     With `value_seconds`, run all ranks with values too, each time for that long at most.
     """
     result, traces = Result(layout), list[Trace]()
-    for configuration in configurations(layout, tokens):
-        found = trace(target, configuration, packages)
+    for found in _traced(target, list(configurations(layout, tokens)), packages):
         if found.refused:
             result.refused = found.refused
             continue

@@ -2,7 +2,7 @@
 
     def target(mesh: MoEMesh, tokens: int) -> Built:
         layer = MyLayer(mesh)
-        return Built(layer, (torch.randn(tokens, 64),), (Placed[Tensor, DP[V], TP[R]],))
+        return Built(layer, (torch.randn(tokens, 64),), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 
 `tokens` is how many tokens a cell of dp and cp has; what of them this rank holds is the target's to
 say, as it is in the program that the layer is for. `Built` gives each tensor argument the placement
@@ -21,7 +21,7 @@ from typing import Protocol, cast, final
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from spmd_moe.errors import ConfigError, explain
+from spmd_moe.errors import ConfigError, PlacementError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import Placement, placement_of
 
@@ -38,6 +38,10 @@ class Built:
     def tensors(self) -> list[tuple[Tensor, Placement]]:
         """The tensor arguments, each with its placement. DTensors know their own."""
         found = []
+        if len(self.placements) > len(self.args):
+            what = f"{len(self.placements)} placements are given for {len(self.args)} arguments"
+            why = "a placement of nothing is one that something else should have"
+            raise cannot("Built", what, why, "None   # the placement of what is no tensor")
         given = (*self.placements, *[None] * (len(self.args) - len(self.placements)))
         for number, (arg, annotation) in enumerate(zip(self.args, given, strict=True)):
             if not isinstance(arg, Tensor) or isinstance(arg, DTensor):
@@ -50,7 +54,7 @@ class Built:
                         "Built",
                         f"argument {number} is a tensor without a placement",
                         why="the check follows placements, and has to start from one",
-                        fixes=["Built(module, (x,), (Placed[Tensor, DP[V], TP[S[0]]],))"],
+                        fixes=["Built(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"],
                     )
                 )
             found.append((arg, cast(Placement, placement)))
@@ -102,8 +106,8 @@ def build(target: Target, mesh: MoEMesh, tokens: int) -> Built:
     fix = "return Built(layer, (x,), (Tokens,))"
     try:
         built: object = target(mesh, tokens)
-    except ValueError:
-        raise  # a refusal
+    except (ValueError, PlacementError):
+        raise  # a refusal, or a wrong declaration
     except Exception as error:
         what = f"it raises {type(error).__name__} for {mesh} and {tokens} tokens: {error}"
         raise cannot(

@@ -7,6 +7,7 @@ and private: it is used in this file only.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import traceback
@@ -53,6 +54,7 @@ def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts, seconds: float = SE
         finally:
             dist.destroy_process_group()
 
+    hook = sys.excepthook  # torch puts a rank's name before it, and leaves it there
     isolate(True)
     _install_threaded_pg()
     store = dist.HashStore()
@@ -65,6 +67,7 @@ def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts, seconds: float = SE
         ProcessLocalGroup.reset()
         _uninstall_threaded_pg()
         isolate(False)
+        sys.excepthook = hook
     if errors:
         raise _failed(world, errors, stuck)
     return [results[rank] for rank in range(world)]

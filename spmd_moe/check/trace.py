@@ -6,7 +6,7 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import final
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from spmd_moe.check.declared import declared_types, misdeclared, unsaid
 from spmd_moe.check.escapes import escapes
 from spmd_moe.check.finding import Finding, allowed, finding, short
 from spmd_moe.check.layout import Layout
@@ -23,11 +24,11 @@ from spmd_moe.check.lines import is_checked
 from spmd_moe.check.observe import Observer, Record
 from spmd_moe.check.shards import give
 from spmd_moe.check.signatures import axis, checked, declare
-from spmd_moe.check.target import Built, Target, build
+from spmd_moe.check.target import Built, CannotCheckError, Target, build, cannot
 from spmd_moe.check.world import Issued, mirror_world
-from spmd_moe.errors import SpmdMoeError
+from spmd_moe.errors import PlacementError, SpmdMoeError, describe
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import DENSE, EXPERT, Placement, V, placements_of
+from spmd_moe.placement import DENSE, EXPERT, Placement, V
 
 
 @final
@@ -57,31 +58,67 @@ class Trace:
     refused: str = ""  # why the target does not build this
 
 
-def trace(target: Target, configuration: Configuration, packages: set[str]) -> Trace:
+@final
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank of a layout, in a world where it is alone; good for one trace after another."""
+
+    mesh: MoEMesh
+    log: list[Issued]
+
+
+@contextmanager
+def standing(layout: Layout, rank: int) -> Iterator[Place]:
+    """Be this rank. In a world of thousands the mesh takes longer to make than a trace."""
+    with mirror_world(layout.world, rank) as log:
+        yield Place(layout.mesh(), log)
+
+
+def trace(target: Target, configuration: Configuration, packages: set[str], here: Place) -> Trace:
     """Run the target once as one rank; to be called inside `signatures(packages)`."""
-    found = Trace(configuration)
+    found, mesh, log = Trace(configuration), here.mesh, here.log
     # The same numbers on every rank: what is R or I is then the same on all of them.
-    with _seeded(), mirror_world(configuration.layout.world, configuration.rank) as log:
-        mesh = configuration.layout.mesh()
+    with _seeded():
         try:
             built = build(target, mesh, configuration.tokens)
+        except CannotCheckError:  # a ValueError as well
+            raise
+        except PlacementError as error:  # no refusal of a layout: its declarations are wrong
+            found.findings.append(replace(raised(error, packages, _names(mesh)), rule="X9"))
+            return found
         except ValueError as error:  # ours among them: what a module says of a layout it cannot do
             found.refused = str(error)
             return found
+        found.findings += misdeclared(built.module, mesh)
+        if found.findings:
+            return found  # what has no type could not be followed
         declared = declared_types(built.module)
         built = _as_from_a_model(built)
+        _whole_placements(built, mesh)
         for tensor, placement in (*declared.values(), *built.tensors()):
             declare(tensor, placement, mesh)
         log.clear()
         try:
             _run(built, mesh, found, log, packages)
             found.findings += _changed(declared, mesh)
+        except CannotCheckError:
+            raise
         except Exception as error:  # whatever the checked code raises is its mistake, and shown
             found.findings.append(raised(error, packages, _names(mesh)))
         found.findings += found.record.findings
         found.findings += _raw(found.forward + found.backward or log)
         found.findings += escapes(found.record.lines)
     return found
+
+
+def _whole_placements(built: Built, mesh: MoEMesh) -> None:
+    for tensor, placement in built.tensors():
+        missing = unsaid(placement, mesh)
+        if missing:
+            what = f"argument {describe(tensor)} is placed {placement}, which says nothing of "
+            fix = f"{missing.split(', ')[0].upper()}[V]   # if the ranks have different ones there"
+            why = "what the ranks of an axis hold decides what may be computed of it"
+            raise cannot("Built", what + missing, why, fix)
 
 
 def _as_from_a_model(built: Built) -> Built:
@@ -101,28 +138,6 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def declared_types(module: nn.Module) -> dict[str, tuple[Tensor, Placement]]:
-    """Each parameter and buffer that its class declares, by its full name."""
-    found = {}
-    for prefix, part in module.named_modules():
-        for name, placement in _placements(type(part)).items():
-            tensor = getattr(part, name, None)
-            if isinstance(tensor, Tensor):
-                found[f"{prefix}.{name}".removeprefix(".")] = (tensor, placement)
-    return found
-
-
-_KNOWN: dict[type, dict[str, Placement]] = {}
-
-
-def _placements(kind: type) -> dict[str, Placement]:
-    """Those of a class. Torch's own declare none, and their annotations name what is not there."""
-    if kind not in _KNOWN:
-        ours = not kind.__module__.startswith("torch.")
-        _KNOWN[kind] = placements_of(kind) if ours else {}
-    return _KNOWN[kind]
 
 
 def _run(built: Built, mesh: MoEMesh, found: Trace, log: list[Issued], packages: set[str]) -> None:
@@ -224,7 +239,8 @@ def raised(error: Exception, packages: set[str], names: Mapping[MeshAxis, str]) 
         why = "the kinds of the operands do not go together in this operation"
         return finding(rule, at, where, text, why, *_cures(text))
     kind = type(error).__name__
-    return finding(rule, at, where, f"{kind}: {text}", "the module raises it in this configuration")
+    said = f"{kind}: {text.rstrip('.')}"
+    return finding(rule, at, where, said, "the module raises it in this configuration")
 
 
 # What leads out of a kind that an operation does not take, by what spmd_types says of it.

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path
 
+from spmd_moe.check.declared import declared_types
 from spmd_moe.check.finding import Finding, finding
 from spmd_moe.check.layout import Layout
 from spmd_moe.check.observe import Observer, Point, Record
 from spmd_moe.check.signatures import axis, checked, declare
 from spmd_moe.check.target import Built, CannotCheckError, Target, build, cannot
 from spmd_moe.check.threads import RanksError, threaded
-from spmd_moe.check.trace import declared_types, raised
+from spmd_moe.check.trace import raised
 from spmd_moe.check.whole import (
     SMALL,
     Kinds,

@@ -9,17 +9,21 @@ itself. Every size is then one that could be, whatever the world, and nothing is
                    reduce_scatter  a b c d    ->  4 c
                    all_to_all      a b c d    ->  c c c c
 
-Made with torch's public registration of backends; nothing of torch is patched.
+Made with torch's public registration of backends. One function of torch is replaced for the time:
+`new_group` makes no groups of other ranks, which nobody could reach and which cost the more, the
+larger the world is.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, final
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -50,13 +54,34 @@ def mirror_world(ranks: int, rank: int = 0) -> Iterator[list[Issued]]:
         dist.Backend.register_backend(NAME, _make, devices=["cpu", "cuda", "meta"])
     log: list[Issued] = []
     _LOGS.append(log)
+    hook = sys.excepthook  # torch puts the rank's name before it, and leaves it there
     try:
         dist.init_process_group(NAME, store=dist.HashStore(), rank=rank, world_size=ranks)
-        yield log
+        with _own_groups(ranks, rank):
+            yield log
     finally:
+        sys.excepthook = hook
         _LOGS.remove(log)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _own_groups(ranks: int, rank: int) -> Iterator[None]:
+    """`new_group` that makes those groups only that this rank is in."""
+    new_group = dist.new_group
+
+    @functools.wraps(new_group)
+    def own(members: Any = None, *args: Any, **kwargs: Any) -> Any:
+        members = kwargs.pop("ranks", members)
+        if members and rank not in members and 0 <= min(members) <= max(members) < ranks:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        return new_group(members, *args, **kwargs)
+
+    with ExitStack() as stack:
+        for module in (dist, dist.distributed_c10d, dist.device_mesh):
+            stack.enter_context(mock.patch.object(module, "new_group", own))
+        yield
 
 
 _LOGS: list[list[Issued]] = []  # of the worlds that are open, the last one being in use

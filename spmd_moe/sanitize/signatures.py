@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spmd_moe.errors import users_line
-from spmd_moe.placement import Placement, placement_of
+from spmd_moe.placement import Placement, annotations_of, placement_of
 
 # What an observer is told: the function, the name of the tensor, the tensor itself, the placement
 # declared for it, the user's line.
@@ -115,10 +115,7 @@ def placements_by_name(owner: type) -> dict[str, Placement]:
 
 
 def _hints(annotated_object: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(annotated_object, include_extras=True)
-    except (NameError, TypeError):  # names that exist for checkers only
-        return {}
+    return annotations_of(annotated_object)[0]
 
 
 # --- finding tensors --------------------------------------------------------------------------
