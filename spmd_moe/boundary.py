@@ -65,14 +65,14 @@ class Boundary:
 
     # spmd: allow unknown - the caller's
     def enter(self, x: Tensor) -> tuple[Tokens, Frame]:
-        x_TD = x.flatten(0, -2) if x.ndim > 2 else x
-        frame = Frame(tuple(x.shape[:-1]), self._shape(x_TD))
-        return self.own_rows(x_TD, frame), frame
+        frame = Frame(tuple(x.shape[:-1]), self._shape(_rows(x, 1)))
+        return self.own_rows(x, frame, 1), frame
 
     # spmd: allow unknown - the caller's
-    def own_rows(self, x: Tensor, frame: Frame) -> Tokens:
-        """This rank's rows of something that has a row for each of the caller's tokens."""
-        return redistribute(x, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
+    def own_rows(self, x: Tensor, frame: Frame, dims: int = 0) -> Tokens:
+        """This rank's rows of what has, for each of the caller's tokens, a row of so many dims."""
+        rows = _rows(x, dims)
+        return redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
 
     # spmd: allow unknown - the caller's
     def leave(self, y_TD: Tokens, frame: Frame) -> Tensor:
@@ -90,3 +90,9 @@ class Boundary:
             return None
         rows = torch.ones_like(x_TD.select(1, 0), dtype=torch.int64).sum(0, keepdim=True)
         return ShardShape.ragged(host_ints(redistribute(rows, self.tp, src=S(0), dst=R)))
+
+
+# spmd: allow unknown - the caller's
+def _rows(x: Tensor, dims: int) -> Tensor:
+    # spmd: allow shard - of a sequence that is cut along its length, too, each row is for itself
+    return x if x.ndim == dims + 1 else x.flatten(0, -1 - dims)

@@ -161,9 +161,9 @@ class MoE(nn.Module):
         """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
         check_inputs(x, mask, expert_ids, self.config.width, self.router, self.experts)
         x_TD, frame = self.boundary.enter(x)
-        mask_T = None if mask is None else self.boundary.own_rows(mask.flatten(), frame)
+        mask_T = None if mask is None else self.boundary.own_rows(mask, frame)
         if expert_ids is not None:
-            expert_ids = self.boundary.own_rows(expert_ids.flatten(0, -2), frame)
+            expert_ids = self.boundary.own_rows(expert_ids, frame, 1)
         if mask_T is not None:  # whatever stands in padding must reach neither values nor gradients
             x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)
 
@@ -203,8 +203,8 @@ class MoE(nn.Module):
         if self.config.balance == "sequence":
             # Counted out of x itself, so that it is on every axis what x is.
             rows = torch.ones_like(x.select(-1, 0), dtype=torch.int64)
-            rows_BL = rows.flatten(1) if x.ndim > 2 else rows.unsqueeze(0)
-            groups, sequence = rows_BL.shape[0], rows_BL.cumsum(0).flatten() - 1
-            group_T = self.boundary.own_rows(sequence, frame)
+            rows_BL = rows if x.ndim > 2 else rows.unsqueeze(0)
+            groups, sequence_BL = rows_BL.shape[0], rows_BL.cumsum(0) - 1
+            group_T = self.boundary.own_rows(sequence_BL, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
         return reduce_on_tp(terms, self.mesh) if self.boundary.whole else terms

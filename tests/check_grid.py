@@ -103,7 +103,7 @@ class Grid:
         mask = torch.arange(x[..., 0].numel()).view(lead) % 3 != 1 if case["mask"] else None
         ids = torch.randint(-1, EXPERTS, (*lead, 4)) if case["ids"] else None
         # Tokens of sequences that are cut along their length are the rank's own, in no order.
-        on_tp = src if src != INSIDE else V if case["sequences"] else S(0)
+        on_tp = src if src != INSIDE else S(1) if case["sequences"] else S(0)
         placed = Placement((DP[V], CP[V], TP[on_tp]))
         return Built(module, (x, mask, ids), (placed, placed, placed))
 

@@ -24,7 +24,7 @@ from spmd_moe.ffn import Weights
 from spmd_moe.grouped import Matmul, PerExpert, TorchGroupedMM
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.router import Router, RouterConfig, Routing
-from tests.experts_oracle import WIDTH, Case, OneHot
+from tests.experts_oracle import WIDTH, Case, OneHot, weights_in
 
 MIXED = (3, 0, 5, 1)
 WAYS: list[tuple[torch.dtype, Matmul | None]] = [
@@ -149,7 +149,7 @@ def test_gathered_experts_are_one_graph(dtype: torch.dtype, matmul: Matmul | Non
 @pytest.mark.parametrize("matmul", [PerExpert(), OneHot()], ids=str)
 def test_rows_past_the_end_in_one_graph(matmul: Matmul) -> None:
     case = Case(SWIGLU, MIXED, bias=True, past=3)
-    w = case.weights()
+    w = weights_in(case.weights())
 
     def call(x: Tensor, scores: Tensor) -> Tensor:
         counts_e = torch.tensor(case.counts)
