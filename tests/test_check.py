@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -319,7 +320,11 @@ def test_after_an_exception() -> None:
 
 
 def test_after_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("interrupted") == 2
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        assert run_cli("interrupted") == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "nothing is left behind" in capsys.readouterr().err
     assert run_cli("good") == 0
 
