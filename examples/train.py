@@ -87,6 +87,7 @@ class Options:
     clip: float = option(1.0, "largest norm of the gradient", 1e-6)
     bias_rate: float = option(1e-3, "of the selection bias, which evens out the experts", 0, 1)
     seed: int = option(0, "of initial values and batches", 0, 2**31)
+    double: bool = option(False, "compute in float64: layouts then differ by rounding alone")
     megabytes: float = option(4.0, "of source to train on", 0.01, 1000)
     tp: int = option(0, "ranks of tensor parallelism; 0: two, if the number of ranks is even", 0)
     ep: int = option(0, "ranks that share out the experts; 0: as many as can", 0)
@@ -356,8 +357,8 @@ def train(model: Model, text: Tensor, folder: Path, o: Options) -> None:
     say(f"the checkpoint of step {saved} is in {folder / 'checkpoints'}")
 
 
-def main() -> None:
-    o = options(sys.argv[1:])
+def main(words: list[str]) -> None:
+    o = options(words)
     text = source(o)
     folder = claimed(o) if RANK == 0 else Path()
     if o.check and RANK == 0:  # before there are other ranks: it makes a small world of its own
@@ -368,7 +369,8 @@ def main() -> None:
     try:
         mesh, folder = join(o, folder)
         names = ("width", "hidden", "layers", "heads", "length", "experts", "top_k", "seed")
-        model = build(mesh, **{name: getattr(o, name) for name in names})
+        dtype = torch.float64 if o.double else torch.float32
+        model = build(mesh, dtype=dtype, **{name: getattr(o, name) for name in names})
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if o.fsdp:
             parallelize(model, mesh, blocks=model.blocks)
@@ -384,4 +386,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

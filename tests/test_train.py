@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.train_ranks import SMALL, metrics, saved
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "examples" / "train.py"
-SIZES = {"layers": 2, "width": 32, "hidden": 32, "length": 24, "batch": 6, "megabytes": 0.2}
-SMALL = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-SMALL += ["--every", "1"]
 SLOW = pytest.mark.slow
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
 def start(folder: Path, *words: str, ranks: int = 4) -> subprocess.Popen[str]:
@@ -27,7 +24,7 @@ def start(folder: Path, *words: str, ranks: int = 4) -> subprocess.Popen[str]:
     for name in ("RANK", "WORLD_SIZE"):
         quiet.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, *(LAUNCHER if ranks > 1 else ()), str(TRAIN), *words],
+        [sys.executable, *((*LAUNCHER, str(ranks)) if ranks > 1 else ()), str(TRAIN), *words],
         cwd=folder,
         env=quiet,
         stdout=subprocess.PIPE,
@@ -48,17 +45,6 @@ def finished(job: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
 
 def run(folder: Path, *words: str, ranks: int = 4) -> str:
     return finished(start(folder, *words, ranks=ranks))[0]
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every step, without how fast it was."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def saved(folder: Path, step: int) -> dict[str, bytes]:
-    files = (folder / "checkpoints" / f"{step:06}").iterdir()
-    return {file.name: file.read_bytes() for file in files}
 
 
 @SLOW
@@ -82,38 +68,35 @@ def test_four_ranks_train_as_one_process_does(tmp_path: Path) -> None:
             assert sum(map(sum, mine["counts"])) == 2 * 2 * 6 * 24  # layers, choices, batch, length
 
 
-@SLOW
-def test_a_resumed_run_is_one_that_never_stopped(tmp_path: Path) -> None:
-    quick = (*SMALL, "--no-check", "--save", "2")
-    run(tmp_path, *quick, "--steps", "4", "--out", "whole")
-    run(tmp_path, *quick, "--steps", "2", "--out", "parts")
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 0.0}\n{"step"')  # as a crash leaves it
-    said = run(tmp_path, "--resume", "--out", "parts", "--steps", "4")
-    assert "resumed after step 2" in said
-    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
-    assert len(whole) == 4 and parts == whole  # to the bit
-    assert saved(tmp_path / "parts", 4) == saved(tmp_path / "whole", 4)
+def children(job: subprocess.Popen[str]) -> list[int]:
+    """What torchrun has started, in the order of the ranks."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+    return sorted(pid for pid, parent in pairs if parent == job.pid)
 
 
-@SLOW
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_an_interrupt_ends_it_after_a_step(ranks: int, tmp_path: Path) -> None:
-    job = start(tmp_path, *SMALL, "--steps", "100000", "--no-check", ranks=ranks)
+def wait_for(job: subprocess.Popen[str], start_of_line: str) -> None:
     assert job.stdout is not None
     for line in job.stdout:
-        if line.startswith("step     2"):
-            break
-    job.send_signal(signal.SIGINT)
-    try:
-        out, err = job.communicate(timeout=120)
-    finally:
-        job.kill()
+        if line.startswith(start_of_line):
+            return
+    raise AssertionError(finished(job)[1])
+
+
+@SLOW
+@pytest.mark.parametrize(("ranks", "elsewhere"), [(1, ""), (4, "--tp 1 --ep 2 --fsdp")])
+def test_an_interrupt_ends_it_after_a_step(ranks: int, elsewhere: str, tmp_path: Path) -> None:
+    """Sent to the program, or to one of the ranks that torchrun started."""
+    job = start(tmp_path, *SMALL, "--steps", "100000", "--no-check", ranks=ranks)
+    wait_for(job, "step     2")
+    os.kill(children(job)[2] if ranks > 1 else job.pid, signal.SIGINT)
+    out, err = finished(job)
     stopped = re.search(r"stopped after step (\d+); go on: --resume --out runs/001", out)
     assert stopped, out + err[-3000:]
     done = int(stopped[1])
     assert "wrote runs/001/metrics.jsonl" in out and len(saved(tmp_path / "runs/001", done)) > 1
-    said = run(tmp_path, "--resume", "--steps", str(done + 1), ranks=ranks)
+    words = ("--resume", "--steps", str(done + 1), *elsewhere.split())
+    said = run(tmp_path, *words, ranks=2 if elsewhere else ranks)
     assert f"resumed after step {done}" in said
     assert [step["step"] for step in metrics(tmp_path / "runs/001")] == [*range(1, done + 2)]
 
