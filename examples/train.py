@@ -312,6 +312,11 @@ class Metrics:
         for name in ("loss", "norm", "tokens_per_second", "balance") if self.board else ():
             self.board.add_scalar(name, line[name], line["step"])
 
+    def close(self) -> None:
+        for writer in (self.board, None if RANK else self.file):
+            if writer is not None:
+                writer.close()
+
 
 def say(line: str) -> None:
     if RANK == 0:
@@ -354,6 +359,7 @@ def train(model: Model, text: Tensor, folder: Path, o: Options) -> None:
         if asked:
             say(f"stopped after step {done}; go on: --resume --out {folder}")
             break
+    metrics.close()
     say(f"the checkpoint of step {saved} is in {folder / 'checkpoints'}")
 
 

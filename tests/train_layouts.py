@@ -81,24 +81,25 @@ def _closest(folder: Path, layers: int) -> list[list[dict[str, Any]]]:
     return [notes[i : i + layers] for i in range(0, len(notes), layers)]
 
 
-def parted(run: Run, first: Run) -> str:
+def parted(words: str, run: Run, first: Run) -> list[str]:
     """Where a choice fell otherwise than in the first run, and how close it was in both."""
     for number, (mine, theirs) in enumerate(zip(run.steps, first.steps, strict=True)):
         for layer, (a, b) in enumerate(zip(mine["counts"], theirs["counts"], strict=True)):
             if a != b:
-                notes = run.closest[number][layer], first.closest[number][layer]
-                return f"step {number + 1}, layer {layer}: " + ", in the first run ".join(
-                    "expert {} ({:.9f}) before {} ({:.9f})".format(
-                        note["experts"][0], note["scores"][0], note["experts"][1], note["scores"][1]
-                    )
-                    for note in notes
-                )
-    return ""
+                here, there = (_told(r.closest[number][layer]) for r in (run, first))
+                at = f"step {number + 1}, layer {layer}"
+                return [f"With `{words}` a choice moved at {at}: {here}; in the first run {there}."]
+    return []
+
+
+def _told(note: dict[str, Any]) -> str:
+    (taken, left), (more, less) = note["experts"], note["scores"]
+    return f"expert {taken} ({more:.9f}) before {left} ({less:.9f})"
 
 
 def table() -> str:
-    head = f"loss after {STEPS} steps", "from the first", "in float64, from the first"
-    lines = ["| mesh | options | " + " | ".join(head) + " |", "| --- | --- | --- | --- | --- |"]
+    head = f"loss after {STEPS} steps | from the first | in float64, from the first"
+    lines = [f"| mesh | options | {head} |", "| --- | --- | --- | --- | --- |"]
     first, notes = list[Run](), list[str]()
     for ranks, words in LAYOUTS:
         with tempfile.TemporaryDirectory() as folder:
@@ -109,16 +110,11 @@ def table() -> str:
         first = first or both
         off, off_double = (abs(a.loss - b.loss) for a, b in zip(both, first, strict=True))
         cells = f"{both[0].loss:.6f} | {off:.1e} | {off_double:.1e}"
-        lines.append(f"| {both[0].mesh} | `{words or '-'}` | {cells} |")
-        notes += [
-            f"`{words}` {text}" for run in both if (text := parted(run, first[both.index(run)]))
-        ]
-        print(lines[-1], *notes[-1:], sep="\n", flush=True)
-    closest = min(
-        note["scores"][0] - note["scores"][1] for step in first[1].closest for note in step
-    )
-    notes.append(f"The closest choice of all, in float64: {closest:.1e}.")
-    return "\n".join([*lines, "", f"Measured {time.strftime('%Y-%m-%d')}. " + " ".join(notes)])
+        lines.append(f"| {both[0].mesh} | {f'`{words}`' if words else ''} | {cells} |")
+        found = [text for a, b in zip(both, first, strict=True) for text in parted(words, a, b)]
+        print(lines[-1], *found, sep="\n", flush=True)
+        notes += found
+    return "\n".join([*lines, "", f"Measured on {time.strftime('%Y-%m-%d')}.", *notes])
 
 
 def main() -> None:
