@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 import train
+import train_options
 
 from tests.workers import run
 
@@ -41,13 +42,13 @@ def train_on(ranks: int, folder: Path, words: str, interrupt: Interrupt | None =
 
 def trained(folder: str, words: str, interrupt: Interrupt | None) -> str:
     said = io.StringIO()
-    with _as_torchrun_does(folder, interrupt), contextlib.redirect_stdout(said):
+    with as_torchrun_does(folder, interrupt), contextlib.redirect_stdout(said):
         train.main(words.split())
     return said.getvalue()
 
 
 @contextlib.contextmanager
-def _as_torchrun_does(folder: str, interrupt: Interrupt | None) -> Iterator[None]:
+def as_torchrun_does(folder: str, interrupt: Interrupt | None = None) -> Iterator[None]:
     """The environment of a rank; the process group is there already, and stays."""
     rank, world, one_step = dist.get_rank(), dist.get_world_size(), train.one_step
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -60,10 +61,10 @@ def _as_torchrun_does(folder: str, interrupt: Interrupt | None) -> Iterator[None
     with ExitStack() as stack:
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world)))
-        for name, value in (("RANK", rank), ("WORLD", world), ("one_step", interrupted)):
-            stack.enter_context(patch.object(train, name, value))
-        for name in ("init_process_group", "destroy_process_group"):
-            stack.enter_context(patch.object(dist, name))
+        stack.enter_context(patch.multiple(train_options, RANK=rank, WORLD=world, PATIENCE=0))
+        stack.enter_context(patch.multiple(train, RANK=rank, one_step=interrupted))
+        stack.enter_context(patch.object(train, "start_group"))
+        stack.enter_context(patch.object(dist, "destroy_process_group"))
         try:
             yield
         finally:
