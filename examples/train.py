@@ -14,24 +14,23 @@ resumed then goes on as if nothing had been, to the bit. A run is a folder: its 
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import os
 import signal
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from train_model import Model, build, type_check
+from train_options import ATTEMPT, RANK, Options, claimed, options, refuse
 from train_picture import draw
 
 from spmd_moe import (
@@ -56,151 +55,6 @@ from spmd_moe import (
     save_checkpoint,
     update_selection_bias,
 )
-from spmd_moe.check import Layout
-
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-RUNS = Path("runs")
-
-# --- settings ---------------------------------------------------------------------------------
-
-
-def option(default: Any, text: str, low: float = -math.inf, high: float = math.inf) -> Any:
-    return field(default=default, metadata={"text": text, "low": low, "high": high})
-
-
-@dataclass(frozen=True)
-class Options:
-    """Every field is an option of the command line."""
-
-    steps: int = option(120, "optimizer steps in all, those before a resume counted", 1)
-    batch: int = option(8, "sequences in a batch, of all ranks together", 1)
-    length: int = option(128, "bytes in a sequence", 2)
-    width: int = option(64, "of a token", 1)
-    hidden: int = option(96, "width inside an expert", 1)
-    layers: int = option(3, "blocks of attention and experts", 1)
-    heads: int = option(4, "of attention", 1)
-    experts: int = option(8, "in each layer", 1)
-    top_k: int = option(2, "experts that a token goes to", 1)
-    rate: float = option(3e-3, "learning rate, after the warm-up", 0, 1)
-    warmup: int = option(20, "steps until the learning rate is reached", 0)
-    decay: float = option(0.1, "weight decay", 0, 1)
-    clip: float = option(1.0, "largest norm of the gradient", 1e-6)
-    bias_rate: float = option(1e-3, "of the selection bias, which evens out the experts", 0, 1)
-    seed: int = option(0, "of initial values and batches", 0, 2**31)
-    megabytes: float = option(4.0, "of source to train on", 0.01, 1000)
-    tp: int = option(0, "ranks of tensor parallelism; 0: two, if the number of ranks is even", 0)
-    ep: int = option(0, "ranks that share out the experts; 0: as many as can", 0)
-    etp: int = option(1, "ranks that share each expert", 1)
-    fsdp: bool = option(False, "cut parameters over the ranks that share their gradients (FSDP2)")
-    check: bool = option(True, "type-check the model first")
-    every: int = option(10, "steps between lines of progress", 1)
-    save: int = option(100, "steps between checkpoints", 1)
-    out: str = option("", "folder of the run; by itself the next free number in runs/")
-    resume: bool = option(False, "go on with the run in --out, by itself the newest in runs/")
-
-    def layout(self) -> Layout:
-        """The degrees, with a number in place of each 0."""
-        tp = self.tp or (2 if WORLD % 2 == 0 else 1)
-        ep = self.ep or math.gcd(max(1, WORLD // self.etp), self.experts)
-        return Layout(dp=max(1, WORLD // tp), tp=tp, ep=ep, etp=self.etp)
-
-
-# What a run is; the rest may change when it is resumed.
-FREE = ("steps", "tp", "ep", "etp", "fsdp", "check", "every", "save", "out", "resume")
-
-
-def refuse(text: object) -> NoReturn:
-    """One line, by one rank, and the exit status of a wrong command line."""
-    if RANK == 0:
-        print(f"train.py: {str(text).splitlines()[0]}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        refuse(message)
-
-
-def options(words: list[str]) -> Options:
-    """From the command line; when resumed, what it leaves out is as it was."""
-    parser = Parser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    for f in fields(Options):
-        flag, text = f"--{f.name.replace('_', '-')}", f.metadata["text"]
-        if isinstance(f.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            shown = "" if f.default == "" else f" ({f.default})"
-            parser.add_argument(flag, type=type(f.default), help=text + shown)
-    given = vars(parser.parse_args(words))
-    chosen = Options(**given)
-    return check(resumed(chosen, given) if chosen.resume else chosen)
-
-
-def check(o: Options) -> Options:
-    """Refuse what cannot be, before anything is written or another rank is waited for."""
-    for f in fields(Options):
-        value, low, high = getattr(o, f.name), f.metadata["low"], f.metadata["high"]
-        if isinstance(value, int | float) and not low <= value <= high:
-            limits = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            refuse(f"--{f.name.replace('_', '-')} is {value}; it must be {limits}")
-    at = o.layout()
-    ranks = f"of {WORLD} rank{'s' if WORLD > 1 else ''}"
-    for wrong, text in (
-        (o.width % o.heads, f"--width {o.width} is not a multiple of --heads {o.heads}"),
-        (o.top_k > o.experts, f"--top-k is {o.top_k}, but there are --experts {o.experts}"),
-        (WORLD % at.tp, f"--tp {at.tp} does not divide the number {ranks}"),
-        (WORLD % (at.ep * at.etp), f"--ep {at.ep} x --etp {at.etp} does not divide that {ranks}"),
-        (o.experts % at.ep, f"--experts {o.experts} is not a multiple of --ep {at.ep}"),
-        (o.hidden % at.etp, f"--hidden {o.hidden} is not a multiple of --etp {at.etp}"),
-        (o.batch < at.dp, f"--batch is {o.batch}, fewer than the {at.dp} ranks of dp"),
-        (o.fsdp and "RANK" not in os.environ, "--fsdp needs ranks: start this under torchrun"),
-    ):
-        if wrong:
-            refuse(text)
-    return o
-
-
-def resumed(chosen: Options, given: dict[str, Any]) -> Options:
-    """The settings of the run, but for those that are given now."""
-    numbered = sorted(p for p in RUNS.glob("[0-9][0-9][0-9]") if (p / "options.json").exists())
-    folder = Path(chosen.out) if chosen.out else (numbered[-1] if numbered else RUNS)
-    try:
-        was = Options(**json.loads((folder / "options.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        refuse(f"--resume, but there is no run in {str(folder)!r}")
-    for name, value in given.items():
-        if name not in FREE and value != getattr(was, name):
-            refuse(f"--{name.replace('_', '-')} is {value}, but the run has {getattr(was, name)}")
-    return replace(was, **given | {"out": str(folder)})
-
-
-def claimed(o: Options) -> Path:
-    """The folder of this run, made; with its settings in it."""
-    folder = Path(o.out)
-    try:
-        if o.out:
-            folder.mkdir(parents=True, exist_ok=True)
-        number = 1
-        while not o.out:
-            folder = RUNS / f"{number:03}"
-            number += 1
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                break
-        if not o.resume and any(folder.iterdir()):
-            refuse(f"{str(folder)!r} is not empty: --resume goes on with the run in it")
-        new = folder / "options.json.part"  # replaced at once: another rank may be reading it
-        new.write_text(json.dumps(asdict(replace(o, resume=False)), indent=2))
-        new.replace(folder / "options.json")
-    except OSError as error:
-        refuse(f"{str(folder)!r} cannot be written: {error.strerror}")
-    return folder
-
 
 # --- ranks and data ---------------------------------------------------------------------------
 
@@ -212,10 +66,19 @@ def join(o: Options, folder: Path) -> tuple[MoEMesh, Path]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" not in os.environ:
         return MoEMesh.single(device), folder
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    start_group("nccl" if device == "cuda" else "gloo")
     names = [str(folder)]
     dist.broadcast_object_list(names)
     return o.layout().mesh(device), Path(names[0])
+
+
+def start_group(backend: str) -> None:
+    """As `dist.init_process_group(backend)` does, but where torchrun starts the ranks again, it
+    keeps its store: the addresses of ranks that are gone would be taken for those of this attempt.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {ATTEMPT}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def source(o: Options) -> Tensor:
@@ -311,6 +174,11 @@ class Metrics:
         for name in ("loss", "norm", "tokens_per_second", "balance") if self.board else ():
             self.board.add_scalar(name, line[name], line["step"])
 
+    def close(self) -> None:
+        for writer in (self.board, None if RANK else self.file):
+            if writer is not None:
+                writer.close()
+
 
 def say(line: str) -> None:
     if RANK == 0:
@@ -353,11 +221,12 @@ def train(model: Model, text: Tensor, folder: Path, o: Options) -> None:
         if asked:
             say(f"stopped after step {done}; go on: --resume --out {folder}")
             break
+    metrics.close()
     say(f"the checkpoint of step {saved} is in {folder / 'checkpoints'}")
 
 
-def main() -> None:
-    o = options(sys.argv[1:])
+def main(words: list[str]) -> None:
+    o = options(words, __doc__)
     text = source(o)
     folder = claimed(o) if RANK == 0 else Path()
     if o.check and RANK == 0:  # before there are other ranks: it makes a small world of its own
@@ -367,14 +236,16 @@ def main() -> None:
             raise SystemExit(1)
     try:
         mesh, folder = join(o, folder)
+        mesh.agree("options", asdict(replace(o, out="")) | {"source": checksum(text)})
         names = ("width", "hidden", "layers", "heads", "length", "experts", "top_k", "seed")
-        model = build(mesh, **{name: getattr(o, name) for name in names})
+        dtype = torch.float64 if o.double else torch.float32
+        model = build(mesh, dtype=dtype, **{name: getattr(o, name) for name in names})
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if o.fsdp:
             parallelize(model, mesh, blocks=model.blocks)
         say(f"{mesh}, {sum(p.numel() for p in model.parameters()):,} parameters on this rank")
         train(model, text, folder, o)
-    except (CheckpointError, ConfigError, MeshError) as error:  # of settings or of the disk
+    except (CheckpointError, ConfigError, MeshError, OSError) as error:  # of settings or the disk
         refuse(error)
     if RANK == 0:
         for path in draw(folder):
@@ -384,4 +255,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

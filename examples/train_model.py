@@ -160,13 +160,14 @@ def build(
     experts: int,
     top_k: int,
     seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
     """The same initial values on every layout."""
-    router = RouterConfig(experts, top_k, score="sigmoid", normalize=top_k > 1)
+    router = RouterConfig(experts, top_k, score="sigmoid", normalize=top_k > 1, dtype=dtype)
     config = MoEConfig(width, hidden, router, balance="batch", src=I, dst=I)
     model = Model(config, mesh, layers=layers, heads=heads, length=length)
     init_weights(model, mesh, seed, std=0.05)
-    return model
+    return model.to(dtype)
 
 
 def small_model(mesh: MoEMesh, tokens: int) -> Built:

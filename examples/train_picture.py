@@ -71,11 +71,13 @@ def _curve(losses: list[float]) -> list[str]:
 
 
 def _plotted(steps: list[dict[str, Any]], path: Path) -> Path:
-    import_module("matplotlib").use("Agg")
+    import_module("matplotlib").use("Agg")  # no window
     pyplot: Any = import_module("matplotlib.pyplot")
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 8), sharex=True)
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(9, 8), sharex=True, layout="constrained"
+    )
     numbers = [step["step"] for step in steps]
-    above.plot(numbers, [step["loss"] for step in steps])
+    above.plot(numbers, [step["loss"] for step in steps], marker="" if steps[1:] else "o")
     above.set_ylabel("loss per byte (nats)")
     use = [[use for layer in shares(step) for use in layer] for step in steps]
     layers, experts = len(steps[0]["counts"]), len(steps[0]["counts"][0])
@@ -87,11 +89,13 @@ def _plotted(steps: list[dict[str, Any]], path: Path) -> Path:
         vmin=0.0,
         vmax=2.0,
     )
-    below.set_yticks([layer * experts for layer in range(layers)])
+    for layer in range(1, layers):
+        below.axhline(layer * experts - 0.5, color="white")
+    below.set_yticks([(layer + 0.5) * experts - 0.5 for layer in range(layers)])
     below.set_yticklabels([f"layer {layer}" for layer in range(layers)])
     below.set_xlabel("step")
     below.set_ylabel("experts of each layer")
-    figure.colorbar(image, ax=[above, below], label="use, in times the mean")
+    figure.colorbar(image, ax=below, extend="max", label="use, in times the mean")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path

@@ -1,7 +1,8 @@
 """Initial values that depend on the seed and on the global index alone, never on the layout.
 
 Row g of a parameter (for the experts' weights, expert g) has a random stream of its own, named by
-the seed, the parameter and g. A rank draws the rows that it has, whole, and keeps its part of each.
+the seed, the parameter and g. A rank draws the rows that it has, whole, and keeps its part of each,
+also where `parallelize` has cut them once more.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import re
 
 import torch
-from spmd_types import Shard
 from torch import Tensor, nn
 
 from spmd_moe.declare import declared
@@ -18,6 +18,7 @@ from spmd_moe.errors import ConfigError, PlacementError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import Placement
 from spmd_moe.settings import instance
+from spmd_moe.storage import local, place_in_whole, settled, whole_shape
 
 _BIAS = re.compile(r"(bias|b\d*)(_[A-Za-z]+)?")
 
@@ -32,7 +33,7 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
     instance("init_weights", "mesh", mesh, MoEMesh, "init_weights(layer, layer.mesh, seed=0)")
     mesh.agree("init_weights", {"seed": seed, "std": std})
     _check(layer, mesh)
-    for prefix, module in layer.named_modules():
+    for prefix, module in settled(layer).named_modules():
         placements = declared(module)
         for name, parameter in module.named_parameters(recurse=False):
             if _BIAS.fullmatch(name):
@@ -77,19 +78,11 @@ def _check(layer: nn.Module, mesh: MoEMesh) -> None:
 
 
 def _draw(out: Tensor, stream: str, placement: Placement, mesh: MoEMesh, std: float) -> None:
-    first, whole, parts = 0, list(out.shape), []
-    for k in placement:
-        if isinstance(k.kind, Shard):
-            axis, dim = mesh[k.role], k.kind.dim
-            whole[dim] *= axis.size
-            if dim == 0:
-                first = axis.rank * out.shape[0]
-            else:
-                parts.append((dim - 1, axis.rank * out.shape[dim], out.shape[dim]))
-    for i, row in enumerate(out):
+    whole, (first, *starts) = (f(placement, mesh, out) for f in (whole_shape, place_in_whole))
+    for i, row in enumerate(local(out)):
         seed = hashlib.sha256(f"{stream}/{first + i}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
         drawn = torch.randn(whole[1:], generator=generator) * std
-        for dim, start, size in parts:
-            drawn = drawn.narrow(dim, start, size)
+        for dim, start in enumerate(starts):
+            drawn = drawn.narrow(dim, start, row.shape[dim])
         row.copy_(drawn)

@@ -20,15 +20,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from spmd_moe.errors import CheckpointError, describe, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.obligations import Obligation, obligations
 from spmd_moe.placement import P, R
 from spmd_moe.redistribute import redistribute
-from spmd_moe.storage import place_in_whole
+from spmd_moe.storage import local, place_in_whole, settled
 
 Json: TypeAlias = Any  # what json writes and reads: None, bool, int, float, str, list, dict
 
@@ -69,20 +67,6 @@ def whole(tensor: Tensor) -> Part:
     return Part(tensor, tuple(tensor.shape), (0,) * tensor.ndim)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What lies on this rank, sharing its memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def settled(model: nn.Module) -> nn.Module:
-    """The model with its stored parameters: after a forward alone FSDP keeps the others."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model
-
-
 # --- the model ----------------------------------------------------------------------------------
 
 
@@ -95,7 +79,7 @@ def model_parts(model: nn.Module, mesh: MoEMesh, sums: Mapping[str, Tensor]) -> 
         else:
             tensor = _of_row(model, row)
             parts[row.name] = Part(
-                local(tensor), row.global_shape, place_in_whole(row, mesh, tensor)
+                local(tensor), row.global_shape, place_in_whole(row.placement, mesh, tensor)
             )
     return parts
 
@@ -154,7 +138,7 @@ def optimizer_parts(
                     kept[key] = {"value": _plain(value, row.name, key)}
                 elif value.shape == parameter.shape:
                     kept[key] = {"like_parameter": True, "dtype": _dtype_name(value)}
-                    place = place_in_whole(row, mesh, parameter)
+                    place = place_in_whole(row.placement, mesh, parameter)
                     parts[_name(row, key)] = Part(local(value), row.global_shape, place)
                 elif value.ndim == 0:
                     kept[key] = {"like_parameter": False, "dtype": _dtype_name(value)}
@@ -199,7 +183,7 @@ def awaited_state(
                 dtype = getattr(torch, kept["dtype"])
                 if kept["like_parameter"]:
                     state[key] = torch.empty_like(parameter.detach(), dtype=dtype)
-                    place = place_in_whole(row, mesh, parameter)
+                    place = place_in_whole(row.placement, mesh, parameter)
                     parts[_name(row, key)] = Part(local(state[key]), row.global_shape, place)
                 else:
                     device = parameter.device if on_device else torch.device("cpu")

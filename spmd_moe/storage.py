@@ -16,16 +16,17 @@ from typing import final
 
 import torch.distributed as dist
 from spmd_types import Shard
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as StoredShard
 
 from spmd_moe.errors import ConfigError, MeshError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.obligations import Obligation
-from spmd_moe.placement import DENSE, EXPERT, Role
+from spmd_moe.placement import DENSE, EXPERT, Placement, Role
 
 REPLICA, SHARD = "replica", "shard"
 
@@ -149,10 +150,34 @@ def shard_group(parameter: Tensor) -> ProcessGroup | None:
     return parameter.device_mesh.get_group(SHARD)
 
 
-def place_in_whole(row: Obligation, mesh: MoEMesh, tensor: Tensor) -> tuple[int, ...]:
+def local(tensor: Tensor) -> Tensor:
+    """What lies on this rank, sharing its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The model with its stored parameters: after a forward alone FSDP keeps the others."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model
+
+
+def whole_shape(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> tuple[int, ...]:
+    """Of a parameter or buffer, before any rank takes its part; what is stored knows it."""
+    shape = list(tensor.shape)
+    for k in placement:
+        if isinstance(k.kind, Shard) and not isinstance(tensor, DTensor):
+            shape[k.kind.dim] *= mesh[k.role].size
+    return tuple(shape)
+
+
+def place_in_whole(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> tuple[int, ...]:
     """Where this rank's part of a parameter or buffer begins, in each dim."""
-    start, size = [0] * len(row.global_shape), list(row.global_shape)
-    for k in row.placement:
+    size = list(whole_shape(placement, mesh, tensor))
+    start = [0] * len(size)
+    for k in placement:
         if isinstance(k.kind, Shard):
             dim, axis = k.kind.dim % len(size), mesh[k.role]
             size[dim] //= axis.size

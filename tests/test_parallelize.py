@@ -24,6 +24,7 @@ from spmd_moe import (
     SpmdMoeError,
     clip_grad_norm_,
     declare,
+    init_weights,
     obligations,
     parallelize,
     reduce_gradients,
@@ -243,3 +244,48 @@ def other_settings(way: Way) -> str:
 def test_ranks_that_disagree_are_told() -> None:
     for said in run(2, other_settings, Way(Layout(dp=2))):
         assert "parallelize: the ranks were called with different settings" in said
+
+
+# --- made on no device --------------------------------------------------------------------------
+
+
+def unlike_the_usual(way: Way) -> list[str]:
+    """What differs, to the bit, once a model that was made on the meta device has been trained."""
+    mesh = mesh_of(way.layout)
+    with torch.device("meta"):
+        model = Model(mesh, way.own_tokens, way.experts).to(torch.float64)
+    if way.fsdp:
+        parallelize(model, mesh, blocks=model.blocks, replicas=way.replicas)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(0.1)  # what memory may hold
+        model(*batch(mesh, way.own_tokens))  # after which FSDP has other parameters in their place
+    init_weights(model, mesh, seed=0, std=0.3)
+    usual, _ = on_ranks(way)
+    found, want = model.state_dict(), usual.state_dict()
+    unlike = [f"{name} at first" for name in want if not _same(found[name], want[name])]
+    norms = train(model, mesh, way), train(usual, mesh, way)
+    found, want = model.state_dict(), usual.state_dict()
+    unlike += [f"{name} trained" for name in want if not _same(found[name], want[name])]
+    return unlike if norms[0] == norms[1] else [*unlike, "norms"]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    kinds = [t.placements if isinstance(t, DTensor) else None for t in (a, b)]
+    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (a, b))
+    return kinds[0] == kinds[1] and a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way(Layout(dp=2, tp=2, ep=2, etp=2)),
+        Way(Layout(dp=4, ep=2), replicas=2, own_tokens=True),
+        Way(Layout(dp=2, tp=2, ep=4), fsdp=False),
+    ],
+    ids=str,
+)
+def test_from_the_meta_device_as_from_any_other(way: Way) -> None:
+    assert run(4, unlike_the_usual, way) == [[]] * 4

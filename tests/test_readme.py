@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.readme import README, SAID, Block, blocks, file_tree, generated, outcome, rewritten
+from tests.train_layouts import LAYOUTS
 
 TEXT = README.read_text()
 
@@ -41,6 +42,16 @@ def test_it_opens_with_a_program_that_fails_and_its_fix() -> None:
     program = first.code.replace(failing, fix.replace("(x, ", "(torch.ones(5, 8), "))
     cured = "from spmd_moe import ShardShape\n" + program
     assert outcome(Block(0, cured, None)) == "" != outcome(first)
+
+
+def test_losses_are_those_that_are_claimed() -> None:
+    """By `tests/train_layouts.py`: at least six agree in float32, and all in float64."""
+    (table,) = re.findall(r"<!-- losses:.*?-->\n(.*?)\n\n", TEXT, re.S)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) == len(LAYOUTS) >= 6
+    losses = [float(row[-3]) for row in rows]
+    assert sum(abs(loss - losses[0]) <= 1e-4 for loss in losses) >= 6
+    assert all(float(row[-1]) < 1e-10 for row in rows)
 
 
 def test_a_stale_readme_is_found() -> None:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.train_ranks import SMALL, metrics, saved, train_on
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "examples" / "train.py"
-SIZES = {"layers": 2, "width": 32, "hidden": 32, "length": 24, "batch": 6, "megabytes": 0.2}
-SMALL = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
-SMALL += ["--every", "1"]
 SLOW = pytest.mark.slow
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
+ENDED_WITHIN = 40.0  # seconds: torchrun gives ranks 30 to end by themselves
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def start(folder: Path, *words: str, ranks: int = 4) -> subprocess.Popen[str]:
+def start(folder: Path, *words: str, ranks: int = 4, restarts: int = 0) -> subprocess.Popen[str]:
+    launcher = (*LAUNCHER, str(ranks), f"--max-restarts={restarts}")
     quiet = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE"):
         quiet.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, *(LAUNCHER if ranks > 1 else ()), str(TRAIN), *words],
+        [sys.executable, *(launcher if ranks > 1 else ()), str(TRAIN), *words],
         cwd=folder,
         env=quiet,
         stdout=subprocess.PIPE,
@@ -48,17 +48,6 @@ def finished(job: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
 
 def run(folder: Path, *words: str, ranks: int = 4) -> str:
     return finished(start(folder, *words, ranks=ranks))[0]
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every step, without how fast it was."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
-
-
-def saved(folder: Path, step: int) -> dict[str, bytes]:
-    files = (folder / "checkpoints" / f"{step:06}").iterdir()
-    return {file.name: file.read_bytes() for file in files}
 
 
 @SLOW
@@ -82,71 +71,67 @@ def test_four_ranks_train_as_one_process_does(tmp_path: Path) -> None:
             assert sum(map(sum, mine["counts"])) == 2 * 2 * 6 * 24  # layers, choices, batch, length
 
 
-@SLOW
-def test_a_resumed_run_is_one_that_never_stopped(tmp_path: Path) -> None:
-    quick = (*SMALL, "--no-check", "--save", "2")
-    run(tmp_path, *quick, "--steps", "4", "--out", "whole")
-    run(tmp_path, *quick, "--steps", "2", "--out", "parts")
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 0.0}\n{"step"')  # as a crash leaves it
-    said = run(tmp_path, "--resume", "--out", "parts", "--steps", "4")
-    assert "resumed after step 2" in said
-    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
-    assert len(whole) == 4 and parts == whole  # to the bit
-    assert saved(tmp_path / "parts", 4) == saved(tmp_path / "whole", 4)
+def children(job: subprocess.Popen[str]) -> list[int]:
+    """What torchrun has started, in the order of the ranks."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+    return sorted(pid for pid, parent in pairs if parent == job.pid)
 
 
-@SLOW
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_an_interrupt_ends_it_after_a_step(ranks: int, tmp_path: Path) -> None:
-    job = start(tmp_path, *SMALL, "--steps", "100000", "--no-check", ranks=ranks)
+def wait_for(job: subprocess.Popen[str], start_of_line: str) -> None:
     assert job.stdout is not None
     for line in job.stdout:
-        if line.startswith("step     2"):
-            break
-    job.send_signal(signal.SIGINT)
-    try:
-        out, err = job.communicate(timeout=120)
-    finally:
-        job.kill()
+        if line.startswith(start_of_line):
+            return
+    raise AssertionError(finished(job)[1])
+
+
+@SLOW
+@pytest.mark.parametrize(("ranks", "elsewhere"), [(1, ""), (4, "--tp 1 --ep 2 --fsdp")])
+def test_an_interrupt_ends_it_after_a_step(ranks: int, elsewhere: str, tmp_path: Path) -> None:
+    """Sent to the program, or to one of the ranks that torchrun started."""
+    job = start(tmp_path, *SMALL, "--steps", "100000", "--no-check", ranks=ranks)
+    wait_for(job, "step     2")
+    os.kill(children(job)[2] if ranks > 1 else job.pid, signal.SIGINT)
+    out, err = finished(job)
     stopped = re.search(r"stopped after step (\d+); go on: --resume --out runs/001", out)
     assert stopped, out + err[-3000:]
     done = int(stopped[1])
     assert "wrote runs/001/metrics.jsonl" in out and len(saved(tmp_path / "runs/001", done)) > 1
-    said = run(tmp_path, "--resume", "--steps", str(done + 1), ranks=ranks)
+    words = ("--resume", "--steps", str(done + 1), *elsewhere.split())
+    said = run(tmp_path, *words, ranks=2 if elsewhere else ranks)
     assert f"resumed after step {done}" in said
     assert [step["step"] for step in metrics(tmp_path / "runs/001")] == [*range(1, done + 2)]
 
 
-WRONG = {
-    "--steps 0": "--steps is 0; it must be at least 1",
-    "--rate 2": "--rate is 2.0; it must be at least 0 and at most 1",
-    "--rate nan": "--rate is nan; it must be at least 0 and at most 1",
-    "--steps some": "argument --steps: invalid int value: 'some'",
-    "--stepz 3": "unrecognized arguments: --stepz 3",
-    "--width 30": "--width 30 is not a multiple of --heads 4",
-    "--top-k 9": "--top-k is 9, but there are --experts 8",
-    "--tp 2": "--tp 2 does not divide the number of 1 rank",
-    "--ep 2": "--ep 2 x --etp 1 does not divide that of 1 rank",
-    "--fsdp": "--fsdp needs ranks: start this under torchrun",
-    "--length 100000000": "--length is 100000000, but there are",
-    "--resume": "--resume, but there is no run in 'runs'",
-    "--out full": "'full' is not empty: --resume goes on with the run in it",
-    "--out full/file": "'full/file' cannot be written: File exists",
-    "--resume --out full --width 64": "--width is 64, but the run has 32",
-}
+@pytest.mark.gloo
+@SLOW
+def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+    """Its job ends on all ranks, says which one it was, and goes on from the last checkpoint."""
+    words = (*SMALL, "--no-check", "--save", "2", "--steps", "24")
+    job = start(tmp_path, *words, restarts=1)
+    wait_for(job, "step     5")
+    ranks, begin = children(job), time.monotonic()
+    os.kill(ranks[2], signal.SIGKILL)
+    while set(ranks) & set(children(job)):
+        assert time.monotonic() - begin < ENDED_WITHIN
+        time.sleep(0.1)
+    out, err = finished(job)
+    (after,) = re.findall(r"resumed after step (\d+)", out)
+    assert f"exitcode: -9) local_rank: 2 (pid: {ranks[2]})" in err
+    assert int(after) >= 4 and int(after) % 2 == 0
+    train_on(4, tmp_path, " ".join([*words, "--out", "whole"]))
+    assert metrics(tmp_path / "runs/001") == metrics(tmp_path / "whole")  # to the bit
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "whole"]
+    assert len(metrics(tmp_path / "whole")) == 24 and len(list((tmp_path / "runs").iterdir())) == 1
 
 
 @SLOW
-def test_what_cannot_be_is_one_line_and_nothing_is_written(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("")
-    (tmp_path / "full" / "options.json").write_text('{"width": 32}')
-    before = sorted(tmp_path.rglob("*"))
-    several = list(WRONG.items())
-    for some in (several[:5], several[5:10], several[10:]):  # not all at once on a small machine
-        jobs = [(start(tmp_path, *words.split(), ranks=1), text) for words, text in some]
-        for job, text in jobs:
-            out, err = finished(job, status=2)
-            assert out == "" and err.startswith(f"train.py: {text}") and err.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+def test_a_wrong_command_line_under_torchrun(tmp_path: Path) -> None:
+    job = start(tmp_path, "--batch", "1", "--tp", "1")
+    out, err = finished(job, status=1)  # torchrun's own
+    assert out == "" and re.findall("^train.py: .*", err, re.M) == [
+        "train.py: --batch is 1, fewer than the 4 ranks of dp"
+    ]
+    assert not [line for line in err.splitlines() if "train.py" in line and "File" in line]
+    assert not list(tmp_path.iterdir())
