@@ -19,13 +19,12 @@ CHECKS = [
     ("mypy", "repair the types; an ignore needs its code in [brackets] and its reason"),
 ]
 TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>    runs one alone")
-# Two processes at the same time, each with workers of its own: these files, and all others, among
+# Two processes at the same time, each with workers of its own: these tests, and all others, among
 # which are those that run mypy (with one cache). On two cores each half takes about as long.
-ONE_HALF = [
-    f"tests/test_{name}.py"
-    for name in "check check_values compile_parts decode determinism experts forecast layer "
-    "losses obligations permute redistribute router".split()
-]
+ONE_HALF = """
+    check check_values compile_parts decode determinism experts forecast layer losses obligations
+    permute redistribute router
+"""
 
 
 def start(number: int, words: str) -> int:
@@ -36,9 +35,10 @@ def start(number: int, words: str) -> int:
 def both_halves(words: list[str]) -> int:
     """All tests, in two processes; what the first one says is shown when the second one is done."""
     base = [sys.executable, "-m", *words]
-    others = [f"--ignore={file}" for file in ONE_HALF]
+    files = [f"tests/test_{name}.py" for name in ONE_HALF.split()]
+    others = [f"--ignore={file}" for file in files]
     with tempfile.TemporaryFile("w+") as said:
-        beside = subprocess.Popen([*base, *ONE_HALF], cwd=ROOT, stdout=said, stderr=said)
+        beside = subprocess.Popen([*base, *files], cwd=ROOT, stdout=said, stderr=said)
         try:
             status = subprocess.run([*base, *others], cwd=ROOT).returncode
             print("== and the other half, which ran beside it", flush=True)
