@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.catalogue.bug import Bug, edit, part
 
 TP_2 = "dp 2 tp 2"
-OWN_ROWS = "return redistribute(x, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)"
-FEW = "        if x.shape[0] {}:\n            return x\n        "
+OWN_ROWS = "return redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)"
+FEW = "        if rows.shape[0] {}:\n            return rows\n        "
 
 LAYOUTS = [
     Bug(
@@ -181,7 +181,7 @@ LAYOUTS = [
         target="whole",
         layout="dp 2 tp 2 ep 4",
         rule="types",
-        at="return redistribute(x, self.tp",
+        at="return redistribute(rows, self.tp",
     ),
     Bug(
         "B28a",
@@ -228,7 +228,7 @@ LAYOUTS = [
         "the mask is whole where the tokens are a shard",
         edit(
             "moe",
-            "None if mask is None else self.boundary.own_rows(mask.flatten(), frame)",
+            "None if mask is None else self.boundary.own_rows(mask, frame)",
             "None if mask is None else mask.flatten()",
         ),
         target="masked",
@@ -242,7 +242,7 @@ LAYOUTS = [
         "the mask's first rows are taken for those of this rank",
         edit(
             "moe",
-            "self.boundary.own_rows(mask.flatten(), frame)",
+            "self.boundary.own_rows(mask, frame)",
             "mask.flatten()[: x_TD.shape[0]]",
         ),
         target="masked",

@@ -1,50 +1,97 @@
-"""The layer in four configurations that together run nearly every line of it."""
+"""A step of training with the layer, in configurations that together run nearly all its lines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 from spmd_moe.boundary import INSIDE
 from spmd_moe.check import Built
-from spmd_moe.dispatch import AllGather
+from spmd_moe.dispatch import AllGather, FixedCapacity
 from spmd_moe.experts import Weigh
 from spmd_moe.init import init_weights
+from spmd_moe.load import expert_load
+from spmd_moe.losses import balance_loss, totals, update_selection_bias, z_loss
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.placement import CP, DP, TP, I, Placement, R, S, V
 from spmd_moe.router import RouterConfig
 from spmd_moe.shard import ShardShape
+from tests.catalogue.data import drawn
 
-ROUTER = RouterConfig(8, 2, normalize=True, scale=2.0)
-WITHIN = MoEConfig(8, 8, ROUTER, bias=True, balance="batch")
+WIDTH, EXPERTS = 8, 8
+ROUTER = RouterConfig(EXPERTS, 2, normalize=True, scale=2.0)
+GROUPED = RouterConfig(EXPERTS, 2, score="sigmoid", groups=4, groups_kept=2, normalize=True)
+WITHIN = MoEConfig(WIDTH, 8, GROUPED, bias=True, balance="batch")
 WHOLE = MoEConfig(
-    8, 8, ROUTER, src=R, dst=I, shared=SharedConfig(8, gated=True), balance="sequence"
+    WIDTH, 8, ROUTER, src=R, dst=I, shared=SharedConfig(8, gated=True), balance="sequence"
 )
-GATHERED = MoEConfig(8, 8, ROUTER, dst=R, weigh=Weigh.IN_COMBINE)
-SHARED = MoEConfig(8, 8, ROUTER, src=I, dst=R, shared=SharedConfig(8, gated=True, sharded=True))
+GATHERED = MoEConfig(WIDTH, 8, ROUTER, dst=R, weigh=Weigh.IN_COMBINE)
+SHARED = MoEConfig(WIDTH, 8, ROUTER, src=I, dst=R, shared=SharedConfig(8, gated=True, sharded=True))
+FIXED = MoEConfig(WIDTH, 8, ROUTER, src=R, dst=I, balance="batch")
+
+
+class Step(nn.Module):
+    """A forward, everything that is made of its result, and the push to the bias."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, mask: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
+        mesh = self.layer.mesh
+        out = self.layer(x, mask, ids)
+        load = expert_load(out, mesh)
+        made = {"hidden": out.hidden, "counts": load.counts_E, "dropped": load.dropped}
+        made |= {"entropy": load.entropy, "most": load.max_over_mean}
+        if out.losses is not None:
+            total = totals(out.losses, mesh)
+            made["balance"] = balance_loss(out.losses, total, mesh)
+            made["z"] = z_loss(out.losses, total)
+        with torch.no_grad():
+            self.layer.router.seen_E += out.counts_E
+        update_selection_bias([self.layer.router], mesh, 0.1)
+        return made
 
 
 def target(
-    config: MoEConfig, gather: bool = False, replay: bool = False
+    config: MoEConfig, dispatcher: str = "", replay: bool = False
 ) -> Callable[[MoEMesh, int], Built]:
-    """Of tokens of which one in four is masked; `replay` gives their experts, too."""
+    """Of sequences of two tokens, some of them masked; `replay` gives their experts, too."""
 
     def build(mesh: MoEMesh, tokens: int) -> Built:
-        layer = MoE(config, mesh, AllGather(mesh, 8) if gather else None)
+        layer = MoE(config, mesh, _dispatcher(dispatcher, mesh, tokens))
         init_weights(layer, mesh, seed=0, std=0.5)
         tp = mesh[TP]
         inside = config.src == INSIDE
         rows = ShardShape.even(tokens, tp.size).sizes[tp.rank] if inside else tokens
-        kind = S(0) if inside else config.src
-        place = Placement((DP[V], CP[V], TP[kind]))
-        given = [torch.randn(rows, 8), torch.rand(rows) < 0.75]
+        place = Placement((DP[V], CP[V], TP[S(0) if inside else config.src]))
+        given = [drawn(1, rows, 2, WIDTH), drawn(2, rows, 2) > -0.3]
         if replay:
-            given.append(torch.randint(-1, 8, (rows, 2)))
-        return Built(layer, tuple(given), (place,) * len(given))
+            given.append((drawn(3, rows, 2, 2) * 8).to(torch.int64).clamp(-1, EXPERTS - 1))
+        return Built(Step(layer), tuple(given), (place,) * len(given))
 
     return build
 
 
-ALL = [target(WITHIN), target(WHOLE), target(GATHERED, gather=True, replay=True), target(SHARED)]
+def _dispatcher(name: str, mesh: MoEMesh, tokens: int) -> AllGather | FixedCapacity | None:
+    if name == "gather":
+        return AllGather(mesh, EXPERTS)
+    return FixedCapacity(mesh, EXPERTS, 4 * tokens) if name == "fixed" else None
+
+
+TARGETS = {
+    "within": target(WITHIN),
+    "whole": target(WHOLE),
+    "gathered": target(GATHERED, "gather", replay=True),
+    "shared": target(SHARED),
+    "fixed": target(FIXED, "fixed"),
+}
+# A dispatcher is used by some of them alone.
+USED_BY = {
+    "dispatch.all_gather": ("gathered",),
+    "dispatch.all_to_all": ("within", "whole", "fixed"),
+    "dispatch.fixed": ("fixed",),
+}
