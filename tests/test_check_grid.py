@@ -11,7 +11,6 @@ from spmd_moe.check import Layout
 from spmd_moe.check.layout import layouts
 from tests.check_grid import drawn, missing_pairs, run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = [Layout(), Layout(tp=2, ep=2), Layout(dp=2, tp=2, etp=2), Layout(cp=2, tp=2, ep=4)]
 
 
