@@ -116,6 +116,7 @@ ORDER = [
     "static.strict",
     "static.bypass",
     "static.review",
+    "static.answers",
     "static.entry",
     "mypy_plugin",
     "__main__",

@@ -34,6 +34,7 @@ from spmd_moe.static.annotations import KIND_NAMES, ROLE_LISTS
 from spmd_moe.static.kinds import Kinds
 from spmd_moe.static.messages import Named, Problem, named, operation_problem
 from spmd_moe.static.moves import SEVERAL, Call, moved
+from spmd_moe.static.names import is_foreign
 from spmd_moe.static.notes import Notes
 from spmd_moe.static.roles import Modules, is_role, role_made_by, role_name
 from spmd_moe.static.rules import Operand, gradient, infer_operation, table
@@ -59,6 +60,9 @@ Context = FunctionContext | MethodContext
 
 def operation(ctx: Context, name: str, notes: Notes) -> Type:
     """Any operation of torch: a function, a method, an operator, indexing."""
+    checker: Any = ctx.api
+    if is_foreign(checker.tree.fullname + "."):  # torch's own code
+        return ctx.default_return_type
     receiver = ctx.type if isinstance(ctx, MethodContext) else None
     operands = list(_operands(ctx, receiver))
     tensors = [n.operand for n in operands if n.operand.kinds is not None]

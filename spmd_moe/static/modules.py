@@ -10,19 +10,23 @@ from mypy.typeops import bind_self
 from mypy.types import CallableType, FunctionLike, Instance, Type, get_proper_type
 
 from spmd_moe.static.codes import PLACEMENT
+from spmd_moe.static.notes import Notes
 from spmd_moe.static.types import placed_within
 
 MODULE = "torch.nn.modules.module.Module"
 
 
-def signature_of_call(ctx: MethodSigContext) -> FunctionLike:
+def signature_of_call(ctx: MethodSigContext, notes: Notes) -> FunctionLike:
     """The hook for `__call__`: what mypy knows of a module's call is that it takes anything."""
     checker: Any = ctx.api
     if PLACEMENT in checker.options.disabled_error_codes:
         return ctx.default_signature
     receiver = get_proper_type(ctx.type)
     found = placed_forward(receiver) if isinstance(receiver, Instance) else None
-    return ctx.default_signature if found is None else found
+    if found is None:
+        return ctx.default_signature
+    notes.review(checker.tree, checker)
+    return found
 
 
 def placed_forward(module: Instance) -> CallableType | None:

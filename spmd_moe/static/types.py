@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mypy.nodes import FuncDef, TypeInfo, Var
+from mypy.nodes import Decorator, FuncDef, OverloadedFuncDef, TypeInfo, Var
 from mypy.types import (
     AnyType,
     CallableType,
@@ -79,12 +79,19 @@ def declare(t: Type) -> Type:
     return t
 
 
-def declare_all_of(node: object) -> None:
-    """The same for what a variable or function is declared to be, which may come from the cache."""
-    t = node.type if isinstance(node, Var | FuncDef) else None
-    for part in (*t.arg_types, t.ret_type) if isinstance(t, CallableType) else (t,):
-        if part is not None:
-            declare(part)
+def declare_all_of(node: object) -> bool:
+    """The same for what a name is declared to be, which may come from the cache.
+
+    It tells whether there is a placement in that, or among the fields of a record.
+    """
+    if isinstance(node, TypeInfo):
+        return _is_placed_record(node, 0)
+    if isinstance(node, OverloadedFuncDef):
+        return True in [declare_all_of(item) for item in node.items]
+    node = node.func if isinstance(node, Decorator) else node
+    t = get_proper_type(node.type) if isinstance(node, Var | FuncDef) and node.type else None
+    parts = [*t.arg_types, t.ret_type] if isinstance(t, CallableType) else [t]
+    return True in [placed_within(declare(part)) for part in parts if part is not None]
 
 
 def is_tensor_class(info: TypeInfo) -> bool:

@@ -1,0 +1,226 @@
+"""Which hook answers for which name. It is loaded when mypy first asks: a warm run may never."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+from mypy.nodes import FuncDef, SymbolTableNode, TypeInfo
+from mypy.nodes import TypeAlias as AliasNode
+from mypy.plugin import (
+    AnalyzeTypeContext,
+    AttributeContext,
+    FunctionContext,
+    MethodContext,
+    MethodSigContext,
+)
+from mypy.types import AnyType, FunctionLike, Instance, Type, TypeOfAny
+
+from spmd_moe.static import hooks, modules
+from spmd_moe.static.annotations import PLACED, Annotation
+from spmd_moe.static.config import Config
+from spmd_moe.static.ending import HOOK, is_ending, is_over
+from spmd_moe.static.moves import COLLECTIVES, EXCHANGE
+from spmd_moe.static.names import function_operation, is_foreign, method_operation
+from spmd_moe.static.notes import Notes, raises
+from spmd_moe.static.review import review
+from spmd_moe.static.roles import ROLE
+from spmd_moe.static.types import (
+    declare,
+    declare_all_of,
+    generic_parameter,
+    is_tensor_class,
+    placed_within,
+)
+
+C = TypeVar("C")
+LookUp: TypeAlias = Callable[[str], SymbolTableNode | None]
+OfAnnotation: TypeAlias = Callable[[AnalyzeTypeContext], Type]
+OfFunction: TypeAlias = Callable[[FunctionContext], Type]
+OfMethod: TypeAlias = Callable[[MethodContext], Type]
+OfAttribute: TypeAlias = Callable[[AttributeContext], Type]
+OfSignature: TypeAlias = Callable[[MethodSigContext], FunctionLike]
+
+_UNTYPED_DECORATOR = "spmd_types._traceback.api_boundary"
+_SHARDS = ("spmd_moe.placement._ShardKind.__call__", "spmd_moe.placement._ShardKind.__getitem__")
+
+
+class Answers:
+    """Hooks by name; a name without one is none of ours."""
+
+    def __init__(self, look_up: LookUp, config: Config) -> None:
+        self._look_up, self._config = look_up, config
+        self.notes = Notes(self._function_type)
+        self._aliases: dict[str, tuple[Type, bool]] = {}
+        self._placed_names: dict[str, bool] = {}
+        self._tensor_classes: dict[str, bool] = {}
+        self._read_already = ""  # the alias that is being read, by mypy itself this time
+
+    # --- annotations --------------------------------------------------------------------------
+
+    def annotation(self, fullname: str) -> tuple[OfAnnotation | None, bool]:
+        """The hook, and whether that is the answer whenever mypy asks again."""
+        if fullname == PLACED:
+            return _careful(self._placed, lambda ctx: AnyType(TypeOfAny.from_error)), True
+        found = None if is_foreign(fullname) else self._look_up(fullname)
+        alias = None if found is None else found.node
+        if not isinstance(alias, AliasNode):
+            return None, is_foreign(fullname) or isinstance(alias, TypeInfo)
+        if self._read_already == fullname or not self._is_placed_alias(alias):
+            return None, False
+        return lambda ctx: self._alias(ctx, fullname), False
+
+    def _is_placed_alias(self, alias: AliasNode) -> bool:
+        known = self._aliases.get(alias.fullname)
+        if known is None or known[0] is not alias.target:  # mypy reads an alias more than once
+            known = alias.target, placed_within(alias.target)
+            self._aliases[alias.fullname] = known
+        if known[1]:
+            declare(alias.target)
+        return known[1]
+
+    def _placed(self, ctx: AnalyzeTypeContext) -> Type:
+        annotation = Annotation(ctx)
+        t = annotation.read()
+        analyser: Any = ctx.api
+        self.notes.use_roles(analyser.api.cur_mod_node, annotation.roles)
+        return t
+
+    def _alias(self, ctx: AnalyzeTypeContext, fullname: str) -> Type:
+        """An alias of a placed type: mypy reads it, but the module that has it has placements."""
+        analyser: Any = ctx.api
+        self.notes.review(analyser.api.cur_mod_node)
+        self._read_already = fullname
+        try:
+            return ctx.api.analyze_type(ctx.type)
+        finally:
+            self._read_already = ""
+
+    # --- calls and attributes -----------------------------------------------------------------
+
+    def function(self, fullname: str) -> OfFunction | None:
+        notes = self.notes
+        if fullname == _UNTYPED_DECORATOR:
+            return _careful(lambda ctx: ctx.arg_types[0][0], _default)
+        if fullname == EXCHANGE:
+            return _careful(lambda ctx: hooks.exchange(ctx, notes), _default)
+        if fullname in COLLECTIVES:
+            return _careful(lambda ctx: hooks.collective(ctx, fullname, notes), _default)
+        if fullname == ROLE:
+            return _careful(lambda ctx: hooks.role(ctx, notes), _default)
+        if fullname == "spmd_types.types.Shard":
+            return _careful(lambda ctx: hooks.shard_kind(ctx, notes), _default)
+        name = function_operation(fullname)
+        if name is not None:
+            return _careful(lambda ctx: hooks.operation(ctx, name, notes), _default)
+        placed = self._is_placed(fullname)
+        position = self._generic_in(fullname)
+        if position is not None:
+            return _careful(lambda ctx: hooks.generic(ctx, position, notes), _default)
+        return _careful(self._of_placed, _default) if placed else None
+
+    def _generic_in(self, fullname: str) -> int | None:
+        """The parameter whose type a function returns, if it is generic in a tensor."""
+        found = None if is_foreign(fullname) else self._look_up(fullname)
+        node = None if found is None else found.node
+        return generic_parameter(node) if isinstance(node, FuncDef) else None
+
+    def method(self, fullname: str) -> OfMethod | None:
+        notes = self.notes
+        placed = self._is_placed(fullname)
+        if fullname == HOOK:
+            return _careful(self._end_of_module, _default)
+        if fullname == "spmd_moe.mesh.MoEMesh.__getitem__":
+            return _careful(lambda ctx: hooks.axis_of_mesh(ctx, notes), _default)
+        if fullname in _SHARDS:
+            return _careful(lambda ctx: hooks.shard_kind(ctx, notes), _default)
+        name = method_operation(fullname, self._is_tensor)
+        if name is None:
+            return _careful(self._of_placed, _default) if placed else None
+        return _careful(lambda ctx: hooks.operation(ctx, name, notes), _default)
+
+    def signature(self, fullname: str) -> OfSignature | None:
+        if is_foreign(fullname):
+            return None
+        return _careful(
+            lambda ctx: modules.signature_of_call(ctx, self.notes),
+            lambda ctx: ctx.default_signature,
+        )
+
+    def attribute(self, fullname: str) -> OfAttribute | None:
+        notes = self.notes
+        self._is_placed(fullname)
+        if fullname == "spmd_moe.mesh.Axis.group":
+            return _careful(lambda ctx: hooks.group_of_axis(ctx, notes), _default_attribute)
+        owner, _, short = fullname.rpartition(".")
+        if owner.startswith("torch.return_types"):
+            return _careful(lambda ctx: hooks.attribute(ctx, fullname, notes), _default_attribute)
+        if short in hooks.ATTRIBUTES:
+            name = method_operation(fullname, self._is_tensor)
+            if name is not None:
+                return _careful(lambda ctx: hooks.attribute(ctx, name, notes), _default_attribute)
+        return None
+
+    def _of_placed(self, ctx: FunctionContext | MethodContext) -> Type:
+        """What is called is declared with a placement, so that there is something to compare."""
+        checker: Any = ctx.api
+        self.notes.review(checker.tree, checker)
+        return ctx.default_return_type
+
+    def _is_placed(self, fullname: str) -> bool:
+        """Whether there is a placement in what a name is declared to be; from now on it stays."""
+        if is_foreign(fullname):
+            return False
+        if fullname not in self._placed_names:
+            owner, _, name = fullname.rpartition(".")
+            found = self._look_up(owner)
+            if found is not None and isinstance(found.node, TypeInfo):
+                found = found.node.get(name)
+            else:
+                found = self._look_up(fullname)
+            node = None if found is None else found.node
+            self._placed_names[fullname] = declare_all_of(node)
+        return self._placed_names[fullname]
+
+    def _is_tensor(self, fullname: str) -> bool:
+        if fullname not in self._tensor_classes:
+            found = self._look_up(fullname)
+            node = None if found is None else found.node
+            self._tensor_classes[fullname] = isinstance(node, TypeInfo) and is_tensor_class(node)
+        return self._tensor_classes[fullname]
+
+    # --- the end of a module ------------------------------------------------------------------
+
+    def _end_of_module(self, ctx: MethodContext) -> Type:
+        checker: Any = ctx.api
+        if is_ending(ctx.context) and is_over(checker):
+            self.notes.over.add(checker.tree.fullname)
+            review(checker, self.notes, self._config)
+        return ctx.default_return_type
+
+    def _function_type(self) -> Instance:
+        found = self._look_up("builtins.function")
+        assert found is not None and isinstance(found.node, TypeInfo)
+        return Instance(found.node, [])
+
+
+def _default(ctx: FunctionContext | MethodContext) -> Type:
+    return ctx.default_return_type
+
+
+def _default_attribute(ctx: AttributeContext) -> Type:
+    return ctx.default_attr_type
+
+
+def _careful(hook: Callable[[C], Any], otherwise: Callable[[C], Any]) -> Callable[[C], Any]:
+    """An error of the plugin's own never ends mypy: then nothing is known. Tests do raise it."""
+
+    def run(ctx: C) -> Any:
+        if raises():
+            return hook(ctx)
+        try:
+            return hook(ctx)
+        except Exception:
+            return otherwise(ctx)
+
+    return run
