@@ -1,6 +1,7 @@
 """One command decides: formatter, linter, mypy --strict, then pytest; the first failure ends it.
 
-python tests/check.py                          # everything
+python tests/check.py                          # everything but what is marked long
+python tests/check.py --long                   # that too
 python tests/check.py tests/test_mesh.py -x    # the same checks; these words go to pytest
 """
 
@@ -32,9 +33,9 @@ def start(number: int, words: str) -> int:
     return subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT).returncode
 
 
-def both_halves(words: list[str]) -> int:
+def both_halves(words: list[str], *, long: bool) -> int:
     """All tests, in two processes; what the first one says is shown when the second one is done."""
-    base = [sys.executable, "-m", *words]
+    base = [sys.executable, "-m", *words] + ([] if long else ["-m", "not long"])
     files = [f"tests/test_{name}.py" for name in ONE_HALF.split()]
     others = [f"--ignore={file}" for file in files]
     with tempfile.TemporaryFile("w+") as said:
@@ -60,10 +61,10 @@ def main(pytest_words: list[str]) -> int:
     words, advice = TESTS
     # Said before and not after, so that pytest's summary is the last line of all.
     print(f"== if a test fails: {advice}", flush=True)
-    if not pytest_words:
+    if pytest_words in ([], ["--long"]):
         print(f"== {len(CHECKS) + 1} of {len(CHECKS) + 1}: python -m {words}, in two halves")
         sys.stdout.flush()
-        return both_halves(words.split())
+        return both_halves(words.split(), long=bool(pytest_words))
     return start(len(CHECKS) + 1, " ".join([words, *pytest_words]))
 
 

@@ -36,7 +36,7 @@ SURVIVORS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mistakes_in_the_layer_are_caught(tmp_path: Path) -> None:
     made = list(mutants())
     for number, mutant in enumerate(made):

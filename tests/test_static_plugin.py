@@ -91,7 +91,7 @@ def test_odd_annotations_break_nothing(tmp_path: Path) -> None:
 UNREPORTED = {str(ODD.index("Placed[Placed[Tensor, TP[V]], DP[R]]"))}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_files_without_placements_are_left_alone(tmp_path: Path) -> None:
     """spmd_types and some of torch, which hooks do reach: not one line of ours."""
     packages = Path(sys.prefix) / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
@@ -104,7 +104,7 @@ def test_files_without_placements_are_left_alone(tmp_path: Path) -> None:
     assert "[placement" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_error_of_the_plugin_is_told_in_tests_and_nowhere_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

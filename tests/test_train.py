@@ -87,7 +87,10 @@ def wait_for(job: subprocess.Popen[str], start_of_line: str) -> None:
 
 
 @SLOW
-@pytest.mark.parametrize(("ranks", "elsewhere"), [(1, ""), (4, "--tp 1 --ep 2 --fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "elsewhere"),
+    [(1, ""), pytest.param(4, "--tp 1 --ep 2 --fsdp", marks=pytest.mark.long)],
+)
 def test_an_interrupt_ends_it_after_a_step(ranks: int, elsewhere: str, tmp_path: Path) -> None:
     """Sent to the program, or to one of the ranks that torchrun started."""
     job = start(tmp_path, *SMALL, "--steps", "100000", "--no-check", ranks=ranks)
@@ -105,7 +108,7 @@ def test_an_interrupt_ends_it_after_a_step(ranks: int, elsewhere: str, tmp_path:
 
 
 @pytest.mark.gloo
-@SLOW
+@pytest.mark.long
 def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     """Its job ends on all ranks, says which one it was, and goes on from the last checkpoint."""
     words = (*SMALL, "--no-check", "--save", "2", "--steps", "24")
@@ -126,7 +129,7 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "whole")) == 24 and len(list((tmp_path / "runs").iterdir())) == 1
 
 
-@SLOW
+@pytest.mark.long
 def test_a_wrong_command_line_under_torchrun(tmp_path: Path) -> None:
     job = start(tmp_path, "--batch", "1", "--tp", "1")
     out, err = finished(job, status=1)  # torchrun's own
