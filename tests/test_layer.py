@@ -24,7 +24,7 @@ from tests.operators import operators
 from tests.workers import run
 
 LAYOUTS = [layout for world in WORLDS for layout in layouts(world)]
-CASES_EACH = {1: 8, 2: 8, 3: 6, 4: 4, 6: 3, 8: 3}
+CASES_EACH = {1: 8, 2: 8, 3: 6, 4: 4, 6: 2, 8: 2}
 
 
 def cases(layout: Layout) -> list[Case]:

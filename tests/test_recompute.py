@@ -113,7 +113,7 @@ def compiled(what: str, exchanges: bool | None) -> tuple[dict[str, Tensor], int]
     return found, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.gloo
 def test_compiled_too() -> None:
     """Whole blocks; or, where they are recomputed, the parts without an exchange."""
