@@ -1,9 +1,11 @@
 """The harness itself: what it returns, and what it says when ranks raise, hang or die."""
 
+import gc
 import os
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +58,24 @@ def rank_1_dies() -> None:
     dist.barrier()
 
 
+class Holder:
+    """Holds groups, and itself: it is not free before Python looks for garbage."""
+
+    last: Callable[[], object] = staticmethod(lambda: None)
+
+    def __init__(self) -> None:
+        self.itself, self.group = self, dist.new_group()
+
+
+def leaves_groups_in_a_cycle() -> bool:
+    Holder.last = weakref.ref(Holder())
+    return Holder.last() is not None
+
+
+def groups_are_left() -> bool:
+    return Holder.last() is not None
+
+
 def warns() -> None:
     warnings.warn("not tolerated", UserWarning, stacklevel=1)
 
@@ -90,6 +110,11 @@ def test_workers_start_once() -> None:
     assert run(2, pid) == first[:2]
     assert run(4, pid) == first
     assert POOL.started == started
+
+
+def test_groups_of_earlier_calls_are_gone() -> None:
+    assert run(2, leaves_groups_in_a_cycle) == [True, True]
+    assert run(2, groups_are_left) == [False, False]
 
 
 def test_one_rank_raises_while_the_others_wait() -> None:
