@@ -1,6 +1,5 @@
 """The harness itself: what it returns, and what it says when ranks raise, hang or die."""
 
-import gc
 import os
 import sys
 import time
