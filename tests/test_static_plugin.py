@@ -14,10 +14,10 @@ import pytest
 from spmd_moe.static.codes import MEANINGS, codes_table
 from spmd_moe.static.config import Config, read_config
 from spmd_moe.static.notes import RAISE
+from tests.readme import GUEST_CACHE  # of torch: read for the README, and not again
 from tests.test_typecheck import ROOT, mypy
 
 PYPROJECT = ROOT / "pyproject.toml"
-COPIES_CACHE = str(ROOT / ".mypy_cache" / "copies")  # of torch, for changed copies of the package
 WRONG = """
 from torch import Tensor
 from spmd_moe import TP, P, Placed, R
@@ -118,7 +118,7 @@ def test_an_error_of_the_plugin_is_told_in_tests_and_nowhere_else(
     (tmp_path / "wrong.py").write_text(WRONG)
     config = tmp_path / "mypy.ini"
     config.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\nfollow_imports = silent\n")
-    words = ("--cache-dir", COPIES_CACHE, "wrong.py")
+    words = ("--cache-dir", str(GUEST_CACHE), "wrong.py")
     assert "INTERNAL ERROR" in run(tmp_path, *words, package=package)
     assert "Success" in run(tmp_path, *words, package=package, raising=False)
 
@@ -130,7 +130,7 @@ def test_an_edited_rule_is_seen_at_once_and_torch_stays_cached(tmp_path: Path) -
     (tmp_path / "wrong.py").write_text(WRONG)
     config = tmp_path / "mypy.ini"
     config.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\nfollow_imports = silent\n")
-    words = ("-v", "--cache-dir", COPIES_CACHE, "wrong.py")
+    words = ("-v", "--cache-dir", str(GUEST_CACHE), "wrong.py")
     assert "placement-operation" in run(tmp_path, *words, package=package)
     rules = package / "spmd_moe" / "static" / "rules.py"
     text = rules.read_text()

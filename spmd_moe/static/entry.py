@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache, cached_property
+from os import sep
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class SpmdMoePlugin(Plugin):
 
     def report_config_data(self, ctx: ReportConfigContext) -> Any:
         """What a cached result depends on: a digest of the rules, for modules they can touch."""
-        if is_foreign(ctx.id + "."):
+        if is_foreign(ctx.id + ".") or f"{sep}typeshed{sep}" in ctx.path:
             return None
         return [rules_digest(), self._config.is_strict(ctx.id)]
 

@@ -13,6 +13,7 @@ _FOREIGN = (
     "_typeshed.",
     "collections.",
     "mypy.",
+    "numpy.",
 )
 
 _FUNCTIONS = {
