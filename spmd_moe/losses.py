@@ -15,6 +15,7 @@ taken outside, once: the loss is again P, and summed over ranks it is what one p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
@@ -29,7 +30,7 @@ from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens, TokenSums, Whole
 from spmd_moe.redistribute import redistribute
-from spmd_moe.router import Router, Routing, count
+from spmd_moe.router import Router, Routing, count, not_cast
 from spmd_moe.settings import a_thing, instance
 
 # What holds however a batch is balanced, and whatever the model around the layer is on tp.
@@ -109,8 +110,9 @@ def loss_terms(
         axes, num_experts = [mesh[CP], mesh[TP]], probs_TE.shape[1]
         # A product, not an index_add: that would add in any order.
         member_BT = group_T == torch.arange(groups, device=group_T.device).unsqueeze(1)
-        prob_sums_BE = member_BT.to(probs_TE.dtype) @ probs_TE
-        tokens_B = member_BT.to(valid_T.dtype) @ valid_T
+        with not_cast(probs_TE.device.type):
+            prob_sums_BE = member_BT.to(probs_TE.dtype) @ probs_TE
+            tokens_B = member_BT.to(valid_T.dtype) @ valid_T
         ids = torch.where(ids_TK < 0, ids_TK, ids_TK + num_experts * group_T.unsqueeze(1))
         counts_BE = count(ids, groups * num_experts).view(groups, num_experts)
     return LossTerms(
@@ -149,7 +151,7 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
     sequence_axes = token_axes if terms.by_sequence else [mesh[DP], *token_axes]
     tokens_B: GroupTotals = _summed(terms.tokens_B, sequence_axes)
     tokens: GroupTotals = tokens_B.sum()
-    groups: GroupTotals = torch.ones_like(tokens_B).sum()
+    groups: GroupTotals = (tokens_B > 0).to(torch.int64).sum()  # a sequence of padding is none
     if terms.by_sequence:
         tokens = _summed(declare_sum(tokens, mesh[DP].group), [mesh[DP]])
         groups = _summed(declare_sum(groups, mesh[DP].group), [mesh[DP]])
@@ -214,8 +216,10 @@ class _CountInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        counts_E, seen_E = ctx.counts
-        seen_E += counts_E
+        if ctx.counts is not None:  # None in another backward of the same forward
+            counts_E, seen_E = ctx.counts
+            seen_E += counts_E
+            ctx.counts = None
         return grad, None, None
 
     @staticmethod
@@ -238,6 +242,7 @@ def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float)
     One reduction for all routers. The counters start anew.
     """
     routers = _routers(routers)
+    _check_rate(rate)
     if not routers:
         return
     counted_LE: TokenSums = torch.stack([router.seen_E for router in routers])
@@ -247,6 +252,18 @@ def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float)
     for router, push_E in zip(routers, push_LE, strict=True):
         router.bias_E += push_E.to(router.bias_E.dtype)
         router.seen_E *= 0  # what each rank has stays a part of a sum: 0 is one too
+
+
+def _check_rate(rate: object) -> None:
+    if not isinstance(rate, int | float) or not math.isfinite(rate):
+        raise ConfigError(
+            explain(
+                "update_selection_bias",
+                f"rate is {rate!r}; it must be a finite number",
+                why="it is what the bias of an expert moves by",
+                fixes=["rate=0.001"],
+            )
+        )
 
 
 def _routers(given: object) -> list[Router]:

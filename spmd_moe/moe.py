@@ -55,7 +55,9 @@ class MoEConfig:
     `weigh` says where the router's weights are applied, `keep` what waits for backward. `shared`
     adds an expert that all tokens pass. `src` and `dst` are the kinds of the tokens on tp, as they
     come and as they go: S(0), rows of its own on each rank, or R or I, all rows on each. `balance`
-    is what experts are balanced over, and so which sums `MoEOutput.losses` has; None has none.
+    is what experts are balanced over, and so which sums `MoEOutput.losses` has; None has none. By
+    sequence, tokens that are S(0) on tp are sequences cut along their length: row b of `[B, L, D]`
+    is a piece of the same sequence on every rank of tp.
     """
 
     width: int
@@ -164,8 +166,7 @@ class MoE(nn.Module):
         mask_T = None if mask is None else self.boundary.own_rows(mask, frame)
         if expert_ids is not None:
             expert_ids = self.boundary.own_rows(expert_ids, frame, 1)
-        if mask_T is not None:  # whatever stands in padding must reach neither values nor gradients
-            x_TD = x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)
+        x_TD = _masked(x_TD, mask_T)
 
         routing = self.router(x_TD, mask_T, expert_ids)
         scores_TK = routing.scores_TK
@@ -180,7 +181,7 @@ class MoE(nn.Module):
         beside_TD = None if self.shared is None else self.shared(x_TD, frame.shape)  # rows travel
         y_TD = combine(rows_ND, slots, late_TK)
         if beside_TD is not None:
-            y_TD = y_TD + beside_TD
+            y_TD = _masked(y_TD + beside_TD, mask_T)
 
         if self.training:
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
@@ -208,3 +209,8 @@ class MoE(nn.Module):
             group_T = self.boundary.own_rows(sequence_BL, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
         return reduce_on_tp(terms, self.mesh) if self.boundary.whole else terms
+
+
+def _masked(x_TD: Tokens, mask_T: Tokens | None) -> Tokens:
+    """Whatever stands in padding, or is made of it, reaches neither values nor gradients."""
+    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)

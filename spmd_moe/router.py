@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast, final
 
@@ -159,7 +160,8 @@ class Router(nn.Module):
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
-        logits_TE = F.linear(x_TD.to(config.dtype), weight_ED.to(config.dtype))
+        with not_cast(x_TD.device.type):
+            logits_TE = F.linear(x_TD.to(config.dtype), weight_ED.to(config.dtype))
         scores_TE = self.score.of_logits(logits_TE)
         complete = mask_T is None and expert_ids_TK is None
         if expert_ids_TK is None:
@@ -181,6 +183,13 @@ class Router(nn.Module):
             fault=marked,
             complete=complete,
         )
+
+
+def not_cast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast stays out of what has a dtype of its own: choices and sums depend on small bits."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _of_tokens(expert_ids_TK: Tokens, mask_T: Tokens | None) -> Tokens:

@@ -146,6 +146,15 @@ def test_micro_batches_in_flight_are_each_counted() -> None:
     assert torch.equal(layer.router.seen_E, sum((o.counts_E for o in outs), torch.tensor(0)))
 
 
+def test_a_second_backward_of_one_forward_counts_no_more() -> None:
+    layer, x = single(), tokens(0).requires_grad_()
+    out = layer(x).hidden
+    torch.autograd.grad(out.sum(), x, retain_graph=True)  # a penalty on the gradient, say
+    out.sum().backward(retain_graph=True)
+    out.square().sum().backward()
+    assert layer.router.seen_E.sum() == TOKENS * 2
+
+
 def test_what_is_not_trained_on_is_not_counted() -> None:
     layer = single()
     out = layer(tokens(0))  # its backward never comes

@@ -215,6 +215,7 @@ CASES: dict[str, Callable[[], object]] = {
     "losses_none": lambda: totals(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_no_list": lambda: update_selection_bias(_layer().router, MoEMesh.single(), 0.1),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_layers": lambda: update_selection_bias([_layer()], MoEMesh.single(), 0.1),  # type: ignore[list-item]  # wrong on purpose
+    "bias_by_nan": lambda: update_selection_bias([_layer().router], MoEMesh.single(), float("nan")),
     "experts_over_ep": built(router=RouterConfig(6, 2)),
     "boundary_kind": built(src=S(1)),
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),

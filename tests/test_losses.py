@@ -112,7 +112,7 @@ def wanted(setting: Setting) -> Results:
     def one(groups: list[list[Tensor]]) -> Tensor:
         if setting.balance == "batch":
             return balance_of([x for tokens in groups for x in tokens], weight, setting.router)
-        return mean([balance_of(tokens, weight, setting.router) for tokens in groups])
+        return mean([balance_of(tokens, weight, setting.router) for tokens in groups if tokens])
 
     def z(groups: list[list[Tensor]]) -> Tensor:
         logits = [weight @ x for tokens in groups for x in tokens]
@@ -300,8 +300,8 @@ def test_losses_of_scores_that_are_not_a_softmax() -> None:
     check(Layout(dp=2, cp=2, tp=2), settings)
 
 
-def test_a_sequence_of_padding_is_balanced_as_it_is() -> None:
-    """It adds nothing to the sum, and counts as a sequence."""
+def test_a_sequence_of_padding_is_none() -> None:
+    """It adds nothing, to the sum or to the number of sequences."""
     lengths = (7, 0, 5, 1, 0)
     for src in (S(0), I):
         settings = [Setting(b, True, src, src, lengths=lengths) for b in BALANCES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from spmd_moe import (
     CLAMPED_SWIGLU,
     EP,
+    Activation,
     AllGather,
     AllToAll,
     Arrived,
@@ -198,6 +199,33 @@ def test_autocast_takes_tokens_of_the_layers_dtype(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer.to(dtype)(torch.ones(3, 6, dtype=dtype)).hidden.sum().backward()
     assert layer.experts.w1_eFD.grad is not None
+
+
+@pytest.mark.parametrize("balance", ["batch", "sequence"])
+def test_autocast_stays_out_of_choices_and_loss_terms(
+    balance: Literal["batch", "sequence"],
+) -> None:
+    mesh = MoEMesh.single()
+    layer = MoE(replace(CONFIG, balance=balance), mesh)
+    init_weights(layer, mesh, seed=0)
+    x = torch.randn(2, 64, 6, generator=torch.Generator().manual_seed(0))
+    alone = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        beside = layer(x)
+    assert torch.equal(alone.counts_E, beside.counts_E) and alone.counts_E.min() > 0
+    for name in ("z_sum", "prob_sums_BE", "tokens_B"):
+        want, got = getattr(alone.losses, name), getattr(beside.losses, name)
+        assert torch.equal(want, got) and want.dtype is got.dtype and want.min() > 0
+
+
+def test_rows_of_padding_are_zero_whatever_the_shared_expert_makes_of_zeros() -> None:
+    mesh = MoEMesh.single()
+    ones = Activation("shifted", False, lambda gate, up: gate + 1.0)
+    layer = MoE(replace(CONFIG, activation=ones, shared=SharedConfig(4)), mesh)
+    init_weights(layer, mesh, seed=0)
+    mask = torch.tensor([True, False, True])
+    rows = layer(torch.ones(3, 6), mask).hidden
+    assert rows[1].eq(0).all() and rows[0].ne(0).all()
 
 
 # --- weights ----------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ TARGETS = {
 }
 # A dispatcher is used by some of them alone.
 USED_BY = {
+    "dispatch.local": ("within", "whole"),
     "dispatch.all_gather": ("gathered",),
     "dispatch.all_to_all": ("within", "whole", "fixed"),
     "dispatch.fixed": ("fixed",),

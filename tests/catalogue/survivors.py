@@ -1,5 +1,15 @@
-"""Mutants of the layer that no check objects to, and why that is no hole."""
+"""Mutants of the layer that nothing objects to, and why that is no hole."""
 
 from __future__ import annotations
 
-ARGUED: dict[str, str] = {}
+_SAME = "INSIDE is S(0): the same program"
+_COUNTS = "R and I differ in their gradients alone, and numbers that the host reads have none"
+
+ARGUED: dict[str, str] = {
+    "router:forward:factor left out:1": "what is left is 0 wherever the forward goes on",
+    "boundary:own_rows:dst=S(0):1": _SAME,
+    "boundary:leave:src=S(0):1": _SAME,
+    "boundary:_shape:dst=I:1": _COUNTS,
+    "losses:update_selection_bias:retyped:2": "R is allowed where V is said, and V is enough here",
+    "dispatch.all_gather:_count:dst=I:1": _COUNTS,
+}
