@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.edited import Project
+from tests.edited import Files, Project
 
 HEAD = """
 from dataclasses import dataclass
@@ -41,14 +41,18 @@ FRAGMENTS: dict[str, list[list[str]]] = {
         ["T = TypeVar('T', bound=Tensor)\ndef same(x: T) -> T: return x"],
         ["W = f(torch.cat([]))", "W: $ = f(torch.cat([]))", ""],
         ["def wrong() -> int: return ''", "def unknown() -> int: return nothing", "", ""],
-        ["from b import late", "", ""],
+        ["from b import late as early", "", "", ""],
     ],
     "b": [
         ["from a import *", "import a\nfrom a import f, Rec, make, Layer, Base, same, Rows"],
         ["import a\nEAST = a.NORTH", "EAST = TP", ""],
         ["h = f", "def h(x: $) -> $: return f(x)", "def h(x: Rows) -> Rows: return x"],
         ["def use(p: $, r: $) -> Tensor:\n    y = f(p)\n    return y + r"],
-        ["def merge(p: $, r: $, c: bool) -> $:\n    return p if c else r", ""],
+        [
+            "def merge(p: $, r: $, c: bool) -> int:\n    return p if c else r",
+            "def merge(p: $, r: $, c: bool) -> $:\n    return p if c else r",
+        ],
+        ["def again(p: $, r: $) -> None: merge(p, r, True)", ""],
         ["def fields(m: Rec) -> Tensor:\n    return m.x + m.y", ""],
         ["def fresh() -> Tensor:\n    m = make()\n    return m.x.exp() if m else f(torch.cat([]))"],
         ["def call(n: Layer, x: $) -> $:\n    return n(x)", ""],
@@ -77,15 +81,19 @@ FRAGMENTS: dict[str, list[list[str]]] = {
         ["def deep(n: b.Deep, x: $) -> $:\n    y = n(x)\n    return y", ""],
         ["def sent(x: $) -> None:\n    torch.distributed.all_reduce(x)", ""],
         [
-            "def moved(x: $, m: MoEMesh) -> $:\n    return redistribute(x, m[b.EAST], src=P, dst=R)",
+            "def moved(x: $, m: MoEMesh) -> $:\n"
+            "    return redistribute(x, m[b.EAST], src=P, dst=R)",
             "",
         ],
         ["def made() -> Tensor:\n    return b.fresh()  # spmd: allow unknown - tests", ""],
         ["class Kept:\n    def __init__(self) -> None:\n        self.v = b.h(b.fresh())", ""],
         ["def held(k: Kept, x: $) -> $:\n    return k.v + x", ""],
         [
-            "def loop(x: $, n: int) -> $:\n    for _ in range(n):\n        x = x + b.late(x)\n    return x"
+            "def loop(x: $, n: int) -> $:\n    for _ in range(n):\n"
+            "        x = x + b.late(x)\n    return x"
         ],
+        ["def merge(p: $, r: $, c: bool) -> int:\n    return p if c else r", ""],
+        ["def again(p: $, r: $) -> None: merge(p, r, True)", ""],
         ["raise SystemExit", "", "", ""],
     ],
 }
@@ -95,28 +103,29 @@ class Author:
     """Someone who edits, with a seed."""
 
     def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+        self.random, self.broken = random.Random(seed), ""
         self.modules = {name: [self._version(f) for f in FRAGMENTS[name]] for name in FRAGMENTS}
 
     def _version(self, versions: list[str]) -> str:
         first, *rest = self.random.choice(versions).split("$")
         return first + "".join(self.random.choice(TYPES) + part for part in rest)
 
-    def start(self) -> dict[str, str | None]:
+    def start(self) -> Files:
         return {name: self._text(name) for name in self.modules}
 
-    def edit(self) -> dict[str, str | None]:
+    def edit(self) -> Files:
         """The modules that an edit changes, with what is in them afterwards."""
-        names = self.random.sample(sorted(self.modules), self.random.choice((1, 1, 1, 2)))
+        chance = self.random
+        names = chance.sample(sorted(self.modules), chance.choice((1, 1, 1, 2)))
         for name in names:
-            for at in self.random.sample(
-                range(len(self.modules[name])), self.random.choice((1, 1, 2))
-            ):
+            for at in chance.sample(range(len(self.modules[name])), chance.choice((1, 1, 2))):
                 self.modules[name][at] = self._version(FRAGMENTS[name][at])
-        edited = {name: self._text(name) for name in names}
-        if self.random.random() < 0.1:
-            edited[names[0]] = "def f(:\n"
-        return edited
+        if self.broken not in names and chance.random() < 0.1:
+            names = [self.broken or names[0]]  # of two such modules mypy may name either
+            self.broken = names[0]
+            return {names[0]: "def f(:\n"}
+        self.broken = "" if self.broken in names else self.broken
+        return {name: self._text(name) for name in names}
 
     def _text(self, name: str) -> str:
         return "\n".join([HEAD, *self.modules[name], ""])

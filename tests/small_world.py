@@ -17,7 +17,7 @@ implicit_reexport = True
 warn_unreachable = True
 mypy_path = {world}
 [spmd_moe]
-strict = c
+strict = c, e
 """
 REAL = ("placement.py", "errors.py")
 
@@ -95,7 +95,7 @@ def redistribute(x: Tensor, axis: Axis, *, src: object, dst: object) -> Tensor: 
 
 
 def build(folder: Path, *, plugin: bool = True) -> Path:
-    """Write the world, and settings of mypy's for it; `c` is a strict module."""
+    """Write the world, and settings of mypy's for it; `c` and `e` are strict modules."""
     world = folder / "world"
     for name, text in FILES.items():
         (world / name).parent.mkdir(parents=True, exist_ok=True)

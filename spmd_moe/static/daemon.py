@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mypy.checker import DeferredNode
+from mypy.errors import ErrorInfo
 from mypy.nodes import MISSING_FALLBACK, AssignmentStmt, FuncDef, MypyFile, NameExpr
 from mypy.options import Options
 from mypy.plugin import ClassDefContext
@@ -37,6 +38,8 @@ from spmd_moe.static.ending import (
 from spmd_moe.static.report import Line
 from spmd_moe.static.reread import read_again
 from spmd_moe.static.types import forget_unused, restore_declared
+
+_LAST_LINE = 1 << 30  # in this order the daemon checks functions of a module
 
 
 class Daemon:
@@ -62,7 +65,9 @@ class Daemon:
         self._reviewed.discard(module)
         if any(map(is_ending_function, tree.defs[:1])):
             read_again(tree, self._options)
-        tree.defs.insert(0, new_ending(Instance(MISSING_FALLBACK, [])))
+        ending = new_ending(Instance(MISSING_FALLBACK, []))
+        ending.line = _LAST_LINE
+        tree.defs.insert(0, ending)
         # A change in the ending, by `has_placements`, sends the daemon back to the module.
         tree.plugin_deps.setdefault(make_trigger(f"{module}.{NAME}"), set()).add(module)
 
@@ -104,6 +109,33 @@ class Daemon:
         checker.errors.clear_errors_in_targets(checker.path, {f"{module}.{NAME}"})
         for line in self._said.get(module, []):
             line.tell(checker)
+        if module in self._placed and checker.errors.error_info_map.get(checker.path):
+            self._accompany(checker)
+
+    def _accompany(self, checker: Any) -> None:
+        """Have the ending checked with functions that are checked once more for their errors.
+
+        An error in it is the daemon's reason to, also one that it does not show.
+        """
+        module: str = checker.tree.fullname
+        target = f"{module}.{NAME}"
+        nothing = ErrorInfo(
+            import_ctx=[],
+            local_ctx=(None, None),
+            line=-1,
+            column=0,
+            end_line=-1,
+            end_column=0,
+            severity="note",
+            message="",
+            code=None,
+            blocker=False,
+            only_once=False,
+            module=module,
+            target=target,
+        )
+        nothing.hidden = True
+        checker.errors.add_error_info(nothing, file=checker.path)
 
     def _put_off(self, checker: Any) -> None:
         put_off(_ending(checker.tree), checker)
