@@ -6,6 +6,7 @@ from typing import Any
 
 from mypy.nodes import SymbolTableNode, Var
 from mypy.plugin import AnalyzeTypeContext
+from mypy.server.trigger import make_trigger
 from mypy.types import (
     AnyType,
     Instance,
@@ -117,7 +118,19 @@ class Annotation:
     def _look_up(self, argument: UnboundType) -> SymbolTableNode | None:
         analyser: Any = self.ctx.api
         found: SymbolTableNode | None = analyser.lookup_qualified(argument.name, argument)
+        self._depend(analyser, argument.name, found)
         return found if found is not None and found.node is not None else None
+
+    def _depend(self, analyser: Any, name: str, found: SymbolTableNode | None) -> None:
+        """Tell mypy's daemon of a role or kind: the type that is made of it does not name it."""
+        used = [] if found is None else [found.fullname]
+        owner, _, last = name.rpartition(".")
+        module = analyser.lookup_qualified(owner, self.ctx.type, True) if owner else None
+        if module is not None:
+            used.append(f"{module.fullname}.{last}")
+        for fullname in used:
+            if fullname:
+                analyser.api.add_plugin_dependency(make_trigger(fullname))
 
     def _fail(self, message: str, where: Type, fix: str) -> None:
         self.ctx.api.fail(f"{message} (write {fix})", where, code=CODES["annotation"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
-from mypy.nodes import FuncDef, SymbolTableNode, TypeInfo
+from mypy.nodes import FuncDef, MypyFile, SymbolTableNode, TypeInfo
 from mypy.nodes import TypeAlias as AliasNode
 from mypy.plugin import (
     AnalyzeTypeContext,
     AttributeContext,
+    ClassDefContext,
     FunctionContext,
     MethodContext,
     MethodSigContext,
@@ -19,6 +20,7 @@ from mypy.types import AnyType, FunctionLike, Instance, Type, TypeOfAny
 from spmd_moe.static import hooks, modules
 from spmd_moe.static.annotations import PLACED, Annotation
 from spmd_moe.static.config import Config
+from spmd_moe.static.daemon import Daemon
 from spmd_moe.static.ending import HOOK, is_ending, is_over
 from spmd_moe.static.moves import COLLECTIVES, EXCHANGE
 from spmd_moe.static.names import function_operation, is_foreign, method_operation
@@ -39,6 +41,7 @@ OfAnnotation: TypeAlias = Callable[[AnalyzeTypeContext], Type]
 OfFunction: TypeAlias = Callable[[FunctionContext], Type]
 OfMethod: TypeAlias = Callable[[MethodContext], Type]
 OfAttribute: TypeAlias = Callable[[AttributeContext], Type]
+OfClass: TypeAlias = Callable[[ClassDefContext], None]
 OfSignature: TypeAlias = Callable[[MethodSigContext], FunctionLike]
 
 _UNTYPED_DECORATOR = "spmd_types._traceback.api_boundary"
@@ -48,9 +51,9 @@ _SHARDS = ("spmd_moe.placement._ShardKind.__call__", "spmd_moe.placement._ShardK
 class Answers:
     """Hooks by name; a name without one is none of ours."""
 
-    def __init__(self, look_up: LookUp, config: Config) -> None:
-        self._look_up, self._config = look_up, config
-        self.notes = Notes(self._function_type)
+    def __init__(self, look_up: LookUp, config: Config, daemon: Daemon | None) -> None:
+        self._look_up, self._config, self._daemon = look_up, config, daemon
+        self.notes = Notes(self._function_type, daemon)
         self._aliases: dict[str, tuple[Type, bool]] = {}
         self._placed_names: dict[str, bool] = {}
         self._tensor_classes: dict[str, bool] = {}
@@ -65,14 +68,17 @@ class Answers:
         found = None if is_foreign(fullname) else self._look_up(fullname)
         alias = None if found is None else found.node
         if not isinstance(alias, AliasNode):
-            return None, is_foreign(fullname) or isinstance(alias, TypeInfo)
+            return None, self.lasts(fullname) and (
+                is_foreign(fullname) or isinstance(alias, TypeInfo)
+            )
         if self._read_already == fullname or not self._is_placed_alias(alias):
             return None, False
         return lambda ctx: self._alias(ctx, fullname), False
 
     def _is_placed_alias(self, alias: AliasNode) -> bool:
         known = self._aliases.get(alias.fullname)
-        if known is None or known[0] is not alias.target:  # mypy reads an alias more than once
+        # mypy reads an alias more than once; in a daemon, what it is made of may change too.
+        if known is None or known[0] is not alias.target or self._daemon is not None:
             known = alias.target, placed_within(alias.target)
             self._aliases[alias.fullname] = known
         if known[1]:
@@ -171,7 +177,7 @@ class Answers:
         """Whether there is a placement in what a name is declared to be; from now on it stays."""
         if is_foreign(fullname):
             return False
-        if fullname not in self._placed_names:
+        if fullname not in self._placed_names or self._daemon is not None:
             owner, _, name = fullname.rpartition(".")
             found = self._look_up(owner)
             if found is not None and isinstance(found.node, TypeInfo):
@@ -183,7 +189,7 @@ class Answers:
         return self._placed_names[fullname]
 
     def _is_tensor(self, fullname: str) -> bool:
-        if fullname not in self._tensor_classes:
+        if fullname not in self._tensor_classes or not self.lasts(fullname):
             found = self._look_up(fullname)
             node = None if found is None else found.node
             self._tensor_classes[fullname] = isinstance(node, TypeInfo) and is_tensor_class(node)
@@ -193,10 +199,26 @@ class Answers:
 
     def _end_of_module(self, ctx: MethodContext) -> Type:
         checker: Any = ctx.api
-        if is_ending(ctx.context) and is_over(checker):
-            self.notes.over.add(checker.tree.fullname)
-            review(checker, self.notes, self._config)
+        if not is_ending(ctx.context):
+            return ctx.default_return_type
+        module: str = checker.tree.fullname
+        if self._daemon is not None and self._daemon.knows(module):
+            self._daemon.end(checker, lambda: review(checker, self.notes, self._config))
+        elif is_over(checker):
+            for line in review(checker, self.notes, self._config):
+                line.tell(checker)
+            self.notes.finish(module)
         return ctx.default_return_type
+
+    def begin_module(self, tree: MypyFile) -> None:
+        """A daemon has read a file."""
+        if self._daemon is not None:
+            self.notes.forget(tree.fullname)
+            self._daemon.begin(tree)
+
+    def lasts(self, fullname: str) -> bool:
+        """Whether what a name stands for never changes."""
+        return self._daemon is None or is_foreign(fullname)
 
     def _function_type(self) -> Instance:
         found = self._look_up("builtins.function")

@@ -23,23 +23,25 @@ from mypy.nodes import (
 )
 from mypy.types import CallableType, Instance, NoneType
 
-_NAME, _WORD = "end of module (spmd_moe)", "spmd_moe: the module is checked"
+# Without a line of its own that could be reported; `from module import *` leaves it where it is.
+NAME, _WORD = "_end of module (spmd_moe)", "spmd_moe: the module is checked"
 HOOK = "builtins.str.casefold"  # nobody calls it on a literal
-_LAST_PASS = 2  # after it mypy puts nothing off any more
+LAST_PASS = 2  # after it mypy puts nothing off any more
 
 
 def request_review(tree: MypyFile, function: Instance, checker: Any = None) -> None:
     """Have the hook called when all of the module is checked. Asking twice does nothing."""
-    known = tree.names.get(_NAME)
+    known = tree.names.get(NAME)
     if known is None:
-        ending = _ending(tree, function)
+        ending = new_ending(function)
+        ending._fullname = f"{tree.fullname}.{NAME}"
         known = SymbolTableNode(GDEF, ending, module_public=False, no_serialize=True)
-        tree.names[_NAME] = known
+        tree.names[NAME] = known
     if checker is not None:
-        _put_off(known.node, checker)
+        put_off(known.node, checker)
 
 
-def _put_off(ending: Any, checker: Any) -> None:
+def put_off(ending: Any, checker: Any) -> None:
     if not any(deferred.node is ending for deferred in checker.deferred_nodes):
         checker.deferred_nodes.append(DeferredNode(ending, None))
 
@@ -51,18 +53,25 @@ def is_ending(context: object) -> bool:
     return isinstance(text, StrExpr) and text.value == _WORD
 
 
+def is_ending_function(node: object) -> bool:
+    return isinstance(node, FuncDef) and node.name == NAME
+
+
+def is_partial(checker: Any) -> bool:
+    """Whether this is a daemon that checks single functions once more."""
+    return bool(checker.last_pass > LAST_PASS)
+
+
 def is_over(checker: Any) -> bool:
     """Whether mypy has finished with the module; if not, the ending is put off."""
-    if checker.pass_num > _LAST_PASS:
-        checker.tree.names.pop(_NAME, None)
+    if checker.pass_num > LAST_PASS:
+        checker.tree.names.pop(NAME, None)
         return True
-    _put_off(checker.tree.names[_NAME].node, checker)
+    put_off(checker.tree.names[NAME].node, checker)
     return False
 
 
-def _ending(tree: MypyFile, function: Instance) -> FuncDef:
+def new_ending(function: Instance) -> FuncDef:
     call = CallExpr(MemberExpr(StrExpr(_WORD), "casefold"), [], [], [])
     signature = CallableType([], [], [], NoneType(), function)
-    ending = FuncDef(_NAME, [], Block([ExpressionStmt(call)]), signature)
-    ending._fullname = f"{tree.fullname}.{_NAME}"
-    return ending
+    return FuncDef(NAME, [], Block([ExpressionStmt(call)]), signature)

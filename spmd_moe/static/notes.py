@@ -10,7 +10,8 @@ from mypy.nodes import Context, MypyFile, Var
 from mypy.plugin import AttributeContext, FunctionContext, MethodContext
 from mypy.types import Instance, UnboundType
 
-from spmd_moe.static.ending import request_review
+from spmd_moe.static.daemon import Daemon
+from spmd_moe.static.ending import is_partial, request_review
 from spmd_moe.static.messages import Problem
 
 CheckContext: TypeAlias = FunctionContext | MethodContext | AttributeContext
@@ -26,9 +27,10 @@ def raises() -> bool:
 class Notes:
     """Problems and roles by module; and whether a module has placements at all."""
 
-    def __init__(self, function: Callable[[], Instance]) -> None:
+    def __init__(self, function: Callable[[], Instance], daemon: Daemon | None) -> None:
         self._function = function  # mypy's type of functions, once there is one
-        self.over: set[str] = set()
+        self._daemon = daemon
+        self._over: set[str] = set()
         self._problems: dict[str, dict[int, tuple[Context, Problem]]] = {}
         self._roles: dict[str, list[tuple[Var, UnboundType]]] = {}
 
@@ -40,6 +42,8 @@ class Notes:
         checker: Any = ctx.api
         module = checker.tree.fullname
         self.review(checker.tree, checker)
+        if is_partial(checker):
+            return
         found = self._problems.setdefault(module, {})
         if not keep:
             found.pop(id(ctx.context), None)
@@ -47,15 +51,26 @@ class Notes:
             found[id(ctx.context)] = ctx.context, problem
 
     def review(self, tree: MypyFile, checker: Any = None) -> None:
-        if tree.fullname not in self.over:
+        if self._daemon is not None and self._daemon.knows(tree.fullname):
+            self._daemon.has_placements(tree, checker)
+        elif tree.fullname not in self._over:
             request_review(tree, self._function(), checker)
 
     def use_roles(self, tree: MypyFile, roles: list[tuple[Var, UnboundType]]) -> None:
         self.review(tree)
         self._roles.setdefault(tree.fullname, []).extend(roles)
 
-    def take_problems(self, module: str) -> list[tuple[Context, Problem]]:
-        return list(self._problems.pop(module, {}).values())
+    def problems(self, module: str) -> list[tuple[Context, Problem]]:
+        return list(self._problems.get(module, {}).values())
 
-    def take_roles(self, module: str) -> list[tuple[Var, UnboundType]]:
-        return self._roles.pop(module, [])
+    def roles(self, module: str) -> list[tuple[Var, UnboundType]]:
+        return self._roles.get(module, [])
+
+    def forget(self, module: str) -> None:
+        self._problems.pop(module, None)
+        self._roles.pop(module, None)
+
+    def finish(self, module: str) -> None:
+        """The module is reviewed, for good."""
+        self._over.add(module)
+        self.forget(module)

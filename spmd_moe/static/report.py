@@ -14,6 +14,7 @@ import tokenize
 from dataclasses import dataclass, field
 from typing import Any
 
+from mypy.errorcodes import ErrorCode
 from mypy.nodes import Context, FuncDef, Statement
 
 from spmd_moe.static.codes import CODES, TRACED
@@ -31,10 +32,24 @@ class _Allowed:
     used: bool = False
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of what mypy is to print."""
+
+    text: str
+    where: Context
+    code: ErrorCode | None
+    is_note: bool = False
+
+    def tell(self, checker: Any) -> None:
+        (checker.note if self.is_note else checker.fail)(self.text, self.where, code=self.code)
+
+
 @dataclass
 class Report:
     checker: Any
     module: str
+    lines: list[Line] = field(default_factory=list)
     allowed: dict[int, _Allowed] = field(default_factory=dict)
     covered: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -51,9 +66,11 @@ class Report:
         if problem is None or self._allows(problem.code, where):
             return
         code = CODES[problem.code]
-        self.checker.fail(problem.what, where, code=code)
-        for line in problem.lines():
-            self.checker.note(line, where, code=code)
+        self.lines.append(Line(problem.what, where, code))
+        self.lines += [Line(line, where, code, is_note=True) for line in problem.lines()]
+
+    def note(self, text: str, where: Context) -> None:
+        self.lines.append(Line(text, where, None, is_note=True))
 
     def finish(self, *, strict: bool) -> None:
         """Complain of comments that allow nothing; what strict mode alone reports only there."""
@@ -69,7 +86,7 @@ class Report:
 
     def _complain(self, where: Context, what: str) -> None:
         fix = "# spmd: allow <code> - <reason>"
-        self.checker.fail(f"{what} (write {fix})", where, code=CODES["allow"])
+        self.lines.append(Line(f"{what} (write {fix})", where, CODES["allow"]))
 
     def _allows(self, code: str, where: Context) -> bool:
         lines = [*range(where.line - 1, (where.end_line or where.line) + 1)]

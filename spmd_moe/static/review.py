@@ -39,22 +39,22 @@ from spmd_moe.static.kinds import shown
 from spmd_moe.static.messages import Problem, declared_problem, named
 from spmd_moe.static.notes import Notes
 from spmd_moe.static.overrides import override_problem
-from spmd_moe.static.report import Report
+from spmd_moe.static.report import Line, Report
 from spmd_moe.static.roles import is_role
 from spmd_moe.static.strict import unknown_problems
 from spmd_moe.static.types import DEPTH, SEQUENCES, as_found, kinds_of
 from spmd_moe.static.walk import children
 
 
-def review(checker: Any, notes: Notes, config: Config) -> None:
-    """Report everything there is to say of a module."""
+def review(checker: Any, notes: Notes, config: Config) -> list[Line]:
+    """Everything there is to say of a module."""
     module: str = checker.tree.fullname
     report = Report(checker, module)
-    for variable, where in notes.take_roles(module):
+    for variable, where in notes.roles(module):
         if not is_role(variable):
             what = f"Placed: {variable.name} is not a role"
             report.problem(Problem("annotation", what, "a role names a mesh axis"), where)
-    for context, problem in notes.take_problems(module):
+    for context, problem in notes.problems(module):
         report.problem(problem, context)
     reviewer = _Review(checker, report)
     reviewer.visit(checker.tree, None)
@@ -65,6 +65,7 @@ def review(checker: Any, notes: Notes, config: Config) -> None:
         for problem, place in chain(unknown, bypasses):
             report.problem(problem, place)
     report.finish(strict=strict)
+    return report.lines
 
 
 class _Review:
@@ -156,7 +157,7 @@ class _Review:
     def _reveal(self, node: RevealExpr, expr: Expression) -> None:
         kinds = kinds_of(self.type_of(expr))
         if kinds is not None:
-            self.checker.note(f'Revealed placement is "{shown(kinds)}"', node)
+            self.report.note(f'Revealed placement is "{shown(kinds)}"', node)
 
     def _defaults(self, function: FuncDef) -> None:
         for argument in function.arguments:

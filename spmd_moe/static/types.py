@@ -8,6 +8,7 @@ one of which nothing is known go wherever the other does, and all comparing is d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from sys import getrefcount
 
 from mypy.nodes import Decorator, FuncDef, OverloadedFuncDef, TypeInfo, Var
 from mypy.types import (
@@ -33,6 +34,7 @@ _PLACED, _ROLE, _KIND = "placed ", "axis ", "kind "
 # mypy erases notes in place where it merges an object's type with one that has another, or none.
 # That is right for what an expression was found to be. What is declared must stay, so the notes of
 # all types that were not made by a hook are kept here too, by the object itself.
+_OWN_REFERENCES = 3  # an entry below, a variable, and the argument of the question
 _declared: dict[int, tuple[Instance, str]] = {}
 _found: dict[int, tuple[Instance, str]] = {}
 
@@ -92,6 +94,20 @@ def declare_all_of(node: object) -> bool:
     t = get_proper_type(node.type) if isinstance(node, Var | FuncDef) and node.type else None
     parts = [*t.arg_types, t.ret_type] if isinstance(t, CallableType) else [t]
     return True in [placed_within(declare(part)) for part in parts if part is not None]
+
+
+def restore_declared() -> None:
+    """Notes that mypy has erased in what is declared: a daemon would take that for a change."""
+    for t, note in list(_declared.values()):
+        if t.extra_attrs is None:
+            t.extra_attrs = ExtraAttrs({}, {note})
+
+
+def forget_unused() -> None:
+    """Let go of types that nobody else holds any more, which a daemon would collect for days."""
+    for kept in (_declared, _found):
+        for key in [k for k, (t, _) in kept.items() if getrefcount(t) <= _OWN_REFERENCES]:
+            del kept[key]
 
 
 def is_tensor_class(info: TypeInfo) -> bool:
