@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from spmd_moe.declare import declared
 from spmd_moe.errors import ConfigError, describe, explain, users_line
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import Placement
@@ -26,7 +27,6 @@ from spmd_moe.sanitize.boundaries import Boundaries
 from spmd_moe.sanitize.compare import ROLES, Seen, as_stored, compare, same_on
 from spmd_moe.sanitize.digest import fingerprint
 from spmd_moe.sanitize.gradients import Gradients, Named
-from spmd_moe.sanitize.signatures import placements_by_name
 
 VARIABLE = "SPMD_MOE_SANITIZE"
 _MANY = 10_000  # hashes that wait to be compared, in a job that runs forwards only
@@ -101,16 +101,16 @@ class Sanitizer:
         parameters: list[Named] = []
         self._state: list[tuple[str, nn.Module, str, Placement]] = []
         for prefix, module in self.model.named_modules():
-            declared = placements_by_name(type(module))
+            own = declared(module)
             for name, tensor in (
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ):
-                if name in declared:
+                if name in own:
                     full = f"{prefix}.{name}" if prefix else name
-                    self._state.append((full, module, name, declared[name]))
+                    self._state.append((full, module, name, own[name]))
                     if isinstance(tensor, nn.Parameter):
-                        parameters.append((full, tensor, declared[name]))
+                        parameters.append((full, tensor, own[name]))
         self._gradients = Gradients(parameters, self.mesh)
         self._boundaries = Boundaries(self.model, self._matters)
         self._ours = {id(parameter) for parameter in self.model.parameters()}
