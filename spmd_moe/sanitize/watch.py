@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -72,13 +73,12 @@ class Sanitizer:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        device = next(self.model.parameters()).device
-        self.device = device
         if self.axes:
             self.mesh.agree("sanitize", {"1 in": self.period, "step": self.now})
         if not (self.axes and self.period):
             yield
             return
+        self.device = self._where_model_is()
         global _at_work
         if _at_work:
             _refuse("another sanitizer is at work", "a function is watched once", "leave it first")
@@ -88,8 +88,8 @@ class Sanitizer:
         try:
             self._open()
             yield
-            if self.watching and self._seen:
-                compare(self._seen, self.mesh, self.now, self.device)
+            # Whatever this rank has seen, or watched: another one may have something to compare.
+            compare(self._seen, self.mesh, self.now, self.device)
         finally:
             _at_work = False
             handle.remove()
@@ -114,6 +114,11 @@ class Sanitizer:
         self._gradients = Gradients(parameters, self.mesh)
         self._boundaries = Boundaries(self.model, self._matters)
         self._ours = {id(parameter) for parameter in self.model.parameters()}
+
+    def _where_model_is(self) -> torch.device:
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            return tensor.device
+        return torch.device(self.mesh.dense.device_type)
 
     def _matters(self, placement: Placement) -> bool:
         return any(same_on(placement, axis) for axis in self.axes)
