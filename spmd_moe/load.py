@@ -24,7 +24,7 @@ class Load:
     counts_E: Whole  # int64: choices of each expert
     max_over_mean: Whole  # 1 when all experts are used alike, E when one is used alone
     entropy: Whole  # of the shares of the experts, 1 when used alike, 0 when one is used alone
-    dropped: Whole  # int64: choices of unmasked tokens that name no expert
+    dropped: Whole  # int64: choices of unmasked tokens of no expert, or without room
 
     def __str__(self) -> str:
         return (
