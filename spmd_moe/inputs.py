@@ -95,10 +95,11 @@ def _refuse_dtype(x: Tensor, w1_eFD: Tensor) -> None:
     Not of a weight that is no plain parameter: FSDP casts it only when the experts run.
     """
     if type(w1_eFD) is nn.Parameter:
+        weights_can = x.dtype.is_floating_point and x.dtype.itemsize > 1
         _refuse(
             f"x is {describe(x)}, the layer {short_dtype(w1_eFD.dtype)}",
             "a cast that nobody wrote would change the precision of the layer",
-            f"layer.to({x.dtype})",
+            *([f"layer.to({x.dtype})"] if weights_can else []),
             f"x.to({w1_eFD.dtype})",
             error=DtypeError,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 from spmd_moe.errors import ConfigError, explain
 
@@ -21,6 +21,28 @@ def whole_numbers(where: str, **given: object) -> None:
                     fixes=[f"{name}={_nearest(value)}"],
                 )
             )
+
+
+class Ranks(Protocol):
+    """Several ranks, of an axis or of all; how they are called is their text."""
+
+    @property
+    def size(self) -> int: ...
+
+
+def share(where: str, what: str, total: int, ranks: Ranks) -> int:
+    """What one rank has of `total`, of which all have the same."""
+    if total % ranks.size == 0:
+        return total // ranks.size
+    nearest = max(round(total / ranks.size), 1) * ranks.size
+    raise ConfigError(
+        explain(
+            where,
+            f"{what}={total} cannot be split over {ranks}",
+            why="every rank has the same share",
+            fixes=[f"{what}={nearest}   # the nearest that can"],
+        )
+    )
 
 
 def one_of(where: str, name: str, value: object, known: Iterable[object]) -> None:

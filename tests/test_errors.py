@@ -228,6 +228,7 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_one_token": called(torch.ones(4)),
     "moe_dims": called(torch.ones(2, 3, 5, 4)),
     "moe_dtype": called(torch.ones(3, 4, dtype=torch.bfloat16)),
+    "moe_dtype_of_no_weight": called(torch.ones(3, 4, dtype=torch.int64)),
     "moe_mask_dtype": called(torch.ones(3, 4), torch.ones(3)),
     "moe_ids_shape": called(torch.ones(3, 4), None, ids[:2]),
     "moe_device": called(torch.ones(3, 4, device="meta")),

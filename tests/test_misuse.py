@@ -72,6 +72,10 @@ def other_seed() -> None:
     init_weights(layer, layer.mesh, seed=dist.get_rank() // 2, std=0.5)
 
 
+def at_the_end_of_much() -> None:
+    mesh_of_four().agree("job", {"names": "a" * 9_000, "ranks": "b" * dist.get_rank()})
+
+
 DIFFERING = {
     other_width: "MoE: the ranks were called with different settings: "
     "width=12 on ranks [0] | width=6 on ranks [1, 2, 3].",
@@ -81,6 +85,8 @@ DIFFERING = {
     "dispatcher=AllToAll on ranks [0, 1, 2] | dispatcher=AllGather on ranks [3].",
     other_seed: "init_weights: the ranks were called with different settings: "
     "seed=0 on ranks [0, 1] | seed=1 on ranks [2, 3].",
+    at_the_end_of_much: "job: the ranks were called with different settings: "
+    "ranks= on ranks [0] | ranks=b on ranks [1] | ranks=bb on ranks [2] | ranks=bbb on ranks [3].",
 }
 
 

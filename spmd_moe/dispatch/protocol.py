@@ -77,8 +77,8 @@ def check_dispatcher(dispatcher: object, num_experts: int, mesh: MoEMesh) -> Non
                 f"{num_experts}",
                 why="rows would go to ranks that do not have their expert",
                 fixes=[
-                    f"{type(dispatcher).__name__}(mesh, num_experts={num_experts})",
-                    f"RouterConfig(num_experts={theirs}, ...)",
+                    f"num_experts={num_experts}   # of {type(dispatcher).__name__}",
+                    f"num_experts={theirs}   # of RouterConfig",
                 ],
             )
         )
