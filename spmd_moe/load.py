@@ -10,10 +10,12 @@ from typing import final
 
 import torch
 
+from spmd_moe.dispatch.protocol import check_mesh
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoEOutput
 from spmd_moe.placement import DENSE, P, R, Whole
 from spmd_moe.redistribute import redistribute
+from spmd_moe.settings import instance
 
 
 @final
@@ -38,6 +40,8 @@ class Load:
 # spmd: allow bypass - counts have no gradient
 def expert_load(output: MoEOutput, mesh: MoEMesh) -> Load:
     """The load of one forward over all ranks. Every rank must call it."""
+    instance("expert_load", "output", output, MoEOutput, "expert_load(layer(x), mesh)")
+    check_mesh("expert_load", mesh)
     sums = torch.cat([output.counts_E, output.dropped.view(1)])
     for role in DENSE:
         sums = redistribute(sums, mesh[role], src=P, dst=R)
