@@ -88,9 +88,10 @@ def source(o: Options) -> Tensor:
         text += path.read_bytes()
         if len(text) >= o.megabytes * 1e6:
             break
+    text = text[: int(o.megabytes * 1e6)]
     if len(text) <= o.length:
         refuse(f"--length is {o.length}, but there are {len(text)} bytes of source")
-    return torch.frombuffer(text[: int(o.megabytes * 1e6)], dtype=torch.uint8)
+    return torch.frombuffer(text, dtype=torch.uint8)
 
 
 def checksum(text: Tensor) -> int:

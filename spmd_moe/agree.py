@@ -14,8 +14,6 @@ from torch.distributed._local_tensor import local_tensor_mode
 
 from spmd_moe.errors import MeshError, explain
 
-_LONGEST_TEXT = 2048  # bytes of settings that a rank tells the others; fixed, so that all fit
-
 
 def agree(
     where: str,
@@ -35,8 +33,7 @@ def agree(
         digests = _gathered(hashlib.sha256(text).digest(), groups, device_type)
         if digests is None or bool((digests == digests[:1]).all()):
             return
-        rows = _gathered(text[:_LONGEST_TEXT].ljust(_LONGEST_TEXT), groups, device_type)
-        texts = [] if rows is None else [bytes(row) for row in rows.tolist()]
+        texts = _texts(text, groups, device_type)
     raise MeshError(
         explain(
             where,
@@ -45,6 +42,14 @@ def agree(
             fixes=["give every rank the same settings"],
         )
     )
+
+
+def _texts(mine: bytes, groups: Sequence[ProcessGroup | None], device_type: str) -> list[bytes]:
+    """The whole text of every rank, each padded to the longest on its way."""
+    lengths = _gathered(len(mine).to_bytes(8), groups, device_type)
+    longest = 0 if lengths is None else max(int.from_bytes(row) for row in lengths.tolist())
+    rows = _gathered(mine.ljust(longest, b"\0"), groups, device_type)
+    return [] if rows is None else [bytes(row).rstrip(b"\0") for row in rows.tolist()]
 
 
 def _gathered(
@@ -65,7 +70,7 @@ def _gathered(
 
 def _differing(texts: Sequence[bytes]) -> str:
     """The settings that are not the same on all ranks, with the ranks that have each."""
-    lines = [text.decode(errors="replace").strip().split("\n") for text in texts]
+    lines = [text.decode(errors="replace").split("\n") for text in texts]
     everywhere = set(lines[0]).intersection(*lines[1:])
     said: dict[str, list[int]] = {}
     for rank, own in enumerate(lines):

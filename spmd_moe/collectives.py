@@ -8,9 +8,9 @@ second derivatives work. The typing rule for spmd_types' checker stands in the s
 A shape gives the rows per rank of a sharded dim; None means the same on all ranks. Padding exists
 between `_pad` or `_spread` before a collective and the trim after it, and nowhere else.
 
-This is the only file that moves tensors between ranks. It uses functional collectives throughout,
-so one path serves gloo, NCCL, fake groups, simulated ranks and torch.compile; a result waits when
-it is first used.
+What a program computes with moves between ranks in this file alone: `agree.py` exchanges settings,
+and how whole models are stored is torch's. Functional collectives throughout, so one path serves
+gloo, NCCL, fake groups, simulated ranks and torch.compile; a result waits when it is first used.
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ from torch.autograd.function import once_differentiable
 from spmd_moe import per_expert
 from spmd_moe.activation import Activation
 from spmd_moe.collectives import declare_sum
-from spmd_moe.errors import ConfigError, DtypeError, describe, explain
+from spmd_moe.errors import DtypeError, describe, explain
 from spmd_moe.fault import unset
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import AllExperts, Matmul, PerExpert, choose_matmul
-from spmd_moe.mesh import Axis, MoEMesh
+from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Gather, add_rows
 from spmd_moe.placement import (
     EP,
@@ -47,6 +47,7 @@ from spmd_moe.placement import (
     RowSums,
 )
 from spmd_moe.redistribute import redistribute
+from spmd_moe.settings import share
 
 
 class Weigh(Enum):
@@ -106,7 +107,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.etp, self.activation, self.keep, self.matmul = mesh[ETP], activation, keep, matmul
-        e, F = _share("num_experts", num_experts, mesh[EP]), _share("hidden", hidden, self.etp)
+        e = share("Experts", "num_experts", num_experts, mesh[EP])
+        F = share("Experts", "hidden", hidden, self.etp)
 
         self.w1_eFD, self.w2_eDF = unset(e, F, width), unset(e, width, F)
         self.w3_eFD = unset(e, F, width) if activation.gated else None
@@ -152,21 +154,6 @@ def _per_row(
     expert_R = torch.searchsorted(counts_e.cumsum(0), row_R, right=True)  # padding: of none
     one_Re = (expert_R.unsqueeze(1) == experts).to(dtype)
     return one_Re if scores_R is None else (one_Re * scores_R.unsqueeze(1)).to(dtype)
-
-
-def _share(what: str, total: int, axis: Axis) -> int:
-    """What one rank of the axis has of `total`."""
-    if total % axis.size == 0:
-        return total // axis.size
-    nearest = max(round(total / axis.size), 1) * axis.size
-    raise ConfigError(
-        explain(
-            "Experts",
-            f"{what}={total} cannot be split over {axis}",
-            why="every rank has the same share",
-            fixes=[f"{what}={nearest}   # the nearest that can"],
-        )
-    )
 
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind

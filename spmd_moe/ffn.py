@@ -4,8 +4,8 @@
 
 A bias of the last matmul is not in here: of the ranks that share an expert only one may add it.
 
-The mathematics stands here once, for a block of rows. `per_expert.py` runs it expert by expert;
-here it runs over all rows at once, with a grouped matmul.
+The mathematics stands here once, for a block of rows: those of one expert after another in
+`per_expert.py`, all at once, with a grouped matmul, in `experts.py`.
 
 Kept for backward: what was handed in, and `gate` and `up`. Never `y`, `h`, or `score * h`.
 """

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spmd_moe.errors import DtypeError, ShapeError, SpmdMoeError, describe, explain, short_dtype
 from spmd_moe.experts import Experts
 from spmd_moe.router import Router
+from spmd_moe.settings import instance
 
 
 def check_inputs(
@@ -23,6 +24,7 @@ def check_inputs(
     experts: Experts,
 ) -> None:
     """Where all is well, a few comparisons."""
+    instance("MoE.forward", "x", x, Tensor, "torch.as_tensor(x)   # [B, L, D] or [T, D]")
     if x.ndim not in (2, 3):
         _refuse_dims(x, width)
     if x.shape[-1] != width:
@@ -68,6 +70,7 @@ def _check_beside(
     name: str, given: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, why: str
 ) -> None:
     """Something that goes with x, token by token."""
+    instance("MoE.forward", name, given, Tensor, f"torch.as_tensor({name}, dtype={dtype})")
     if given.shape != shape:
         _refuse(
             f"{name} {describe(given)} does not fit x {describe(x)}",
@@ -95,10 +98,11 @@ def _refuse_dtype(x: Tensor, w1_eFD: Tensor) -> None:
     Not of a weight that is no plain parameter: FSDP casts it only when the experts run.
     """
     if type(w1_eFD) is nn.Parameter:
+        weights_can = x.dtype.is_floating_point and x.dtype.itemsize > 1
         _refuse(
             f"x is {describe(x)}, the layer {short_dtype(w1_eFD.dtype)}",
             "a cast that nobody wrote would change the precision of the layer",
-            f"layer.to({x.dtype})",
+            *([f"layer.to({x.dtype})"] if weights_can else []),
             f"x.to({w1_eFD.dtype})",
             error=DtypeError,
         )

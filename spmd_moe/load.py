@@ -10,10 +10,12 @@ from typing import final
 
 import torch
 
+from spmd_moe.dispatch.protocol import check_mesh
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoEOutput
 from spmd_moe.placement import DENSE, P, R, Whole
 from spmd_moe.redistribute import redistribute
+from spmd_moe.settings import instance
 
 
 @final
@@ -24,7 +26,7 @@ class Load:
     counts_E: Whole  # int64: choices of each expert
     max_over_mean: Whole  # 1 when all experts are used alike, E when one is used alone
     entropy: Whole  # of the shares of the experts, 1 when used alike, 0 when one is used alone
-    dropped: Whole  # int64: choices of unmasked tokens that name no expert
+    dropped: Whole  # int64: choices of unmasked tokens of no expert, or without room
 
     def __str__(self) -> str:
         return (
@@ -38,6 +40,8 @@ class Load:
 # spmd: allow bypass - counts have no gradient
 def expert_load(output: MoEOutput, mesh: MoEMesh) -> Load:
     """The load of one forward over all ranks. Every rank must call it."""
+    instance("expert_load", "output", output, MoEOutput, "expert_load(layer(x), mesh)")
+    check_mesh("expert_load", mesh)
     sums = torch.cat([output.counts_E, output.dropped.view(1)])
     for role in DENSE:
         sums = redistribute(sums, mesh[role], src=P, dst=R)

@@ -20,7 +20,7 @@ from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import AllToAll, Dispatcher, FixedCapacity, Local
-from spmd_moe.dispatch.protocol import check_dispatcher
+from spmd_moe.dispatch.protocol import check_dispatcher, check_mesh
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.experts import Experts, Keep, Weigh
 from spmd_moe.inputs import check_inputs
@@ -44,6 +44,8 @@ class SharedConfig:
 
     def __post_init__(self) -> None:
         whole_numbers("SharedConfig", hidden=self.hidden)
+        for name in ("gated", "sharded"):
+            instance("SharedConfig", name, getattr(self, name), bool, f"{name}=True")
 
 
 @final
@@ -77,6 +79,7 @@ class MoEConfig:
         where = "MoEConfig"
         whole_numbers(where, width=self.width, hidden=self.hidden)
         instance(where, "router", self.router, RouterConfig, "router=RouterConfig(8, top_k=2)")
+        instance(where, "bias", self.bias, bool, "bias=True")
         instance(where, "activation", self.activation, Activation, "activation=SWIGLU")
         instance(where, "weigh", self.weigh, Weigh, "weigh=Weigh.BEFORE_SECOND_MATMUL")
         instance(where, "keep", self.keep, Keep, "keep=Keep.ACTIVATIONS")
@@ -116,7 +119,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         instance("MoE", "config", config, MoEConfig, "MoEConfig(width=64, hidden=128, router=...)")
-        instance("MoE", "mesh", mesh, MoEMesh, "MoEMesh.single()   # one process alone")
+        check_mesh("MoE", mesh)
         mesh.agree("MoE", {**spoken(config), "dispatcher": type(dispatcher).__name__})
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh

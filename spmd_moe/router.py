@@ -26,7 +26,7 @@ from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.ranks import drawn_number
 from spmd_moe.redistribute import redistribute, wide
-from spmd_moe.settings import whole_numbers
+from spmd_moe.settings import instance, number, one_of, whole_numbers
 
 T = TypeVar("T", bound=Tensor)
 
@@ -58,16 +58,16 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         e, k, g, kept = self.num_experts, self.top_k, self.groups, self.groups_kept
-        whole_numbers("RouterConfig", num_experts=e, top_k=k, groups=g, groups_kept=kept)
+        where, best = "RouterConfig", self.group_best
+        whole_numbers(where, num_experts=e, top_k=k, groups=g, groups_kept=kept, group_best=best)
+        one_of(where, "score", self.score, SCORES)
+        for name in ("normalize", "balanced"):
+            instance(where, name, getattr(self, name), bool, f"{name}=True")
         if k > e:
             _refuse(
                 f"top_k is {k}, of {e} experts",
                 "a token chooses at least one and at most all of them",
                 f"top_k={e}",
-            )
-        if self.score not in SCORES:
-            _refuse(
-                f"score is {self.score!r}", f"scores are {', '.join(SCORES)}", "score='softmax'"
             )
         if k == 1 and (self.normalize or self.score == "softmax_chosen"):
             _refuse(
@@ -102,8 +102,24 @@ class RouterConfig:
             )
         if self.dtype not in (torch.float32, torch.float64):
             _refuse(f"dtype is {self.dtype}", "a gate is exponentials", "dtype=torch.float32")
-        if not 0.0 <= self.jitter < 1.0:
-            _refuse(f"jitter is {self.jitter}", "inputs are scaled by 1 -+ jitter", "jitter=0.01")
+        number(
+            where,
+            "scale",
+            self.scale,
+            lambda scale: 0.0 < scale < math.inf,
+            need="a finite number above 0",
+            why="all weights are multiplied by it",
+            fix="scale=1.0",
+        )
+        number(
+            where,
+            "jitter",
+            self.jitter,
+            lambda jitter: 0.0 <= jitter < 1.0,
+            need="a number from 0 to below 1",
+            why="inputs are scaled by 1 -+ jitter",
+            fix="jitter=0.01",
+        )
 
 
 def _refuse(what: str, why: str, fix: str) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 from spmd_moe.errors import ConfigError, explain
 
 
+def is_whole(value: object) -> bool:
+    """An integer of 1 or more. True and 2.0 are not: somebody meant another setting, or divided."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def whole_numbers(where: str, **given: object) -> None:
-    """Integers of 1 or more. True and 2.0 are not: somebody meant another setting, or divided."""
     for name, value in given.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value):
             raise ConfigError(
                 explain(
                     where,
@@ -21,6 +25,44 @@ def whole_numbers(where: str, **given: object) -> None:
                     fixes=[f"{name}={_nearest(value)}"],
                 )
             )
+
+
+def number(
+    where: str,
+    name: str,
+    value: object,
+    fits: Callable[[float], bool],
+    *,
+    need: str,
+    why: str,
+    fix: str,
+) -> None:
+    """A number that fits: not a text, and not NaN, with which every comparison is False."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+        what = f"{name} is {value!r}; it must be {need}"
+        raise ConfigError(explain(where, what, why=why, fixes=[fix]))
+
+
+class Ranks(Protocol):
+    """Several ranks, of an axis or of all; how they are called is their text."""
+
+    @property
+    def size(self) -> int: ...
+
+
+def share(where: str, what: str, total: int, ranks: Ranks) -> int:
+    """What one rank has of `total`, of which all have the same."""
+    if total % ranks.size == 0:
+        return total // ranks.size
+    nearest = max(round(total / ranks.size), 1) * ranks.size
+    raise ConfigError(
+        explain(
+            where,
+            f"{what}={total} cannot be split over {ranks}",
+            why="every rank has the same share",
+            fixes=[f"{what}={nearest}   # the nearest that can"],
+        )
+    )
 
 
 def one_of(where: str, name: str, value: object, known: Iterable[object]) -> None:
@@ -72,5 +114,8 @@ def _article(name: str) -> str:
     return f"{'an' if name.startswith((*'AEIOUaeiou', 'MoE')) else 'a'} {name}"
 
 
-def _nearest(value: object) -> int:
-    return max(int(value), 1) if isinstance(value, int | float) else 1
+def _nearest(value: Any) -> int:
+    try:
+        return max(int(value), 1)
+    except (TypeError, ValueError, OverflowError):  # None, a text of something else, NaN, inf
+        return 1

@@ -17,7 +17,6 @@ from torch import nn
 
 from spmd_moe.activation import Activation
 from spmd_moe.collectives import declare_sum
-from spmd_moe.errors import ConfigError, explain
 from spmd_moe.fault import unset
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import (
@@ -34,6 +33,7 @@ from spmd_moe.placement import (
     Whole,
 )
 from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.settings import share
 from spmd_moe.shard import ShardShape
 
 
@@ -81,21 +81,10 @@ class ShardedShared(nn.Module):
     ) -> None:
         super().__init__()
         self.tp, self.activation = mesh[TP], activation
-        share = hidden // self.tp.size
-        if hidden % self.tp.size:
-            raise ConfigError(
-                explain(
-                    "ShardedShared",
-                    f"hidden={hidden} cannot be split over {self.tp}",
-                    why="every rank has the same share",
-                    fixes=[
-                        f"hidden={share * self.tp.size or self.tp.size}   # the nearest that can"
-                    ],
-                )
-            )
-        self.w1_fD = unset(share, width)
-        self.w3_fD = unset(share, width) if activation.gated else None
-        self.w2_Df = unset(width, share)
+        f = share("ShardedShared", "hidden", hidden, self.tp)
+        self.w1_fD = unset(f, width)
+        self.w3_fD = unset(f, width) if activation.gated else None
+        self.w2_Df = unset(width, f)
         self.gate_1D = unset(1, width) if gated else None
 
     def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:

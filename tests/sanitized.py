@@ -31,8 +31,8 @@ from spmd_moe import (
     sanitize,
     update_selection_bias,
 )
+from spmd_moe.declare import declared
 from spmd_moe.placement import DENSE, EXPERT
-from spmd_moe.sanitize.signatures import placements_by_name
 
 Hidden: TypeAlias = Placed[Tensor, DP[V], TP[I]]
 LAST = 5
@@ -138,9 +138,9 @@ class Job:
         """Each parameter, and the roles over which its gradient is to be summed."""
         found = []
         for prefix, module in self.model.named_modules():
-            declared = placements_by_name(type(module))
+            own = declared(module)
             for name, parameter in module.named_parameters(recurse=False):
-                kinds = declared[name]
+                kinds = own[name]
                 roles = [r for r in (*DENSE, *EXPERT) if r in kinds and kinds[r] is R]
                 found.append(
                     (

@@ -42,6 +42,7 @@ from spmd_moe.collectives import exchange
 from spmd_moe.dispatch import AllToAll, FixedCapacity, Local
 from spmd_moe.experts import Experts, Keep
 from spmd_moe.init import init_weights
+from spmd_moe.load import expert_load
 from spmd_moe.losses import Totals, totals, update_selection_bias
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.router import RouterConfig
@@ -199,12 +200,14 @@ CASES: dict[str, Callable[[], object]] = {
     "router_groups_kept": routed(groups=2, groups_kept=3),
     "router_groups_too_small": routed(groups=4, groups_kept=1, top_k=3),
     "router_dtype": routed(dtype=torch.bfloat16),
+    "router_scale": routed(scale=float("nan")),
     "router_jitter": routed(jitter=1.5),
     "whole_number": routed(top_k=2.0),
     "config_width": lambda: MoEConfig(0, 8, RouterConfig(8, 2)),
     "config_balance": lambda: MoEConfig(4, 8, RouterConfig(8, 2), balance="all"),  # type: ignore[arg-type]  # wrong on purpose
     "config_activation": built(activation="swiglu"),
     "moe_without_mesh": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), None),  # type: ignore[arg-type]  # wrong on purpose
+    "dispatcher_without_mesh": lambda: AllToAll(None, 8),  # type: ignore[arg-type]  # wrong on purpose
     "dispatcher_class": dispatched(lambda mesh: AllToAll),
     "dispatcher_of_other_experts": dispatched(lambda mesh: AllToAll(mesh, 16)),
     "dispatcher_of_other_mesh": dispatched(lambda mesh: Local(MoEMesh.single())),
@@ -226,9 +229,12 @@ CASES: dict[str, Callable[[], object]] = {
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_counts": experts(3, 1, 3),
     "moe_width": called(torch.ones(3, 5)),
+    "moe_list": called([1.0, 2.0]),  # type: ignore[arg-type]  # wrong on purpose
+    "load_of_tokens": lambda: expert_load(x34, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
     "moe_one_token": called(torch.ones(4)),
     "moe_dims": called(torch.ones(2, 3, 5, 4)),
     "moe_dtype": called(torch.ones(3, 4, dtype=torch.bfloat16)),
+    "moe_dtype_of_no_weight": called(torch.ones(3, 4, dtype=torch.int64)),
     "moe_mask_dtype": called(torch.ones(3, 4), torch.ones(3)),
     "moe_ids_shape": called(torch.ones(3, 4), None, ids[:2]),
     "moe_device": called(torch.ones(3, 4, device="meta")),

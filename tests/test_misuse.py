@@ -21,13 +21,16 @@ from spmd_moe import (
     AllToAll,
     Arrived,
     Experts,
+    FixedCapacity,
     Local,
     MoE,
     MoEConfig,
     MoEMesh,
+    MoEOutput,
     RouterConfig,
     SharedConfig,
     SpmdMoeError,
+    expert_load,
     init_weights,
     placements_of,
 )
@@ -73,6 +76,10 @@ def other_seed() -> None:
     init_weights(layer, layer.mesh, seed=dist.get_rank() // 2, std=0.5)
 
 
+def at_the_end_of_much() -> None:
+    mesh_of_four().agree("job", {"names": "a" * 9_000, "ranks": "b" * dist.get_rank()})
+
+
 DIFFERING = {
     other_width: "MoE: the ranks were called with different settings: "
     "width=12 on ranks [0] | width=6 on ranks [1, 2, 3].",
@@ -82,6 +89,8 @@ DIFFERING = {
     "dispatcher=AllToAll on ranks [0, 1, 2] | dispatcher=AllGather on ranks [3].",
     other_seed: "init_weights: the ranks were called with different settings: "
     "seed=0 on ranks [0, 1] | seed=1 on ranks [2, 3].",
+    at_the_end_of_much: "job: the ranks were called with different settings: "
+    "ranks= on ranks [0] | ranks=b on ranks [1] | ranks=bb on ranks [2] | ranks=bbb on ranks [3].",
 }
 
 
@@ -153,6 +162,74 @@ def test_a_dispatcher_of_ones_own_need_not_say_how_many() -> None:
     layer = MoE(CONFIG, mesh, Own(mesh))
     init_weights(layer, mesh, seed=0)
     assert layer(torch.ones(3, 6)).hidden.isfinite().all()
+
+
+# --- settings and arguments of another kind ---------------------------------------------------
+
+ALONE = MoEMesh.single()
+NUMBER = "it must be an integer of 1 or more."
+
+
+def made(kind: Any, *given: object, **settings: object) -> tuple[Any, Any, Any]:
+    return kind, given, settings
+
+
+OTHER_KINDS = {
+    f"FixedCapacity: rows_per_rank is 2.5; {NUMBER}": made(FixedCapacity, ALONE, 8, 2.5),
+    f"FixedCapacity: rows_per_rank is None; {NUMBER}": made(FixedCapacity, ALONE, 8, None),
+    f"FixedCapacity: num_experts is 8.0; {NUMBER}": made(FixedCapacity, ALONE, 8.0, 2),
+    f"AllToAll: num_experts is '8'; {NUMBER}": made(AllToAll, ALONE, "8"),
+    f"AllGather: num_experts is True; {NUMBER}": made(AllGather, ALONE, True),
+    "AllGather: mesh is None; it must be an MoEMesh.": made(AllGather, None, 8),
+    "Local: mesh is the class MoEMesh; it must be an MoEMesh.": made(Local, MoEMesh),
+    "RouterConfig: scale is '2'; it must be a finite number above 0.": made(
+        RouterConfig, 8, 2, scale="2"
+    ),
+    "RouterConfig: scale is 0.0; it must be a finite number above 0.": made(
+        RouterConfig, 8, 2, scale=0.0
+    ),
+    "RouterConfig: scale is inf; it must be a finite number above 0.": made(
+        RouterConfig, 8, 2, scale=float("inf")
+    ),
+    "RouterConfig: jitter is 'x'; it must be a number from 0 to below 1.": made(
+        RouterConfig, 8, 2, jitter="x"
+    ),
+    "RouterConfig: score is ['softmax'].": made(RouterConfig, 8, 2, score=["softmax"]),
+    f"RouterConfig: num_experts is nan; {NUMBER}": made(RouterConfig, float("nan"), 2),
+    f"RouterConfig: group_best is 2.0; {NUMBER}": made(RouterConfig, 8, 2, group_best=2.0),
+    "RouterConfig: normalize is a str; it must be a bool.": made(
+        RouterConfig, 8, 2, normalize="no"
+    ),
+    "SharedConfig: gated is an int; it must be a bool.": made(SharedConfig, 8, gated=1),
+    "MoEConfig: bias is a str; it must be a bool.": made(
+        MoEConfig, 6, 8, CONFIG.router, bias="none"
+    ),
+    "expert_load: mesh is None; it must be an MoEMesh.": made(
+        lambda mesh: expert_load(of_one_token(), mesh), None
+    ),
+    "MoE.forward: mask is a list; it must be a Tensor.": made(lambda mask: of_one_token(mask), [1]),
+}
+
+
+def of_one_token(mask: Any = None) -> MoEOutput:
+    layer = MoE(CONFIG, ALONE)
+    init_weights(layer, ALONE, seed=0)
+    output: MoEOutput = layer(torch.ones(1, 6), mask)
+    return output
+
+
+@pytest.mark.parametrize("text", OTHER_KINDS)
+def test_what_is_of_another_kind_is_told_where_it_is_given(text: str) -> None:
+    kind, given, settings = OTHER_KINDS[text]
+    assert refusal(lambda: kind(*given, **settings)) == text
+
+
+def test_experts_that_a_dispatcher_cannot_share_out() -> None:
+    with fake_world(4):
+        mesh = mesh_of_four()
+        for kind in (AllGather, AllToAll):
+            text = refusal(lambda kind=kind: kind(mesh, 6))  # type: ignore[misc]  # its own
+            assert text.endswith(": num_experts=6 cannot be split over axis 'ep' (4 ranks).")
 
 
 # --- dtypes -----------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 
-from tests.readme import README, SAID, Block, blocks, file_tree, generated, outcome, rewritten
+from tests.readme import README, ROOT, SAID, Block, blocks, file_tree, generated, outcome, rewritten
 from tests.train_layouts import LAYOUTS
 
 TEXT = README.read_text()
@@ -42,6 +43,20 @@ def test_it_opens_with_a_program_that_fails_and_its_fix() -> None:
     program = first.code.replace(failing, fix.replace("(x, ", "(torch.ones(5, 8), "))
     cured = "from spmd_moe import ShardShape\n" + program
     assert outcome(Block(0, cured, None)) == "" != outcome(first)
+
+
+def test_optional_features_are_those_that_something_uses() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = {
+        name: [re.split(r"[<>=]", line)[0] for line in lines]
+        for name, lines in extras["optional-dependencies"].items()
+    }
+    assert set(re.findall(r"\.\[(\w+)\]", TEXT)) == set(packages)
+    code = "".join(
+        p.read_text() for d in ("spmd_moe", "examples") for p in (ROOT / d).rglob("*.py")
+    )
+    used = re.findall(r"""find_spec\("(\w+)"\)""", code)
+    assert {name for own in packages if own != "dev" for name in packages[own]} <= set(used)
 
 
 def test_losses_are_those_that_are_claimed() -> None:

@@ -394,7 +394,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         for n in (0, -1, 2.0, True, None)
     ),
     ({"top_k": 9}, "top_k is 9, of 8 experts.", "at least one and at most all"),
-    ({"score": "hard"}, "score is 'hard'.", ", ".join(NAMES)),
+    ({"score": "hard"}, "score is 'hard'.", ", ".join(map(repr, NAMES))),
     ({"top_k": 1, "normalize": True}, "top_k is 1, score 'softmax', normalize True.", "always 1"),
     (
         {"top_k": 1, "score": "softmax_chosen"},
@@ -405,9 +405,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"groups": 2, "groups_kept": 3}, "groups_kept is 3, of 2 groups.", "at most all"),
     ({"groups": 4, "top_k": 3}, "top_k is 3, but 1 of 4 groups have 2 experts.", "it keeps"),
     ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16.", "exponentials"),
-    ({"jitter": 1.0}, "jitter is 1.0.", "scaled by"),
-    ({"jitter": -0.1}, "jitter is -0.1.", "scaled by"),
-    ({"jitter": inf}, "jitter is inf.", "scaled by"),
+    ({"scale": inf}, "scale is inf; it must be a finite number above 0.", "multiplied"),
+    ({"jitter": 1.0}, "jitter is 1.0; it must be a number from 0 to below 1.", "scaled by"),
+    ({"jitter": -0.1}, "jitter is -0.1; it must be a number from 0 to below 1.", "scaled by"),
+    ({"jitter": inf}, "jitter is inf; it must be a number from 0 to below 1.", "scaled by"),
 ]
 
 

@@ -33,6 +33,7 @@ WRONG = {
     "--ep 2": "--ep 2 x --etp 1 does not divide that of 1 rank",
     "--fsdp": "--fsdp needs ranks: start this under torchrun",
     "--length 100000000": "--length is 100000000, but there are",
+    "--length 10000 --megabytes 0.01": "--length is 10000, but there are 10000 bytes of source",
     "--resume": "--resume, but there is no run in 'runs'",
     "--out full": "'full' is not empty: --resume goes on with the run in it",
     "--out full/file": "'full/file' cannot be written: File exists",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spmd_moe import fault
 from spmd_moe.collectives import declare_sum, host_ints
-from spmd_moe.dispatch.protocol import Arrived
+from spmd_moe.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, from_slots, sort_by_expert, spread, take_scores, to_slots
 from spmd_moe.placement import EP, ETP, AllTokens, P, Placed, R, Rows, RowSums, S, Tokens
@@ -42,6 +42,7 @@ class AllGather:
     """The dispatcher that moves every token to every rank of ep and etp."""
 
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
+        experts_of_a_rank("AllGather", mesh, num_experts)
         self.axes, self.ep = [mesh[role] for role in (ETP, EP)], mesh[EP]
         self.num_experts = num_experts
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spmd_moe import fault
 from spmd_moe.collectives import exchange, host_ints
-from spmd_moe.dispatch.protocol import Arrived
+from spmd_moe.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, expert_major, inverse, reorder, spread, take_scores
 from spmd_moe.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
@@ -56,8 +56,9 @@ class AllToAll:
     """The dispatcher for experts sharded on ep and on etp, either of which may have size 1."""
 
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.num_local = experts_of_a_rank("AllToAll", mesh, num_experts)
         self.axes = self.ep, self.etp = mesh[EP], mesh[ETP]
-        self.num_experts, self.num_local = num_experts, num_experts // self.ep.size
 
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots

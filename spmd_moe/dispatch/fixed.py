@@ -25,13 +25,14 @@ import torch
 
 from spmd_moe.collectives import exchange
 from spmd_moe.dispatch.all_to_all import pack, unpack
-from spmd_moe.dispatch.protocol import Arrived
+from spmd_moe.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, inverse, place, reorder, spread, take_scores
 from spmd_moe.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
 from spmd_moe.redistribute import redistribute, wide
 from spmd_moe.router import Routing
+from spmd_moe.settings import is_whole
 
 
 @final
@@ -50,18 +51,18 @@ class FixedCapacity:
     """The dispatcher of static shapes, for decoding. `rows_per_rank` is the same on all ranks."""
 
     def __init__(self, mesh: MoEMesh, num_experts: int, rows_per_rank: int) -> None:
-        if rows_per_rank < 1:
+        self.num_local = experts_of_a_rank("FixedCapacity", mesh, num_experts)
+        if not is_whole(rows_per_rank):
             raise ConfigError(
                 explain(
                     "FixedCapacity",
-                    f"rows_per_rank is {rows_per_rank}",
+                    f"rows_per_rank is {rows_per_rank!r}; it must be an integer of 1 or more",
                     why="it is the number of rows that one rank can send to another",
                     fixes=["rows_per_rank=tokens * top_k   # what a rank has: all rows find room"],
                 )
             )
         self.ep, self.etp = mesh[EP], mesh[ETP]
         self.num_experts, self.axes = num_experts, (self.ep, self.etp)
-        self.num_local = num_experts // self.ep.size
         self.room = rows_per_rank
         if self.ep.size * self.etp.size > 1:
             settings = {"rows_per_rank": rows_per_rank}

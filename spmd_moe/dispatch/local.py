@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import final
 
 from spmd_moe import fault
-from spmd_moe.dispatch.protocol import Arrived
+from spmd_moe.dispatch.protocol import Arrived, check_mesh
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Gather, Slots, spread, take_scores
@@ -22,6 +22,7 @@ class Local:
     """The dispatcher of a rank that has all experts, whole: `Local(mesh)`, of any number."""
 
     def __init__(self, mesh: MoEMesh) -> None:
+        check_mesh("Local", mesh)
         self.axes = mesh[EP], mesh[ETP]
         for axis in self.axes:
             if axis.size > 1:

@@ -24,9 +24,9 @@ from typing import Protocol, TypeVar, final
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Gather, Slots
-from spmd_moe.placement import GatheredRows, RowSums, Tokens
+from spmd_moe.placement import EP, GatheredRows, RowSums, Tokens
 from spmd_moe.router import Routing
-from spmd_moe.settings import a_thing
+from spmd_moe.settings import a_thing, instance, share, whole_numbers
 
 State = TypeVar("State")
 
@@ -54,6 +54,17 @@ class Dispatcher(Protocol[State]):
         """The experts' rows back to the slots they came from: [N, D] in the order of `slots`."""
 
 
+def experts_of_a_rank(where: str, mesh: MoEMesh, num_experts: int) -> int:
+    """How many experts each rank of ep has. What a dispatcher is made of is refused here."""
+    check_mesh(where, mesh)
+    whole_numbers(where, num_experts=num_experts)
+    return share(where, "num_experts", num_experts, mesh[EP])
+
+
+def check_mesh(where: str, mesh: MoEMesh) -> None:
+    instance(where, "mesh", mesh, MoEMesh, "MoEMesh.single()   # one process alone")
+
+
 def check_dispatcher(dispatcher: object, num_experts: int, mesh: MoEMesh) -> None:
     """Two methods, and, where it says `num_experts` and `axes` (of ep and etp), the layer's own."""
     new = f"AllToAll(mesh, num_experts={num_experts})"
@@ -77,8 +88,8 @@ def check_dispatcher(dispatcher: object, num_experts: int, mesh: MoEMesh) -> Non
                 f"{num_experts}",
                 why="rows would go to ranks that do not have their expert",
                 fixes=[
-                    f"{type(dispatcher).__name__}(mesh, num_experts={num_experts})",
-                    f"RouterConfig(num_experts={theirs}, ...)",
+                    f"num_experts={num_experts}   # of {type(dispatcher).__name__}",
+                    f"num_experts={theirs}   # of RouterConfig",
                 ],
             )
         )

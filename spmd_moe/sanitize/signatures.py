@@ -108,12 +108,6 @@ def watched(function: types.FunctionType, hints: dict[str, Any]) -> Watched:
     return Watched(function, original, code, function.__qualname__, hints)
 
 
-def placements_by_name(owner: type) -> dict[str, Placement]:
-    """Of the parameters and buffers of a class; none where annotations cannot be read."""
-    found = ((name, placement_of(hint)) for name, hint in _hints(owner).items())
-    return {name: placement for name, placement in found if placement is not None}
-
-
 def _hints(annotated_object: Any) -> dict[str, Any]:
     return annotations_of(annotated_object)[0]
 

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from spmd_moe.declare import declared
 from spmd_moe.errors import ConfigError, describe, explain, users_line
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import Placement
@@ -26,7 +28,6 @@ from spmd_moe.sanitize.boundaries import Boundaries
 from spmd_moe.sanitize.compare import ROLES, Seen, as_stored, compare, same_on
 from spmd_moe.sanitize.digest import fingerprint
 from spmd_moe.sanitize.gradients import Gradients, Named
-from spmd_moe.sanitize.signatures import placements_by_name
 
 VARIABLE = "SPMD_MOE_SANITIZE"
 _MANY = 10_000  # hashes that wait to be compared, in a job that runs forwards only
@@ -72,13 +73,12 @@ class Sanitizer:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        device = next(self.model.parameters()).device
-        self.device = device
         if self.axes:
             self.mesh.agree("sanitize", {"1 in": self.period, "step": self.now})
         if not (self.axes and self.period):
             yield
             return
+        self.device = self._where_model_is()
         global _at_work
         if _at_work:
             _refuse("another sanitizer is at work", "a function is watched once", "leave it first")
@@ -88,8 +88,8 @@ class Sanitizer:
         try:
             self._open()
             yield
-            if self.watching and self._seen:
-                compare(self._seen, self.mesh, self.now, self.device)
+            # Whatever this rank has seen, or watched: another one may have something to compare.
+            compare(self._seen, self.mesh, self.now, self.device)
         finally:
             _at_work = False
             handle.remove()
@@ -101,19 +101,24 @@ class Sanitizer:
         parameters: list[Named] = []
         self._state: list[tuple[str, nn.Module, str, Placement]] = []
         for prefix, module in self.model.named_modules():
-            declared = placements_by_name(type(module))
+            own = declared(module)
             for name, tensor in (
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
             ):
-                if name in declared:
+                if name in own:
                     full = f"{prefix}.{name}" if prefix else name
-                    self._state.append((full, module, name, declared[name]))
+                    self._state.append((full, module, name, own[name]))
                     if isinstance(tensor, nn.Parameter):
-                        parameters.append((full, tensor, declared[name]))
+                        parameters.append((full, tensor, own[name]))
         self._gradients = Gradients(parameters, self.mesh)
         self._boundaries = Boundaries(self.model, self._matters)
         self._ours = {id(parameter) for parameter in self.model.parameters()}
+
+    def _where_model_is(self) -> torch.device:
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            return tensor.device
+        return torch.device(self.mesh.dense.device_type)
 
     def _matters(self, placement: Placement) -> bool:
         return any(same_on(placement, axis) for axis in self.axes)
