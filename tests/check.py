@@ -23,8 +23,8 @@ TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>  
 # Two processes at the same time, each with workers of its own: these tests, and all others, among
 # which are those that run mypy (with one cache). On two cores each half takes about as long.
 ONE_HALF = """
-    check check_values compile_parts decode determinism experts forecast layer losses obligations
-    permute redistribute router
+    check check_values compile_parts decode determinism dispatch experts forecast layer losses
+    obligations permute redistribute router
 """
 
 

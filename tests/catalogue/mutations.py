@@ -44,7 +44,7 @@ TESTS_OF = {
     "router": "router errors losses",
     "boundary": "misuse layer",
     "losses": "losses counters errors",
-    "load": "record",
+    "load": "faults",
     "shared": "errors layer",
     "experts": "errors experts layer",
     "combine": "dispatch layer",
