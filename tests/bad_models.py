@@ -26,6 +26,7 @@ from spmd_moe import (
     declare,
     obligations,
     parallelize,
+    recompute,
     reduce_gradients,
 )
 from spmd_moe.placement import RoleKind, SharedWeight, Whole
@@ -122,6 +123,8 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "obligations_varying": owing(DP[R], CP[R], TP[V]),
     "obligations_no_such_dim": owing(DP[R], CP[R], TP[S(2)]),
     "obligations_tied": tied,
+    "recompute_no_list": lambda: recompute(nn.Linear(2, 2)),  # type: ignore[arg-type]  # wrong on purpose
+    "recompute_no_modules": lambda: recompute(["blocks"]),  # type: ignore[list-item]  # wrong on purpose
     "reduce_twice": twice,
     "reduce_stored": stored,
     "parallelize_foreign_block": parallel(foreign=True),
