@@ -126,6 +126,7 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "recompute_no_list": lambda: recompute(nn.Linear(2, 2)),  # type: ignore[arg-type]  # wrong on purpose
     "recompute_no_modules": lambda: recompute(["blocks"]),  # type: ignore[list-item]  # wrong on purpose
     "reduce_twice": twice,
+    "reduce_no_mesh": lambda: reduce_gradients(nn.Linear(2, 2), None),  # type: ignore[arg-type]  # wrong on purpose
     "reduce_stored": stored,
     "parallelize_foreign_block": parallel(foreign=True),
     "parallelize_twice": parallel(twice=True),
@@ -134,6 +135,7 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "parallelize_no_even_dim": parallel(DP[R], CP[R], TP[S(0)], rows=3),
     "parallelize_part_of_the_ranks": part_of_the_ranks,
     "clip_norm_type": lambda: clip_grad_norm_(nn.Sequential(), MoEMesh.single(), 1.0, 0.0),
+    "clip_no_mesh": lambda: clip_grad_norm_(nn.Linear(2, 2), None, 1.0),  # type: ignore[arg-type]  # wrong on purpose
     "clip_not_finite": not_finite,
     "clip_unreduced": unreduced,
 }
