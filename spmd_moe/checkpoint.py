@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,7 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from spmd_moe.errors import CheckpointError, SpmdMoeError, explain, short_dtype
+from spmd_moe.errors import CheckpointError, MeshError, SpmdMoeError, explain, short_dtype
 from spmd_moe.files import INDEX, UNFINISHED, Index, Reader, Writer, read_index
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.parts import (
@@ -48,6 +50,8 @@ from spmd_moe.parts import (
     sums_awaited,
     sums_taken,
 )
+from spmd_moe.placement import DENSE
+from spmd_moe.settings import a_thing, instance
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -63,12 +67,19 @@ def save_checkpoint(
 ) -> Future[None]:
     """Write a new checkpoint at `path`, which must not exist. Every rank must call it.
 
-    `extra` is anything that JSON can hold, the same on all ranks: the step, say. With
+    `extra` is anything that JSON gives back as it was, the same on all ranks: the step, say. With
     `asynchronous` the tensors are copied and written while training goes on; `.result()` of what
     is returned waits for the end, and has to be called before the process group is destroyed.
     """
     path = Path(path)
-    mesh.agree("save_checkpoint", {"path": path.name, "exists": path.exists()})
+    _check_mesh("save_checkpoint", mesh)
+    kept, wrong = _json_of(extra)
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    there = {"path": path.name, "exists": path.exists()}
+    mesh.agree("save_checkpoint", {**there, "extra": wrong or digest})
+    _check_name(path)
+    if wrong:
+        raise _unstorable(wrong)
     if path.exists():
         raise CheckpointError(
             explain(
@@ -83,7 +94,7 @@ def save_checkpoint(
     if optimizer is not None:
         moments, groups = optimizer_parts(model, mesh, optimizer)
         parts |= moments
-    rest = {"extra": _json_of(extra), "optimizer": groups}
+    rest = {"extra": kept, "optimizer": groups}
     if asynchronous:
         parts = {n: replace(p, tensor=p.tensor.to("cpu", copy=True)) for n, p in parts.items()}
         return _thread().submit(_write, path, parts, rest, _group_of_threads(mesh))
@@ -105,6 +116,7 @@ def load_checkpoint(
     must call it.
     """
     path = Path(path)
+    _check_mesh("load_checkpoint", mesh)
     index = _index_of_all(path, mesh)
     sums = sums_awaited(model, mesh)
     parts = model_parts(model, mesh, sums)
@@ -130,9 +142,16 @@ def load_checkpoint(
 
 
 def latest_checkpoint(folder: PathLike) -> Path | None:
-    """The complete checkpoint whose name comes last; None where there is none."""
+    """The complete checkpoint whose name comes last, `step_1000` after `step_900`; None of none."""
     complete = (p for p in Path(folder).glob(f"*/{INDEX}") if p.parent.suffix != UNFINISHED)
-    return max((p.parent for p in complete), key=lambda p: p.name, default=None)
+    return max((p.parent for p in complete), key=_in_numbers, default=None)
+
+
+def _in_numbers(path: Path) -> tuple[list[str | int], str]:
+    """For sorting: digits in a name count as numbers, whatever their width."""
+    parts: list[str | int] = list(re.split("([0-9]+)", path.name))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, path.name
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -213,20 +232,67 @@ class _LoadPlanner(DefaultLoadPlanner):
 # --- refusals ---------------------------------------------------------------------------------
 
 
-def _json_of(extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Refused here, not when all tensors are written."""
-    try:
-        copied: dict[str, Any] = json.loads(json.dumps(dict(extra or {})))
-    except (TypeError, ValueError) as error:
+def _check_mesh(where: str, mesh: MoEMesh) -> None:
+    """All ranks write into one folder, where two tensors of one name are parts of one tensor."""
+    instance(where, "mesh", mesh, MoEMesh, "MoEMesh.single()   # one process alone")
+    ranks = math.prod(mesh[role].size for role in DENSE)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks != world:
+        raise MeshError(
+            explain(
+                where,
+                f"the mesh has {ranks} of {world} ranks",
+                why="another mesh has tensors of the same names, as other stages of a pipeline do: "
+                "in one checkpoint they would be taken for the same",
+                fixes=["torch.save(model.state_dict(), path)   # each rank to a path of its own"],
+            )
+        )
+
+
+def _check_name(path: Path) -> None:
+    if path.name.endswith(UNFINISHED):
         raise CheckpointError(
             explain(
                 "save_checkpoint",
-                f"extra cannot be stored: {error}",
-                why="what is not a tensor of the model or the optimizer is stored as JSON",
-                fixes=["numbers, strings, lists and dicts"],
+                f"{path.name!r} ends in {UNFINISHED!r}",
+                why="so does the name of a checkpoint that was never finished, which is not loaded",
+                fixes=[f"{path.name.removesuffix(UNFINISHED)!r}"],
             )
-        ) from error
-    return copied
+        )
+
+
+def _json_of(extra: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """What comes back, and what is wrong: told now, not when all tensors are written."""
+    given = dict(extra or {})
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(given))
+    except (TypeError, ValueError) as error:
+        return {}, str(error)
+    return copied, _changed_by_json(given)
+
+
+def _changed_by_json(value: Any) -> str:
+    """What would come back as another thing: keys that become strings, tuples that become lists."""
+    if isinstance(value, dict):
+        odd = [a_thing(key) for key in value if not isinstance(key, str)]
+        found = [f"{odd[0]} is a key, which JSON makes a string"] if odd else []
+        value = value.values()
+    elif isinstance(value, tuple):
+        return f"{a_thing(value)} is in it, which JSON makes a list"
+    else:
+        found, value = [], value if isinstance(value, list) else ()
+    return next(filter(None, (*found, *map(_changed_by_json, value))), "")
+
+
+def _unstorable(wrong: str) -> CheckpointError:
+    return CheckpointError(
+        explain(
+            "save_checkpoint",
+            f"extra cannot be stored: {wrong}",
+            why="what is not a tensor of the model or the optimizer is stored as JSON",
+            fixes=["numbers, strings, lists, and dicts with strings as keys"],
+        )
+    )
 
 
 def _index_of_all(path: Path, mesh: MoEMesh) -> Index:

@@ -8,6 +8,7 @@ also where `parallelize` has cut them once more.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 
 import torch
@@ -17,6 +18,7 @@ from spmd_moe.declare import declared
 from spmd_moe.errors import ConfigError, PlacementError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import Placement
+from spmd_moe.router import Router
 from spmd_moe.settings import instance
 from spmd_moe.storage import local, place_in_whole, settled, whole_shape
 
@@ -28,10 +30,12 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
     """Normal weights and zero biases, for all parameters; all of them must declare a placement.
 
     `std` is the standard deviation of every weight, of a norm's scale too: set such ones after it.
-    Biases are named `bias`, `b1_eF` and the like. Every rank must call it, with the same seed.
+    Biases are named `bias`, `b1_eF` and the like. The routers' own buffers begin at zero; other
+    buffers are left as they are. Every rank must call it, with the same seed.
     """
     instance("init_weights", "mesh", mesh, MoEMesh, "init_weights(layer, layer.mesh, seed=0)")
     mesh.agree("init_weights", {"seed": seed, "std": std})
+    _check_std(std)
     _check(layer, mesh)
     for prefix, module in settled(layer).named_modules():
         placements = declared(module)
@@ -40,14 +44,26 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
                 parameter.zero_()
             else:
                 _draw(parameter, f"{seed}/{prefix}.{name}", placements[name], mesh, std)
-        for name, buffer in module.named_buffers(recurse=False):
-            if name in placements:
+        if isinstance(module, Router):
+            for buffer in (module.bias_E, module.seen_E):
                 buffer.zero_()
+
+
+def _check_std(std: object) -> None:
+    if not isinstance(std, int | float) or not 0 <= std < math.inf:
+        raise ConfigError(
+            explain(
+                "init_weights",
+                f"std is {std!r}; it must be a finite number of 0 or more",
+                why="it is the standard deviation of the weights",
+                fixes=["std=0.02"],
+            )
+        )
 
 
 def _check(layer: nn.Module, mesh: MoEMesh) -> None:
     """Nothing is drawn unless everything can be."""
-    undeclared = []
+    undeclared, unmade = [], []
     for prefix, module in layer.named_modules():
         own = getattr(module, "mesh", mesh)
         if isinstance(own, MoEMesh) and not own.same_layout(mesh):
@@ -60,8 +76,9 @@ def _check(layer: nn.Module, mesh: MoEMesh) -> None:
                 )
             )
         placements = declared(module)
-        names = (name for name, _ in module.named_parameters(prefix, recurse=False))
-        undeclared += [name for name in names if name.rpartition(".")[2] not in placements]
+        own_ones = dict(module.named_parameters(prefix, recurse=False))
+        undeclared += [name for name in own_ones if name.rpartition(".")[2] not in placements]
+        unmade += [name for name, parameter in own_ones.items() if parameter.is_meta]
     if undeclared:
         raise PlacementError(
             explain(
@@ -75,14 +92,26 @@ def _check(layer: nn.Module, mesh: MoEMesh) -> None:
                 ],
             )
         )
+    if unmade:
+        raise ConfigError(
+            explain(
+                "init_weights",
+                f"{unmade[0]!r} is on the meta device, where nothing has a value",
+                why="what is written there is forgotten",
+                fixes=["model.to_empty(device='cpu')   # before it; after parallelize, if at all"],
+            )
+        )
 
 
 def _draw(out: Tensor, stream: str, placement: Placement, mesh: MoEMesh, std: float) -> None:
-    whole, (first, *starts) = (f(placement, mesh, out) for f in (whole_shape, place_in_whole))
-    for i, row in enumerate(local(out)):
-        seed = hashlib.sha256(f"{stream}/{first + i}".encode()).digest()[:8]
+    whole, place = whole_shape(placement, mesh, out), place_in_whole(placement, mesh, out)
+    rows = local(out)
+    if not whole:  # a single number is a row of one
+        whole, place, rows = (1,), (0,), rows.reshape(1)
+    for i, row in enumerate(rows):
+        seed = hashlib.sha256(f"{stream}/{place[0] + i}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
         drawn = torch.randn(whole[1:], generator=generator) * std
-        for dim, start in enumerate(starts):
+        for dim, start in enumerate(place[1:]):
             drawn = drawn.narrow(dim, start, row.shape[dim])
         row.copy_(drawn)

@@ -11,26 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from spmd_moe.errors import ConfigError, GradientError, explain
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.obligations import Obligation, trained
 from spmd_moe.placement import P, R, Role, S
 from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.settings import instance
 from spmd_moe.storage import shard_group
+from spmd_moe.summed import is_sum, note_sum, rest_of_sum
 
 BUCKET_BYTES = 64 * 2**20  # gradients that travel together; a copy of so much exists meanwhile
 
-# Gradients that `reduce_gradients` has summed. Whatever is added to one later, it stays in here:
-# the old part would be summed twice.
-_REDUCED = WeakIdKeyDictionary()
+_MESH = "mesh = MoEMesh.init('cpu', dp=2)   # the mesh that the layers were built on"
 
 Trained: TypeAlias = tuple[Obligation, nn.Parameter]
 
@@ -39,10 +39,23 @@ Trained: TypeAlias = tuple[Obligation, nn.Parameter]
 def reduce_gradients(model: nn.Module, mesh: MoEMesh) -> None:
     """Sum every gradient over the axes on which its parameter is R. Every rank must call it.
 
-    Once for each step, after the backward of its last micro-batch; again only after `zero_grad`.
+    Once for each step, after the backward of its last micro-batch; again only after `zero_grad`,
+    whether that sets gradients to None or to zero.
     Sums are taken in float32 at least. A gradient that is None on some ranks counts as zero there.
     """
+    instance("reduce_gradients", "mesh", mesh, MoEMesh, _MESH)
     pairs = trained(model, mesh)
+    _check_new(pairs)
+    for bucket in _buckets(pairs, mesh):
+        _reduce(bucket, [mesh[role] for role in _owed(bucket[0][0], mesh)])
+    for _, parameter in pairs:
+        if parameter.grad is not None:
+            note_sum(parameter)
+
+
+def _check_new(pairs: Sequence[Trained]) -> None:
+    """Nothing in the gradients was summed before."""
+    rests: list[tuple[str, Tensor]] = []
     for row, parameter in pairs:
         if isinstance(parameter, DTensor):
             raise GradientError(
@@ -53,20 +66,23 @@ def reduce_gradients(model: nn.Module, mesh: MoEMesh) -> None:
                     fixes=["leave reduce_gradients out"],
                 )
             )
-        if parameter.grad is not None and parameter.grad in _REDUCED:
-            raise GradientError(
-                explain(
-                    "reduce_gradients",
-                    f"the gradient of {row.name!r} has been reduced before",
-                    why="what was summed over the ranks then would be summed again",
-                    fixes=["optimizer.zero_grad()   # after each step, before the next backward"],
-                )
+        rest = rest_of_sum(parameter)
+        if rest is not None:
+            rests.append((row.name, rest))
+    if not rests:
+        return  # as ever where zero_grad sets gradients to None: nothing waits for a device
+    device = rests[0][1].device
+    counts = torch.stack([rest.to(device) for _, rest in rests]).tolist()
+    summed = [name for (name, _), count in zip(rests, counts, strict=True) if count]
+    if summed:
+        raise GradientError(
+            explain(
+                "reduce_gradients",
+                f"the gradient of {summed[0]!r} has been reduced before",
+                why="what was summed over the ranks then would be summed again",
+                fixes=["optimizer.zero_grad()   # after each step, before the next backward"],
             )
-    for bucket in _buckets(pairs, mesh):
-        _reduce(bucket, [mesh[role] for role in _owed(bucket[0][0], mesh)])
-    for _, parameter in pairs:
-        if parameter.grad is not None:
-            _REDUCED[parameter.grad] = True
+        )
 
 
 def _owed(row: Obligation, mesh: MoEMesh) -> tuple[Role, ...]:
@@ -126,6 +142,7 @@ def clip_grad_norm_(
     Returns the norm before, which is what one process with the whole model computes, the same on
     all ranks. With `pipeline`, the model is one stage of a pipeline whose ranks that group has.
     """
+    instance("clip_grad_norm_", "mesh", mesh, MoEMesh, _MESH)
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ConfigError(
@@ -136,7 +153,7 @@ def clip_grad_norm_(
                 fixes=["norm_type=2.0", "norm_type=math.inf"],
             )
         )
-    pairs = [(row, p) for row, p in trained(model, mesh) if p.grad is not None]
+    pairs = trained(model, mesh)
     total = _total_norm(pairs, mesh, norm_type, pipeline, model)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise GradientError(
@@ -164,28 +181,32 @@ def _total_norm(
     pipeline: ProcessGroup | None,
     model: nn.Module,
 ) -> Tensor:
-    """Each part is counted once: powers are added over the axes on which ranks have other parts."""
-    parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    """Each part is counted once: powers are added over the axes on which ranks have other parts.
+
+    Over which, and in which dtype, follows from the parameters: which of them have a gradient can
+    differ from rank to rank.
+    """
+    parts: dict[tuple[ProcessGroup, ...], list[nn.Parameter]] = {}
     for row, parameter in pairs:
-        assert parameter.grad is not None
         stored = isinstance(parameter, DTensor)  # by parallelize: FSDP reduces in backward
-        if not stored and _owed(row, mesh) and parameter.grad not in _REDUCED:
+        owing = parameter.grad is not None and not stored and _owed(row, mesh)
+        if owing and not is_sum(parameter):
             raise GradientError(
                 explain(
                     "clip_grad_norm_",
                     f"the gradient of {row.name!r} is still to be summed over "
                     f"{', '.join(map(str, _owed(row, mesh)))}",
                     why="a sum that is not taken has no norm",
-                    fixes=["reduce_gradients(model, mesh)   # before it"],
+                    fixes=["reduce_gradients(model, mesh)   # before it, after the last backward"],
                 )
             )
         shards = shard_group(parameter)
         over = [*([shards] if shards else []), *(mesh[role].group for role in row.norm_axes)]
-        parts.setdefault(tuple(over), []).append(_local(parameter.grad))
+        parts.setdefault(tuple(over), []).append(parameter)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sums = [torch.zeros((), device=device)]
-    for groups, grads in parts.items():
-        power = _power(grads, norm_type, device)
+    for groups, parameters in parts.items():
+        power = _power(parameters, norm_type, device)
         for group in groups:
             power = _over(power, group, norm_type)
         sums.append(power)
@@ -195,13 +216,15 @@ def _total_norm(
     return power if math.isinf(norm_type) else power ** (1.0 / norm_type)
 
 
-def _power(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The norm of some tensors to the power of its type, or their maximum."""
-    powers = []
-    for _, same in _alike(grads):
+def _power(parameters: list[nn.Parameter], norm_type: float, device: torch.device) -> Tensor:
+    """The norm of some gradients to the power of its type, or their maximum; 0 where none are."""
+    dtype = reduce(torch.promote_types, map(wide, parameters))
+    powers = [torch.zeros((), dtype=dtype, device=device)]
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    for _, same in _alike([grad for grad in grads if grad.numel()]):  # an empty one has no maximum
         norms = torch.stack(torch._foreach_norm(same, norm_type, wide(same[0]))).to(device)
         powers.append(norms.amax() if math.isinf(norm_type) else (norms**norm_type).sum())
-    return _joined(powers, norm_type)
+    return _joined(powers, norm_type).to(dtype)
 
 
 def _joined(powers: list[Tensor], norm_type: float) -> Tensor:

@@ -23,9 +23,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as StoredShard
 
-from spmd_moe.errors import ConfigError, explain
+from spmd_moe.errors import ConfigError, DtypeError, explain, short_dtype
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.obligations import Obligation, Obligations, obligations
+from spmd_moe.settings import instance
 from spmd_moe.storage import Store, Stores, shard_dim
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,13 +46,19 @@ def parallelize(
     Each of `blocks` is gathered when it runs, the rest of the model as one. With `replicas` the
     parameters are cut over that many times fewer ranks, and the gradients of the replicas summed
     (HSDP). `policy` and `reshard_after_forward` are FSDP2's own; gradients are summed in float32
-    at least, unless the policy's `reduce_dtype` says otherwise.
+    at least, unless the policy's `reduce_dtype` says otherwise. Its `output_dtype` is not below
+    that, since layers hand out sums for losses.
     """
+    fix = "mesh = MoEMesh.init('cpu', dp=2)   # the mesh that the layers were built on"
+    instance("parallelize", "mesh", mesh, MoEMesh, fix)
     rows = obligations(model, mesh)
     units = _units(model, blocks)
     _check_new(model, rows)
     digest = hashlib.sha256(f"{rows} {replicas} {policy}".encode()).hexdigest()
-    mesh.agree("parallelize", {"parameters and settings": digest[:16]})
+    said = {"parameters and settings": digest[:16], "reshard_after_forward": reshard_after_forward}
+    gathered = [name for name, module in model.named_modules() if module in units[:-1]]
+    mesh.agree("parallelize", {**said, "blocks": gathered})
+    _check_outputs(policy)
     parameters = Obligations(row for row in rows if not row.is_buffer)
     stores = Stores(mesh, replicas)
     # All that can be refused comes first: a model is never left half stored.
@@ -105,6 +112,19 @@ def _check_new(model: nn.Module, rows: Obligations) -> None:
                     fixes=["call it once, on the model as it was built"],
                 )
             )
+
+
+def _check_outputs(policy: MixedPrecisionPolicy | None) -> None:
+    dtype = policy and policy.output_dtype
+    if dtype and torch.promote_types(dtype, torch.float32) is not dtype:
+        raise DtypeError(
+            explain(
+                "parallelize",
+                f"the policy's output_dtype is {short_dtype(dtype)}; it must be f32 or wider",
+                why="FSDP rounds all that a unit returns to it, the layers' sums for losses too",
+                fixes=["output_dtype=None   # and a cast in the model's own forward, where needed"],
+            )
+        )
 
 
 def _aliases(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -157,7 +157,7 @@ def awaited_state(
     parts: Parts = {}
     states: dict[nn.Parameter, dict[str, Any]] = {}
     settings = []
-    for group, rows in _groups(model, mesh, optimizer):
+    for _, rows in _groups(model, mesh, optimizer):
         names = {row.name for row, _ in rows}
         of_group = next((g for g in saved or () if g["state"].keys() == names), None)
         if of_group is None:
@@ -173,7 +173,8 @@ def awaited_state(
                     ],
                 )
             )
-        on_device = bool(group.get("fused") or group.get("capturable"))
+        kept_settings = of_group["settings"]  # which the optimizer gets, so its step goes by them
+        on_device = bool(kept_settings.get("fused") or kept_settings.get("capturable"))
         for row, parameter in rows:
             states[parameter] = state = {}
             for key, kept in of_group["state"][row.name].items():
@@ -189,7 +190,7 @@ def awaited_state(
                     device = parameter.device if on_device else torch.device("cpu")
                     state[key] = torch.empty((), dtype=dtype, device=device)
                     parts[_name(row, key)] = whole(state[key])
-        settings.append(of_group["settings"])
+        settings.append(kept_settings)
     return parts, states, settings
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
-from typing import Any
+from functools import partial, update_wrapper
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from spmd_moe.errors import ConfigError, explain
+from spmd_moe.settings import a_thing
 
 # What is dear to do twice and cheap to keep: whatever waits for other ranks, and the choices, which
 # a second computation in another precision might not repeat.
@@ -27,17 +30,41 @@ def recompute(blocks: Iterable[nn.Module], *, exchanges: bool = False) -> None:
     before; call it before `parallelize`.
     """
     contexts = {} if exchanges else {"context_fn": _keep_exchanges}
-    for block in blocks:
-        forward = block.forward
-        vars(block)["forward"] = _again(forward, contexts)
+    for block in _modules(blocks):
+        vars(block)["forward"] = _Again(block.forward, contexts)
 
 
-def _again(forward: Callable[..., Any], contexts: dict[str, Any]) -> Callable[..., Any]:
-    @wraps(forward)
-    def twice(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+@final
+class _Again:
+    """A forward that is computed again in backward.
 
-    return twice
+    An object that holds the block's own method, not a function around it: `copy.deepcopy` takes a
+    function as it is, and the copy of the block would run the block that it was copied from.
+    """
+
+    def __init__(self, forward: Callable[..., Any], contexts: dict[str, Any]) -> None:
+        update_wrapper(self, forward)
+        self._forward, self._contexts = forward, contexts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self._forward, *args, use_reentrant=False, **self._contexts, **kwargs)
+
+
+def _modules(blocks: object) -> list[nn.Module]:
+    """All of them, before the first is changed."""
+    asked = list(blocks) if isinstance(blocks, Iterable) else []
+    modules = [block for block in asked if isinstance(block, nn.Module)]
+    if len(modules) < len(asked) or not isinstance(blocks, Iterable):
+        inside = "with other things in it" if asked else "which is no list"
+        raise ConfigError(
+            explain(
+                "recompute",
+                f"blocks is {a_thing(blocks)} {inside}; it must be a list of modules",
+                why="each of them is a module whose forward runs again by itself",
+                fixes=["recompute(model.blocks)", "recompute([layer])   # one alone"],
+            )
+        )
+    return modules
 
 
 def _policy(_: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -14,6 +14,7 @@ from torch import nn
 
 from spmd_moe import MoEMesh, declare, files, load_checkpoint, save_checkpoint
 from spmd_moe.placement import SharedWeight
+from tests.simulate import fake_world
 
 Optimizer = torch.optim.Optimizer
 
@@ -103,10 +104,22 @@ def odd_setting(this: nn.Module) -> Optimizer:
     return optimizer
 
 
-def odd_extra() -> None:
-    with TemporaryDirectory() as folder:
-        extra = {"step": torch.ones(2)}
-        save_checkpoint(Path(folder) / "1", model(), MoEMesh.single(), extra=extra)
+def named(name: str = "1", **extra: object) -> Callable[[], object]:
+    """A save under a name that nothing has, or with something that cannot be stored."""
+
+    def act() -> object:
+        with TemporaryDirectory() as folder:
+            return save_checkpoint(Path(folder) / name, model(), MoEMesh.single(), extra=extra)
+
+    return act
+
+
+def of_part_of_the_ranks(act: Callable[..., object]) -> Callable[[], object]:
+    def on_two() -> None:
+        with fake_world(2):
+            act("1", model(), MoEMesh.single())
+
+    return on_two
 
 
 def no_room() -> None:
@@ -140,5 +153,11 @@ BAD_CHECKPOINTS: dict[str, Callable[[], object]] = {
     "checkpoint_foreign_parameter": with_optimizer(lambda this: adam(model())),
     "checkpoint_odd_state": with_optimizer(odd_state),
     "checkpoint_odd_setting": with_optimizer(odd_setting),
-    "checkpoint_odd_extra": odd_extra,
+    "checkpoint_odd_extra": named(step=torch.ones(2)),
+    "checkpoint_extra_keys": named(steps={1: 2}),
+    "checkpoint_extra_tuple": named(sizes=[(2, 3)]),
+    "checkpoint_unfinished_name": named("last.part"),
+    "checkpoint_part_of_the_ranks": of_part_of_the_ranks(save_checkpoint),
+    "checkpoint_load_part_of_the_ranks": of_part_of_the_ranks(load_checkpoint),
+    "checkpoint_no_mesh": lambda: save_checkpoint("1", model(), None),  # type: ignore[arg-type]  # wrong on purpose
 }

@@ -8,6 +8,7 @@ import torch
 import torch.distributed.tensor as torch_tensor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from spmd_moe import (
@@ -26,6 +27,7 @@ from spmd_moe import (
     declare,
     obligations,
     parallelize,
+    recompute,
     reduce_gradients,
 )
 from spmd_moe.placement import RoleKind, SharedWeight, Whole
@@ -88,6 +90,7 @@ def parallel(
     foreign: bool = False,
     twice: bool = False,
     replicas: int = 1,
+    policy: MixedPrecisionPolicy | None = None,
 ) -> Callable[[], object]:
     """A linear module with these kinds, on eight ranks."""
 
@@ -98,7 +101,7 @@ def parallel(
             declare(model, {"*": Placement(kinds or (DP[R], CP[R], TP[I]))})
             blocks = [nn.Linear(2, 2)] if foreign else []
             for _ in range(2 if twice else 1):
-                parallelize(model, mesh, blocks=blocks, replicas=replicas)
+                parallelize(model, mesh, blocks=blocks, replicas=replicas, policy=policy)
             return None
 
     return act
@@ -122,15 +125,21 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "obligations_varying": owing(DP[R], CP[R], TP[V]),
     "obligations_no_such_dim": owing(DP[R], CP[R], TP[S(2)]),
     "obligations_tied": tied,
+    "recompute_no_list": lambda: recompute(nn.Linear(2, 2)),  # type: ignore[arg-type]  # wrong on purpose
+    "recompute_no_modules": lambda: recompute(["blocks"]),  # type: ignore[list-item]  # wrong on purpose
     "reduce_twice": twice,
+    "reduce_no_mesh": lambda: reduce_gradients(nn.Linear(2, 2), None),  # type: ignore[arg-type]  # wrong on purpose
     "reduce_stored": stored,
     "parallelize_foreign_block": parallel(foreign=True),
     "parallelize_twice": parallel(twice=True),
     "parallelize_nothing_shared": parallel(DP[I], CP[I], TP[I]),
     "parallelize_replicas": parallel(replicas=3),
+    "parallelize_no_mesh": lambda: parallelize(nn.Linear(2, 2), None),  # type: ignore[arg-type]  # wrong on purpose
+    "parallelize_output_dtype": parallel(policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16)),
     "parallelize_no_even_dim": parallel(DP[R], CP[R], TP[S(0)], rows=3),
     "parallelize_part_of_the_ranks": part_of_the_ranks,
     "clip_norm_type": lambda: clip_grad_norm_(nn.Sequential(), MoEMesh.single(), 1.0, 0.0),
+    "clip_no_mesh": lambda: clip_grad_norm_(nn.Linear(2, 2), None, 1.0),  # type: ignore[arg-type]  # wrong on purpose
     "clip_not_finite": not_finite,
     "clip_unreduced": unreduced,
 }

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +23,7 @@ from spmd_moe import (
     CheckpointError,
     MoEMesh,
     Obligation,
+    declare,
     files,
     latest_checkpoint,
     load_checkpoint,
@@ -31,7 +32,9 @@ from spmd_moe import (
     save_checkpoint,
     update_selection_bias,
 )
-from spmd_moe.placement import P
+from spmd_moe.check.threads import threaded
+from spmd_moe.parts import awaited_state
+from spmd_moe.placement import P, SharedWeight
 from spmd_moe.router import Router
 from tests.layouts import Layout
 from tests.models import Model, batch, part
@@ -344,7 +347,50 @@ def test_other_optimizers(kind: Any, tmp_path: Path) -> None:
     assert equal(everything(*again), everything(*straight)) == []
 
 
-def test_the_latest_of_nothing(tmp_path: Path) -> None:
+def test_the_latest_is_that_of_the_highest_number(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / "notes").mkdir()
     assert latest_checkpoint(tmp_path) is None
+    for name in ("best", "epoch_2_step_5", "epoch_1_step_9", "step_900", "step_1000", "step_1001"):
+        (tmp_path / name).mkdir()
+        if name != "step_1001":
+            (tmp_path / name / files.INDEX).touch()
+    for name in ("step_1000", "step_900", "epoch_2_step_5", "epoch_1_step_9", "best"):
+        assert latest_checkpoint(tmp_path) == tmp_path / name
+        (tmp_path / name / files.INDEX).unlink()
+
+
+def with_extra(folder: str, extra: list[dict[str, Any]]) -> str:
+    model, mesh, _ = start(Way(Layout(dp=2), own_tokens=True, fsdp=False))
+    try:
+        save_checkpoint(f"{folder}/1", model, mesh, extra=extra[dist.get_rank()])
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("other", [{"at": 6}, {"at": (5,)}, {"at": torch.ones(1)}, None])
+def test_ranks_that_save_other_extras_are_told(other: Any, tmp_path: Path) -> None:
+    for said in threaded(2, with_extra, str(tmp_path), [{"at": 5}, other]):
+        assert "save_checkpoint: the ranks were called with different settings: extra=" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_extra_comes_back_as_it_was(tmp_path: Path) -> None:
+    run_, extra = start(ALONE), {"best": torch.inf, "deep": [{"a": None}, [1.5, True, "b"]]}
+    save_checkpoint(tmp_path / "1", *run_, extra)
+    assert load_checkpoint(tmp_path / "1", *run_) == extra
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_is_where_the_saved_settings_want_it(fused: bool) -> None:
+    """They become the optimizer's; a fused step counts on the device, where meta stands for one."""
+    model = nn.Linear(2, 2, bias=False, device="meta")
+    declare(model, {"*": SharedWeight})
+    optimizer = torch.optim.Adam(model.parameters())
+    optimizer.param_groups[0]["fused"] = not fused
+    kept = {"weight": {"step": {"like_parameter": False, "dtype": "float32"}}}
+    saved = [{"settings": {"fused": fused}, "state": kept}]
+    _, states, _ = awaited_state(model, MoEMesh.single(), optimizer, saved)
+    (state,) = states.values()
+    assert state["step"].is_meta is fused

@@ -379,3 +379,29 @@ def test_biases_are_known_by_their_names() -> None:
     init_weights(named, MoEMesh.single(), seed=0)
     alive = {name: bool(p.any()) for name, p in named.named_parameters()}
     assert alive == {"beta": True, "bias": False, "b1_eF": False}
+
+
+class Scaled(nn.Module):
+    """A layer inside a model that has a buffer and a number of its own."""
+
+    angles_D: Whole
+    scale: Whole
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("angles_D", torch.arange(4.0))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.moe = single()
+
+
+def test_other_buffers_are_left_alone_and_a_single_number_is_drawn() -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        model = Scaled()
+        for buffer in (model.moe.router.bias_E, model.moe.router.seen_E):
+            buffer.fill_(7)
+        init_weights(model, MoEMesh.single(), seed)
+        assert model.angles_D.tolist() == [0, 1, 2, 3]
+        assert not model.moe.router.bias_E.any() and not model.moe.router.seen_E.any()
+        drawn.append(model.scale.item())
+    assert drawn[0] == drawn[1] != drawn[2] and 0 < abs(drawn[0]) < 0.1

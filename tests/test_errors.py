@@ -215,6 +215,8 @@ CASES: dict[str, Callable[[], object]] = {
     "init_undeclared": lambda: _initialised(
         lambda layer: (torch.nn.Sequential(torch.nn.Linear(4, 4), layer), layer.mesh)
     ),
+    "init_std": lambda: init_weights(_layer(), MoEMesh.single(), seed=0, std=-1.0),
+    "init_meta": lambda: init_weights(_layer().to("meta"), MoEMesh.single(), seed=0),
     "losses_none": lambda: totals(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_no_list": lambda: update_selection_bias(_layer().router, MoEMesh.single(), 0.1),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_layers": lambda: update_selection_bias([_layer()], MoEMesh.single(), 0.1),  # type: ignore[list-item]  # wrong on purpose

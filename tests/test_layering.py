@@ -57,6 +57,7 @@ ORDER = [
     "obligations",
     "storage",
     "init",
+    "summed",
     "optim",
     "parallelize",
     "parts",

@@ -21,7 +21,7 @@ from spmd_moe import (
     reduce_gradients,
 )
 from spmd_moe.check.threads import threaded
-from spmd_moe.placement import CP, DP, EDP, EP, ETP, TP, I, P, Placement, R, V
+from spmd_moe.placement import CP, DP, EDP, EP, ETP, TP, I, P, Placed, Placement, R, S, V, Whole
 from tests.grid import layouts
 from tests.layouts import Layout
 from tests.models import Model, batch, build, mesh_of, part
@@ -176,27 +176,48 @@ def test_the_size_of_buckets_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     assert max(threaded(4, in_small_buckets, Layout(dp=2, tp=2, ep=2), want)) < 1e-12
 
 
-def twice(layout: Layout, between: str) -> str:
-    model, mesh = trained(layout, False)
+def after(first: str, then: str) -> list[str]:
+    """What both say of gradients that were reduced, and to which something was done since."""
+    model, mesh = trained(Layout(dp=2, ep=2), False)
     reduce_gradients(model, mesh)
-    if between == "backward":
-        model(*batch(mesh, False)).backward()
-    if between == "clip":
-        clip_grad_norm_(model, mesh, 1e-3)
-    if between == "zero_grad":
-        model.zero_grad()
-        model(*batch(mesh, False)).backward()
+    for done in first.split():
+        if done == "backward":
+            model(*batch(mesh, False)).backward()
+        elif done == "grad":  # adds to no gradient
+            torch.autograd.grad(model(*batch(mesh, False)), list(model.parameters()))
+        elif done == "clip":
+            clip_grad_norm_(model, mesh, 1e-3)
+        elif done == "scale":
+            torch._foreach_mul_(list(gradients(model).values()), 0.5)
+        else:
+            model.zero_grad(set_to_none=done == "none")
     try:
-        reduce_gradients(model, mesh)
+        reduce_gradients(model, mesh) if then == "reduce" else clip_grad_norm_(model, mesh, 1.0)
     except SpmdMoeError as error:
-        return str(error)
-    return ""
+        return [str(error)]
+    return []
 
 
-@pytest.mark.parametrize("between", ["nothing", "backward", "clip", "zero_grad"])
-def test_gradients_are_reduced_once(between: str) -> None:
-    for said in threaded(2, twice, Layout(dp=2, ep=2), between):
-        assert ("has been reduced before" in said) == (between != "zero_grad"), said
+AFTER = {
+    "reduce": ["", "backward", "clip", "scale backward", "grad", "grad backward"],
+    "clip": ["backward", "zero backward", "none backward", "clip backward", "none backward grad"],
+}
+FINE_AFTER = {
+    "reduce": [
+        *("zero", "zero backward", "none backward", "grad none backward"),
+        *("backward zero backward", "zero backward grad backward"),
+    ],
+    "clip": ["", "clip", "scale", "grad", "zero", "none"],
+}
+SAID = {"reduce": "has been reduced before", "clip": "is still to be summed over dp"}
+
+
+@pytest.mark.parametrize("then", AFTER)
+def test_gradients_are_reduced_once_after_the_last_backward(then: str) -> None:
+    for wrong, cases in ((True, AFTER), (False, FINE_AFTER)):
+        for first in cases[then]:
+            for said in threaded(2, after, first, then):
+                assert [SAID[then] in text for text in said] == [True] * wrong, (first, said)
 
 
 def unreduced(layout: Layout) -> None:
@@ -207,6 +228,37 @@ def unreduced(layout: Layout) -> None:
 
 def test_a_sum_that_is_not_taken_has_no_norm() -> None:
     threaded(2, unreduced, Layout(dp=2, ep=2))
+
+
+class Parts(nn.Module):
+    """A weight in parts over tp, and whole ones, of which one is empty."""
+
+    part_D: Placed[Tensor, DP[R], CP[R], TP[S[0]]]
+    empty_D: Whole
+    whole_D: Whole
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part_D = nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64))
+        self.empty_D = nn.Parameter(torch.empty(0))
+        self.whole_D = nn.Parameter(torch.ones(3))
+
+
+def norms_of_parts() -> list[float]:
+    """The part of rank 1 has no gradient."""
+    mesh, model = MoEMesh.init("cpu", tp=2), Parts()
+    loss = model.whole_D.sum() + model.empty_D.sum()
+    (loss + model.part_D.square().sum() if mesh[TP].rank == 0 else loss).backward()
+    reduce_gradients(model, mesh)
+    norms = [clip_grad_norm_(model, mesh, math.inf, norm) for norm in (2.0, math.inf)]
+    assert {norm.dtype for norm in norms} == {torch.float64}
+    return [norm.item() for norm in norms]
+
+
+def test_a_gradient_that_one_rank_has_not_is_zero_in_the_norm_of_all() -> None:
+    """Each rank issues the same collectives, whatever gradients it has."""
+    want = [pytest.approx(math.sqrt(2 * 4**2 + 3 * 2**2)), 4.0]
+    assert threaded(2, norms_of_parts) == [want, want]
 
 
 # --- clipping -----------------------------------------------------------------------------------

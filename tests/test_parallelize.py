@@ -232,18 +232,29 @@ def test_compute_is_plain_and_in_the_precision_of_the_policy() -> None:
 # --- refusals that need several ranks -----------------------------------------------------------
 
 
-def other_settings(way: Way) -> str:
-    model = build(mesh := mesh_of(way.layout), False)
-    try:
-        parallelize(model, mesh, replicas=1 + torch.distributed.get_rank() % 2)
-    except SpmdMoeError as error:
-        return str(error)
-    return ""
+def other_settings(way: Way) -> list[str]:
+    model, said = build(mesh := mesh_of(way.layout), False), []
+    other = bool(torch.distributed.get_rank())
+    settings: list[dict[str, Any]] = [
+        {"replicas": 1 + other},
+        {"blocks": list(model.blocks)[other:]},
+        {"reshard_after_forward": other},
+    ]
+    for setting in settings:
+        try:
+            parallelize(model, mesh, **setting)
+        except SpmdMoeError as error:
+            said.append(str(error).splitlines()[0])
+    return said
 
 
 def test_ranks_that_disagree_are_told() -> None:
-    for said in run(2, other_settings, Way(Layout(dp=2))):
-        assert "parallelize: the ranks were called with different settings" in said
+    for of_rank in run(2, other_settings, Way(Layout(dp=2))):
+        replicas, blocks, reshard = of_rank
+        head = "parallelize: the ranks were called with different settings: "
+        assert replicas.startswith(f"{head}parameters and settings=")
+        assert blocks.startswith(f"{head}blocks=['blocks.0', 'blocks.1'] on ranks [0]")
+        assert "reshard_after_forward=False on ranks [0]" in reshard
 
 
 # --- made on no device --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -86,6 +87,19 @@ def test_less_waits_for_backward() -> None:
             recompute(model.blocks, exchanges=exchanges)
         saved[exchanges] = step(model, mesh).saved
     assert saved[True] <= saved[False] < 0.6 * saved[None], saved
+
+
+def test_a_copy_runs_its_own_weights() -> None:
+    first = build(mesh := MoEMesh.single(), True)
+    recompute(first.blocks)
+    copied = copy.deepcopy(first)
+    with torch.no_grad():
+        copied.get_parameter("blocks.0.moe.experts.w1_eFD").mul_(2)
+    theirs, ours = (model(*batch(mesh, True)) for model in (first, copied))
+    assert not torch.equal(theirs, ours)
+    ours.backward()
+    assert all(p.grad is not None for p in copied.blocks.parameters())
+    assert all(p.grad is None for p in first.parameters())
 
 
 # --- compiled -----------------------------------------------------------------------------------
