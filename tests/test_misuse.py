@@ -147,6 +147,14 @@ def test_a_dispatcher_of_another_number_of_experts(kind: Any, number: int) -> No
     assert text == f"MoE: the dispatcher is built for {number} experts, the router chooses among 8."
 
 
+@pytest.mark.parametrize(("axis", "sizes"), [("ep", (2, 1)), ("etp", (1, 2))])
+def test_local_is_for_whole_experts(axis: str, sizes: tuple[int, int]) -> None:
+    with fake_world(2):
+        mesh = MoEMesh.init("cpu", dp=2, ep=sizes[0], etp=sizes[1])
+        text = refusal(lambda: Local(mesh))
+    assert text == f"Local: the experts are sharded on axis '{axis}' (2 ranks)."
+
+
 def test_a_dispatcher_of_ones_own_need_not_say_how_many() -> None:
     class Own:
         """Local under another name, which says nothing of itself."""

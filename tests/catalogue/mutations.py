@@ -49,9 +49,9 @@ TESTS_OF = {
     "experts": "errors experts layer",
     "combine": "dispatch layer",
     "moe": "record errors misuse counters losses layer",
-    "dispatch.local": "errors dispatch",
-    "dispatch.all_to_all": "errors dispatch",
-    "dispatch.all_gather": "errors dispatch",
+    "dispatch.local": "errors misuse dispatch",
+    "dispatch.all_to_all": "errors faults dispatch",
+    "dispatch.all_gather": "errors faults dispatch",
     "dispatch.fixed": "errors dispatch decode",
 }
 
