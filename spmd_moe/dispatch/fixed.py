@@ -64,9 +64,7 @@ class FixedCapacity:
         self.ep, self.etp = mesh[EP], mesh[ETP]
         self.num_experts, self.axes = num_experts, (self.ep, self.etp)
         self.room = rows_per_rank
-        if self.ep.size * self.etp.size > 1:
-            settings = {"rows_per_rank": rows_per_rank}
-            mesh.agree("FixedCapacity", settings)
+        mesh.agree("FixedCapacity", {"rows_per_rank": rows_per_rank})
 
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
