@@ -233,8 +233,8 @@ LAYOUTS = [
         ),
         target="masked",
         layout=TP_2,
-        rule="crash",
-        at="x_TD.masked_fill(",
+        rule="types",
+        at="x_TD = _masked(x_TD, mask_T)",
         shows="crash",
     ),
     Bug(
@@ -249,7 +249,7 @@ LAYOUTS = [
         layout=TP_2,
         run=4,
         rule="types",
-        at="self.router(x_TD, mask_T",
+        at="x_TD = _masked(x_TD, mask_T)",
     ),
     Bug(
         "B36c",

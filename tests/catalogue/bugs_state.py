@@ -87,7 +87,7 @@ STATE = [
     Bug(
         "B43a",
         "the random numbers of a weight do not depend on which experts the rank has",
-        edit("init", '{stream}/{first + i}"', '{stream}/{i}"'),
-        open="none: weights are given to every check, not drawn; tests/test_counters.py draws",
+        edit("init", '{stream}/{place[0] + i}"', '{stream}/{i}"'),
+        open="none: weights are given to every check, not drawn; tests/test_init.py draws",
     ),
 ]
