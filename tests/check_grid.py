@@ -46,8 +46,11 @@ Case = dict[str, Any]
 def possible(case: Case) -> bool:
     """What the layer refuses is no case."""
     src, dst = case["boundary"]
-    fits = case["dispatcher"] != "fixed" or src in (R, I) or dst == src
-    return bool(fits) and (case["balance"] != "sequence" or case["sequences"] > 0)
+    sharded = case["shared"] is not None and case["shared"].sharded
+    counts_rows = src not in (R, I) and (dst != src or sharded)
+    if case["dispatcher"] == "fixed" and counts_rows:
+        return False
+    return bool(case["balance"] != "sequence" or case["sequences"])
 
 
 def drawn(layout: Layout, number: int) -> list[Case]:
