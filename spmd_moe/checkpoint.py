@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from spmd_moe.errors import CheckpointError, MeshError, SpmdMoeError, explain, short_dtype
 from spmd_moe.files import INDEX, UNFINISHED, Index, Reader, Writer, read_index
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.parts import (
     Parts,
     awaited_state,
@@ -51,7 +51,7 @@ from spmd_moe.parts import (
     sums_taken,
 )
 from spmd_moe.placement import DENSE
-from spmd_moe.settings import a_thing, instance
+from spmd_moe.settings import a_thing
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -72,7 +72,7 @@ def save_checkpoint(
     is returned waits for the end, and has to be called before the process group is destroyed.
     """
     path = Path(path)
-    _check_mesh("save_checkpoint", mesh)
+    _check_whole_world("save_checkpoint", mesh)
     kept, wrong = _json_of(extra)
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
     there = {"path": path.name, "exists": path.exists()}
@@ -116,7 +116,7 @@ def load_checkpoint(
     must call it.
     """
     path = Path(path)
-    _check_mesh("load_checkpoint", mesh)
+    _check_whole_world("load_checkpoint", mesh)
     index = _index_of_all(path, mesh)
     sums = sums_awaited(model, mesh)
     parts = model_parts(model, mesh, sums)
@@ -232,9 +232,9 @@ class _LoadPlanner(DefaultLoadPlanner):
 # --- refusals ---------------------------------------------------------------------------------
 
 
-def _check_mesh(where: str, mesh: MoEMesh) -> None:
+def _check_whole_world(where: str, mesh: MoEMesh) -> None:
     """All ranks write into one folder, where two tensors of one name are parts of one tensor."""
-    instance(where, "mesh", mesh, MoEMesh, "MoEMesh.single()   # one process alone")
+    check_mesh(where, mesh)
     ranks = math.prod(mesh[role].size for role in DENSE)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if ranks != world:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from spmd_moe.declare import declared
 from spmd_moe.errors import ConfigError, PlacementError, explain
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.placement import Placement
 from spmd_moe.router import Router
-from spmd_moe.settings import instance
+from spmd_moe.settings import number
 from spmd_moe.storage import local, place_in_whole, settled, whole_shape
 
 _BIAS = re.compile(r"(bias|b\d*)(_[A-Za-z]+)?")
@@ -33,9 +33,17 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
     Biases are named `bias`, `b1_eF` and the like. The routers' own buffers begin at zero; other
     buffers are left as they are. Every rank must call it, with the same seed.
     """
-    instance("init_weights", "mesh", mesh, MoEMesh, "init_weights(layer, layer.mesh, seed=0)")
+    check_mesh("init_weights", mesh)
     mesh.agree("init_weights", {"seed": seed, "std": std})
-    _check_std(std)
+    number(
+        "init_weights",
+        "std",
+        std,
+        lambda std: 0 <= std < math.inf,
+        need="a finite number of 0 or more",
+        why="it is the standard deviation of the weights",
+        fix="std=0.02",
+    )
     _check(layer, mesh)
     for prefix, module in settled(layer).named_modules():
         placements = declared(module)
@@ -47,18 +55,6 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
         if isinstance(module, Router):
             for buffer in (module.bias_E, module.seen_E):
                 buffer.zero_()
-
-
-def _check_std(std: object) -> None:
-    if not isinstance(std, int | float) or not 0 <= std < math.inf:
-        raise ConfigError(
-            explain(
-                "init_weights",
-                f"std is {std!r}; it must be a finite number of 0 or more",
-                why="it is the standard deviation of the weights",
-                fixes=["std=0.02"],
-            )
-        )
 
 
 def _check(layer: nn.Module, mesh: MoEMesh) -> None:

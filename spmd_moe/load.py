@@ -10,8 +10,7 @@ from typing import final
 
 import torch
 
-from spmd_moe.dispatch.protocol import check_mesh
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.moe import MoEOutput
 from spmd_moe.placement import DENSE, P, R, Whole
 from spmd_moe.redistribute import redistribute

@@ -31,7 +31,7 @@ from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens, TokenSums, Whole
 from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Router, Routing, count, not_cast
-from spmd_moe.settings import a_thing, instance
+from spmd_moe.settings import a_thing, instance, number
 
 # What holds however a batch is balanced, and whatever the model around the layer is on tp.
 GroupSums: TypeAlias = Placed[Tensor, CP[P]]
@@ -242,7 +242,15 @@ def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float)
     One reduction for all routers. The counters start anew.
     """
     routers = _routers(routers)
-    _check_rate(rate)
+    number(
+        "update_selection_bias",
+        "rate",
+        rate,
+        math.isfinite,
+        need="a finite number",
+        why="it is what the bias of an expert moves by",
+        fix="rate=0.001",
+    )
     if not routers:
         return
     counted_LE: TokenSums = torch.stack([router.seen_E for router in routers])
@@ -252,18 +260,6 @@ def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float)
     for router, push_E in zip(routers, push_LE, strict=True):
         router.bias_E += push_E.to(router.bias_E.dtype)
         router.seen_E *= 0  # what each rank has stays a part of a sum: 0 is one too
-
-
-def _check_rate(rate: object) -> None:
-    if not isinstance(rate, int | float) or not math.isfinite(rate):
-        raise ConfigError(
-            explain(
-                "update_selection_bias",
-                f"rate is {rate!r}; it must be a finite number",
-                why="it is what the bias of an expert moves by",
-                fixes=["rate=0.001"],
-            )
-        )
 
 
 def _routers(given: object) -> list[Router]:

@@ -29,6 +29,7 @@ from spmd_moe.agree import agree
 from spmd_moe.degrees import check_degrees, check_dense, check_device_type, expert_data_degree
 from spmd_moe.errors import MeshError, explain
 from spmd_moe.placement import DENSE, EXPERT, Role
+from spmd_moe.settings import instance
 
 # The user's name for an axis, or his names for the adjacent axes that together play one role.
 Names = str | tuple[str, ...]
@@ -189,6 +190,11 @@ class MoEMesh:
     def __repr__(self) -> str:
         sizes = [f"{axis.name} {axis.size}" for axis in self._axes.values()]
         return f"MoEMesh({' x '.join(sizes[:3])} = {' x '.join(sizes[3:])})"
+
+
+def check_mesh(where: str, mesh: MoEMesh) -> None:
+    fix = "mesh = MoEMesh.single()   # one process alone; under torchrun MoEMesh.init('cpu', dp=2)"
+    instance(where, "mesh", mesh, MoEMesh, fix)
 
 
 def _not_pickled(held: object) -> MeshError:

@@ -20,12 +20,12 @@ from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import AllToAll, Dispatcher, FixedCapacity, Local
-from spmd_moe.dispatch.protocol import check_dispatcher, check_mesh
+from spmd_moe.dispatch.protocol import check_dispatcher
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.experts import Experts, Keep, Weigh
 from spmd_moe.inputs import check_inputs
 from spmd_moe.losses import LossTerms, count_in_backward, declared, loss_terms, reduce_on_tp
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.permute import sort_by_expert
 from spmd_moe.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
 from spmd_moe.router import Router, RouterConfig, Routing

@@ -28,7 +28,7 @@ from torch.distributed.tensor.placement_types import Placement as Stored
 
 from spmd_moe.declare import declarations
 from spmd_moe.errors import PlacementError, describe, explain
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.placement import DENSE, EXPERT, I, Kind, P, Placement, R, Role, RoleKind
 
 
@@ -69,6 +69,7 @@ class Obligations(tuple[Obligation, ...]):
 
 def obligations(model: nn.Module, mesh: MoEMesh) -> Obligations:
     """A row for every parameter and persistent buffer. What has no placement is refused."""
+    check_mesh("obligations", mesh)
     tensors = _tensors(model)
     key = [(name, id(tensor), tensor.shape) for name, tensor in tensors.items()]
     last = _LAST.get(model)

@@ -20,17 +20,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from spmd_moe.errors import ConfigError, GradientError, explain
-from spmd_moe.mesh import Axis, MoEMesh
+from spmd_moe.mesh import Axis, MoEMesh, check_mesh
 from spmd_moe.obligations import Obligation, trained
 from spmd_moe.placement import P, R, Role, S
 from spmd_moe.redistribute import redistribute, wide
-from spmd_moe.settings import instance
 from spmd_moe.storage import shard_group
 from spmd_moe.summed import is_sum, note_sum, rest_of_sum
 
 BUCKET_BYTES = 64 * 2**20  # gradients that travel together; a copy of so much exists meanwhile
-
-_MESH = "mesh = MoEMesh.init('cpu', dp=2)   # the mesh that the layers were built on"
 
 Trained: TypeAlias = tuple[Obligation, nn.Parameter]
 
@@ -43,7 +40,7 @@ def reduce_gradients(model: nn.Module, mesh: MoEMesh) -> None:
     whether that sets gradients to None or to zero.
     Sums are taken in float32 at least. A gradient that is None on some ranks counts as zero there.
     """
-    instance("reduce_gradients", "mesh", mesh, MoEMesh, _MESH)
+    check_mesh("reduce_gradients", mesh)
     pairs = trained(model, mesh)
     _check_new(pairs)
     for bucket in _buckets(pairs, mesh):
@@ -142,7 +139,7 @@ def clip_grad_norm_(
     Returns the norm before, which is what one process with the whole model computes, the same on
     all ranks. With `pipeline`, the model is one stage of a pipeline whose ranks that group has.
     """
-    instance("clip_grad_norm_", "mesh", mesh, MoEMesh, _MESH)
+    check_mesh("clip_grad_norm_", mesh)
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ConfigError(

@@ -24,9 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as StoredShard
 
 from spmd_moe.errors import ConfigError, DtypeError, explain, short_dtype
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.obligations import Obligation, Obligations, obligations
-from spmd_moe.settings import instance
 from spmd_moe.storage import Store, Stores, shard_dim
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,8 +48,7 @@ def parallelize(
     at least, unless the policy's `reduce_dtype` says otherwise. Its `output_dtype` is not below
     that, since layers hand out sums for losses.
     """
-    fix = "mesh = MoEMesh.init('cpu', dp=2)   # the mesh that the layers were built on"
-    instance("parallelize", "mesh", mesh, MoEMesh, fix)
+    check_mesh("parallelize", mesh)
     rows = obligations(model, mesh)
     units = _units(model, blocks)
     _check_new(model, rows)

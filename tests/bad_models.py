@@ -128,6 +128,7 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "recompute_no_list": lambda: recompute(nn.Linear(2, 2)),  # type: ignore[arg-type]  # wrong on purpose
     "recompute_no_modules": lambda: recompute(["blocks"]),  # type: ignore[list-item]  # wrong on purpose
     "reduce_twice": twice,
+    "obligations_no_mesh": lambda: obligations(nn.Linear(2, 2), None),  # type: ignore[arg-type]  # wrong on purpose
     "reduce_no_mesh": lambda: reduce_gradients(nn.Linear(2, 2), None),  # type: ignore[arg-type]  # wrong on purpose
     "reduce_stored": stored,
     "parallelize_foreign_block": parallel(foreign=True),

@@ -1,7 +1,7 @@
 """mypy with the plugin and without, over large packages that have no placements: who notices?
 
-    pip install --no-deps --target /tmp/packages sympy networkx
-    python -m tests.fuzz_plugin --path /tmp/packages torch spmd_types sympy networkx
+    pip install --no-deps --target packages sympy networkx
+    python -m tests.fuzz_plugin --path packages torch spmd_types sympy networkx
 
 The plugin must not: no error of its own, none of its codes, the same errors of mypy's, and little
 time. Times are of the processor, so that other programs count less; the runs with the plugin and

@@ -13,21 +13,12 @@ from spmd_moe.init import init_weights
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.placement import Whole
-from spmd_moe.router import RouterConfig
 from tests.layer_runs import placements
 from tests.layouts import Layout, part
+from tests.test_counters import CONFIG, single
 
 # Shape letters in this file:
-#   T  tokens    D  model width    E  experts    L  layers
-CONFIG = MoEConfig(8, 12, RouterConfig(8, top_k=2, score="sigmoid"))
-TOKENS = 11
-
-
-def single(config: MoEConfig = CONFIG) -> MoE:
-    mesh = MoEMesh.single()
-    layer = MoE(config, mesh)
-    init_weights(layer, mesh, seed=1, std=0.5)
-    return layer
+#   D  model width    F  expert width    e  experts on this rank
 
 
 def whole_config(sharded: bool) -> MoEConfig:

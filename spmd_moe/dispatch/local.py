@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import final
 
 from spmd_moe import fault
-from spmd_moe.dispatch.protocol import Arrived, check_mesh
+from spmd_moe.dispatch.protocol import Arrived
 from spmd_moe.errors import ConfigError, explain
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.permute import Gather, Slots, spread, take_scores
 from spmd_moe.placement import EP, ETP, RowSums, Tokens
 from spmd_moe.router import Routing

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, final
 
 from spmd_moe.errors import ConfigError, explain
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.permute import Gather, Slots
 from spmd_moe.placement import EP, GatheredRows, RowSums, Tokens
 from spmd_moe.router import Routing
-from spmd_moe.settings import a_thing, instance, share, whole_numbers
+from spmd_moe.settings import a_thing, share, whole_numbers
 
 State = TypeVar("State")
 
@@ -59,10 +59,6 @@ def experts_of_a_rank(where: str, mesh: MoEMesh, num_experts: int) -> int:
     check_mesh(where, mesh)
     whole_numbers(where, num_experts=num_experts)
     return share(where, "num_experts", num_experts, mesh[EP])
-
-
-def check_mesh(where: str, mesh: MoEMesh) -> None:
-    instance(where, "mesh", mesh, MoEMesh, "MoEMesh.single()   # one process alone")
 
 
 def check_dispatcher(dispatcher: object, num_experts: int, mesh: MoEMesh) -> None:

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from spmd_moe.declare import declared
 from spmd_moe.errors import ConfigError, describe, explain, users_line
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.placement import Placement
 from spmd_moe.sanitize.boundaries import Boundaries
 from spmd_moe.sanitize.compare import ROLES, Seen, as_stored, compare, same_on
@@ -42,6 +42,7 @@ def sanitize(
     Without `rate`, the environment variable SPMD_MOE_SANITIZE says it. `step` is the number of the
     first step, for messages. Every rank must enter, with the same rate.
     """
+    check_mesh("sanitize", mesh)
     watcher = Sanitizer(model, mesh, _period(rate), step)
     with watcher.at_work():
         yield watcher

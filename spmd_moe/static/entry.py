@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache, cached_property
 from os import sep
 from pathlib import Path
@@ -30,6 +31,20 @@ if TYPE_CHECKING:
 H = TypeVar("H")
 
 
+class _Known(dict[str, H | None]):
+    """The hook of each name, kept where it never changes: mypy asks for it a hundred times."""
+
+    def __init__(self, ask: Callable[[str], tuple[H | None, bool]]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def __missing__(self, fullname: str) -> H | None:
+        hook, lasts = self._ask(fullname)
+        if lasts:
+            self[fullname] = hook
+        return hook
+
+
 class SpmdMoePlugin(Plugin):
     """Placements in mypy. It holds no state of its own beyond what a run writes down."""
 
@@ -40,12 +55,11 @@ class SpmdMoePlugin(Plugin):
         self._config = read_config(options.config_file)
         self._is_daemon = options.fine_grained_incremental
         self._for_daemon = options.fine_grained_incremental or options.cache_fine_grained
-        # The answer for each name: mypy asks for the same ones a hundred times.
-        self._annotations: dict[str, OfAnnotation | None] = {}
-        self._functions: dict[str, OfFunction | None] = {}
-        self._methods: dict[str, OfMethod | None] = {}
-        self._signatures: dict[str, OfSignature | None] = {}
-        self._attributes: dict[str, OfAttribute | None] = {}
+        self._annotations = _Known(lambda name: self._answers.annotation(name))
+        self._functions = _Known(lambda name: self._lasting(name, self._answers.function(name)))
+        self._methods = _Known(lambda name: self._lasting(name, self._answers.method(name)))
+        self._signatures = _Known(lambda name: self._lasting(name, self._answers.signature(name)))
+        self._attributes = _Known(lambda name: self._lasting(name, self._answers.attribute(name)))
 
     @cached_property
     def _answers(self) -> Answers:
@@ -55,40 +69,23 @@ class SpmdMoePlugin(Plugin):
         daemon = Daemon(self.options) if self._is_daemon else None
         return Answers(self.lookup_fully_qualified, self._config, daemon)
 
-    def _keep(self, known: dict[str, H | None], fullname: str, hook: H | None) -> H | None:
-        if self._answers.lasts(fullname):
-            known[fullname] = hook
-        return hook
+    def _lasting(self, fullname: str, hook: H | None) -> tuple[H | None, bool]:
+        return hook, self._answers.lasts(fullname)
 
     def get_type_analyze_hook(self, fullname: str) -> OfAnnotation | None:
-        if fullname in self._annotations:
-            return self._annotations[fullname]
-        hook, always = self._answers.annotation(fullname)
-        if always:
-            self._annotations[fullname] = hook
-        return hook
+        return self._annotations[fullname]
 
     def get_function_hook(self, fullname: str) -> OfFunction | None:
-        if fullname in self._functions:
-            return self._functions[fullname]
-        return self._keep(self._functions, fullname, self._answers.function(fullname))
+        return self._functions[fullname]
 
     def get_method_hook(self, fullname: str) -> OfMethod | None:
-        if fullname in self._methods:
-            return self._methods[fullname]
-        return self._keep(self._methods, fullname, self._answers.method(fullname))
+        return self._methods[fullname]
 
     def get_method_signature_hook(self, fullname: str) -> OfSignature | None:
-        if not fullname.endswith(".__call__"):
-            return None
-        if fullname in self._signatures:
-            return self._signatures[fullname]
-        return self._keep(self._signatures, fullname, self._answers.signature(fullname))
+        return self._signatures[fullname] if fullname.endswith(".__call__") else None
 
     def get_attribute_hook(self, fullname: str) -> OfAttribute | None:
-        if fullname in self._attributes:
-            return self._attributes[fullname]
-        return self._keep(self._attributes, fullname, self._answers.attribute(fullname))
+        return self._attributes[fullname]
 
     def get_additional_deps(self, file: MypyFile) -> list[tuple[int, str, int]]:
         """None; but mypy asks for each file that it reads, which a daemon does again and again."""
