@@ -13,6 +13,7 @@ import pytest
 
 from spmd_moe.static.codes import MEANINGS, codes_table
 from spmd_moe.static.config import Config, read_config
+from spmd_moe.static.ending import HOOK
 from spmd_moe.static.notes import RAISE
 from tests.readme import GUEST_CACHE  # of torch: read for the README, and not again
 from tests.test_typecheck import ROOT, mypy
@@ -102,6 +103,87 @@ def test_files_without_placements_are_left_alone(tmp_path: Path) -> None:
     assert len(copied) > 50
     said = mypy("--config-file", config, "--follow-imports=silent", *copied)
     assert "[placement" not in said
+
+
+# What mypy's own plugin answers for, and a class that another plugin may answer for.
+EVERYDAY = """
+import ctypes
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial, singledispatch
+from typing import Any, TypedDict
+
+class Movie(TypedDict, total=False):
+    year: int
+
+class Color(Enum):
+    RED = 1
+
+@dataclass
+class Point:
+    x: int
+    y: int = 0
+
+class Adder:
+    def __call__(self, a: int) -> int: return a
+
+@singledispatch
+def size(a: object) -> int: raise TypeError
+
+@size.register(int)
+def _(a: int) -> int: return a
+
+def use(movie: Movie, color: Color, array: ctypes.Array[ctypes.c_int]) -> None:
+    reveal_type(movie.get("year", ""))
+    reveal_type(movie.setdefault("year", 1))
+    reveal_type(movie.pop("year", None))
+    movie.update({"year": "none"})
+    del movie["era"]
+    reveal_type(color.name)
+    reveal_type(Color.RED.value)
+    reveal_type(array[0])
+    reveal_type(replace(Point(1), y=2))
+    replace(Point(1), z=2)
+    reveal_type(partial(pow, 2)(3))
+    partial(Adder().__call__, "a")
+    reveal_type((2**3, 2**-3, (1, "") * 2, len("")))
+    reveal_type(Adder()(1))
+    size(1, 2)
+"""
+# It answers for no name, and writes down which names it was asked for.
+RECORDER = """
+from mypy.plugin import Plugin
+
+def recorded(hook):
+    def ask(self, fullname):
+        with open("asked.txt", "a") as file:
+            file.write(f"{hook} {fullname}\\n")
+    return ask
+
+HOOKS = [name for name in dir(Plugin) if name.endswith(("_hook", "_hook_2"))]
+Recorder = type("Recorder", (Plugin,), {name: recorded(name) for name in HOOKS})
+
+def plugin(version):
+    return Recorder
+"""
+
+
+def test_other_plugins_are_asked_for_every_name_that_has_no_placement(tmp_path: Path) -> None:
+    """mypy's own among them: who answers first is the only one to be asked."""
+    (tmp_path / "everyday.py").write_text(EVERYDAY)
+    (tmp_path / "recorder.py").write_text(RECORDER)
+    said: list[str] = []
+    asked: list[set[str]] = []
+    for plugins in ("recorder.py", "spmd_moe.mypy_plugin, recorder.py"):
+        (tmp_path / "mypy.ini").write_text(f"[mypy]\nplugins = {plugins}\n")
+        said.append(run(tmp_path, "--no-incremental", "everyday.py"))
+        names = (tmp_path / "asked.txt").read_text().splitlines()
+        asked.append(set(names) - {f"get_method_hook {HOOK}"})
+        (tmp_path / "asked.txt").unlink()
+    assert said[0] == said[1]
+    assert said[0].count("note: Revealed") == 10 and said[0].count("error:") == 5, said[0]
+    assert asked[0] == asked[1]
+    assert "get_method_signature_hook everyday.Adder.__call__" in asked[0]
 
 
 @pytest.mark.long

@@ -146,12 +146,18 @@ class Answers:
         return _careful(lambda ctx: hooks.operation(ctx, name, notes), _default)
 
     def signature(self, fullname: str) -> OfSignature | None:
-        if is_foreign(fullname):
+        if is_foreign(fullname) or not self._is_module(fullname.removesuffix(".__call__")):
             return None
         return _careful(
             lambda ctx: modules.signature_of_call(ctx, self.notes),
             lambda ctx: ctx.default_signature,
         )
+
+    def _is_module(self, fullname: str) -> bool:
+        if "@" in fullname:
+            return True  # a class in a function, which is not found by its name, may be one
+        found = self._look_up(fullname)
+        return found is not None and modules.is_module(found.node)
 
     def attribute(self, fullname: str) -> OfAttribute | None:
         notes = self.notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mypy.nodes import FuncDef
+from mypy.nodes import FuncDef, TypeInfo
 from mypy.plugin import MethodSigContext
 from mypy.typeops import bind_self
 from mypy.types import CallableType, FunctionLike, Instance, Type, get_proper_type
@@ -29,9 +29,13 @@ def signature_of_call(ctx: MethodSigContext, notes: Notes) -> FunctionLike:
     return found
 
 
+def is_module(node: object) -> bool:
+    return isinstance(node, TypeInfo) and any(base.fullname == MODULE for base in node.mro)
+
+
 def placed_forward(module: Instance) -> CallableType | None:
     """The signature of a module's forward, bound to it; None if nothing in it is placed."""
-    if not any(base.fullname == MODULE for base in module.type.mro):
+    if not is_module(module.type):
         return None
     found = module.type.get("forward")
     signature = found.node.type if found is not None and isinstance(found.node, FuncDef) else None

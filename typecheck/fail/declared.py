@@ -147,6 +147,16 @@ class Twice(Gate):
         return super().forward(x_TD)  # E: placement-return
 
 
+def module_in_a_function(x: Tokens, w: Whole) -> None:
+    class Local(nn.Module):
+        def forward(self, x_TD: Tokens) -> Tokens:
+            return x_TD
+
+    layer = Local()
+    layer(x)
+    layer(w)  # E: placement-argument
+
+
 def modules(gate: Gate, x: Tokens, w: Whole, more: nn.ModuleList) -> Whole:
     y = gate(x)
     gate(w)  # E: placement-argument
