@@ -80,7 +80,7 @@ class Boundary:
             y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=wide(y_TD)
         )
         same_rows = self.whole == (self.dst != INSIDE)
-        return y.view(*frame.lead, y.shape[-1]) if same_rows else y
+        return y.view(*frame.lead, y.shape[-1]) if same_rows and len(frame.lead) > 1 else y
 
     # spmd: allow unknown - the caller's
     def _shape(self, x_TD: Tensor) -> ShardShape | None:

@@ -32,13 +32,13 @@ def unset(*shape: int) -> nn.Parameter:
 
 
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
-    """0 where all is well: an int64 that stays on the device."""
-    total = logits_TE.detach().sum()  # spmd: allow detach - a mark has no gradient
-    found = (total - total).ne(0).to(torch.int64)  # only NaN and infinity less themselves are not 0
+    """0, or False, where all is well; it stays on the device."""
+    total = logits_TE.sum()
+    found = (total - total).ne(0)  # only NaN and infinity less themselves are not 0
     if expert_ids_TK is None:
         return found
     wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= logits_TE.shape[1])
-    return found * _NOT_FINITE + wrong_TK.any().to(torch.int64) * _NO_SUCH_EXPERT
+    return found * _NOT_FINITE + wrong_TK.any() * _NO_SUCH_EXPERT
 
 
 def check_alone(marked: Tokens, logits_TE: Tokens) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from spmd_moe.activation import Activation
 from spmd_moe.grouped import Block
+from spmd_moe.redistribute import as_dtype
 
 
 class Weights(NamedTuple):
@@ -76,7 +77,7 @@ def output(block: Block, call: Call, hid: Hidden) -> Tensor:
     """`y_RD`, from what the first matmuls gave."""
     assert call.w.w2_eDF is not None
     h_RF = _scaled(call.activation.forward(*hid), call.scores_R)
-    return block.rows(h_RF, call.w.w2_eDF.transpose(1, 2))
+    return block.linear(h_RF, call.w.w2_eDF)
 
 
 def gradients(
@@ -106,15 +107,15 @@ def gradients(
 
 def _linear(block: Block, x_RA: Tensor, w_eBA: Tensor | None, b_eB: Tensor | None) -> Tensor:
     assert w_eBA is not None
-    y_RB = block.rows(x_RA, w_eBA.transpose(1, 2))
+    y_RB = block.linear(x_RA, w_eBA)
     return y_RB if b_eB is None else y_RB.add_(block.spread(b_eB))
 
 
 def _scaled(x_RA: Tensor, scores_R: Tensor | None) -> Tensor:
-    # Scores are often wider than the rows: the product is rounded, not the score.
     if scores_R is None:
         return x_RA
-    return (x_RA * scores_R.unsqueeze(1)).to(x_RA.dtype)
+    # Scores are often wider than the rows: the product is rounded, not the score.
+    return as_dtype(x_RA * scores_R.unsqueeze(1), x_RA.dtype)
 
 
 def _dot(a_RA: Tensor, b_RA: Tensor, scores_R: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, final
 
@@ -134,8 +134,12 @@ _WIDENED_ON_THIS_CPU = _widened_on_this_cpu()
 class Block(Protocol):
     """What the experts' mathematics needs from a set of rows and the weights of their experts."""
 
+    def linear(self, x_RA: Tensor, w_eBA: Tensor) -> Tensor:
+        """`y_RB`: the weight as it lies in memory, `x @ w.T`."""
+        ...
+
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`y_RB`, added to `onto` (which is used up) where given."""
+        """`y_RB`, `x @ w`, added to `onto` (which is used up) where given."""
         ...
 
     def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
@@ -160,6 +164,9 @@ class AllExperts:
         self._ends_e = counts_e.cumsum(0).to(torch.int32)
         # Not arange: made from x, the row numbers have a type for a checker that follows types.
         self._row_R = torch.ones_like(x_RD.select(1, 0), dtype=torch.int32).cumsum(0).sub_(1)
+
+    def linear(self, x_RA: Tensor, w_eBA: Tensor) -> Tensor:
+        return self._matmul.rows(x_RA, w_eBA.transpose(1, 2), self._ends_e)
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
         y_RB = self._matmul.rows(x_RA, w_eAB, self._ends_e)
@@ -194,14 +201,14 @@ class OneExpert:
     scratch: Tensor | None
     """Room for one weight in the dtype of the rows, where that is wider than the weights'."""
 
+    def linear(self, x_RA: Tensor, w_eBA: Tensor) -> Tensor:
+        return self._whole_blocks(fn.linear, x_RA, self._wide(w_eBA[self.expert]))
+
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
         w_AB = self._wide(w_eAB[self.expert])
         if onto is not None:
             return onto.addmm_(x_RA, w_AB)
-        missing = -x_RA.shape[0] % self.row_block
-        if missing:
-            return torch.mm(fn.pad(x_RA, (0, 0, 0, missing)), w_AB)[: x_RA.shape[0]]
-        return torch.mm(x_RA, w_AB)
+        return self._whole_blocks(torch.mm, x_RA, w_AB)
 
     def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
         assert out_eBA is not None
@@ -221,10 +228,13 @@ class OneExpert:
         out_eB[self.expert].copy_(dy_RB.sum(0))
         return out_eB
 
-    def _wide(self, w_AB: Tensor) -> Tensor:
-        if self.scratch is None:
-            return w_AB
-        # Written as it lies in memory, so that a transposed weight is copied in one sweep.
-        if w_AB.is_contiguous():
-            return self.scratch.view(w_AB.shape).copy_(w_AB)
-        return self.scratch.view(w_AB.shape[::-1]).copy_(w_AB.t()).t()
+    def _wide(self, w: Tensor) -> Tensor:
+        return w if self.scratch is None else self.scratch.view(w.shape).copy_(w)
+
+    def _whole_blocks(
+        self, product: Callable[[Tensor, Tensor], Tensor], x_RA: Tensor, w: Tensor
+    ) -> Tensor:
+        missing = -x_RA.shape[0] % self.row_block
+        if not missing:
+            return product(x_RA, w)
+        return product(fn.pad(x_RA, (0, 0, 0, missing)), w)[: x_RA.shape[0]]

@@ -182,7 +182,8 @@ def z_loss(terms: LossTerms, total: Totals) -> Sums:
 def declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sums over this rank's tokens as parts of sums over the tokens of all ranks."""
     for axis in axes:
-        x = declare_sum(x, axis.group)
+        if axis.size > 1:
+            x = declare_sum(x, axis.group)
     return x.clone()  # a declaration is a view, and of views in a module's output FSDP warns
 
 

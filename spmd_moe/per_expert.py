@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -73,9 +73,11 @@ class _Hits(NamedTuple):
     parts: list[int]
     """Rows of each of these experts, and at last the rows that belong to none."""
 
-    def split(self, t: Tensor | None) -> list[Tensor | None]:
+    def split(self, t: Tensor | None) -> Sequence[Tensor | None]:
         """One view for each of these experts; Nones of None."""
-        return [None] * len(self.experts) if t is None else list(t.split(self.parts))[:-1]
+        if t is None:
+            return [None] * len(self.experts)
+        return cast(Sequence[Tensor], t.split_with_sizes(self.parts)[:-1])  # torch does not type it
 
     def zero_the_rest(self, t: Tensor) -> Tensor:
         """Zeros in the rows that belong to no expert."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spmd_moe.collectives import host_ints
 from spmd_moe.placement import GatheredRows, Tokens
+from spmd_moe.redistribute import as_dtype, wide
 
 T = TypeVar("T", bound=Tensor)  # of whatever kind, and of that kind again
 
@@ -257,10 +258,10 @@ def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
     y_TD = x_ND.index_select(0, columns[0])
     if len(columns) == 1:
         return y_TD
-    y_TD = y_TD.to(torch.promote_types(x_ND.dtype, torch.float32))  # a sum, so not in bf16
+    y_TD = as_dtype(y_TD, wide(x_ND))  # a sum, so not in bf16
     for column in columns[1:]:
         y_TD += x_ND.index_select(0, column)
-    return y_TD.to(x_ND.dtype)
+    return as_dtype(y_TD, x_ND.dtype)
 
 
 def _added(x_ND: Tensor, row_TK: Tensor, complete: bool) -> Tensor:

@@ -7,7 +7,7 @@ is `collectives.Move`, which cannot fail for a shape's sake.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeAlias, final
+from typing import TypeAlias, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from spmd_moe.ranks import places
 from spmd_moe.settings import a_thing
 from spmd_moe.shard import ShardShape
 
+T = TypeVar("T", bound=Tensor)
 # Rows per rank of the sharded dim. A move from one sharded dim to another has two: of the dim that
 # becomes whole, and of the dim that is cut. The latter alone may be left out; it is then `even`.
 Shape: TypeAlias = ShardShape | tuple[ShardShape, ShardShape]
@@ -89,6 +90,11 @@ def redistribute(
 def wide(x: Tensor) -> torch.dtype:
     """What a sum over ranks should be taken in: float32, or the dtype of `x` if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def as_dtype(x: T, dtype: torch.dtype) -> T:
+    """`x.to(dtype)`, without the call where there is nothing to do: it takes as long as an add."""
+    return x if x.dtype is dtype else cast(T, x.to(dtype))
 
 
 @lru_cache(maxsize=4096)

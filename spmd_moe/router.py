@@ -25,7 +25,7 @@ from spmd_moe.fault import unset
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.ranks import drawn_number
-from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.redistribute import as_dtype, redistribute, wide
 from spmd_moe.settings import instance, number, one_of, whole_numbers
 
 T = TypeVar("T", bound=Tensor)
@@ -177,7 +177,8 @@ class Router(nn.Module):
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
         with not_cast(x_TD.device.type):
-            logits_TE = F.linear(x_TD.to(config.dtype), weight_ED.to(config.dtype))
+            x_TD, weight_ED = as_dtype(x_TD, config.dtype), as_dtype(weight_ED, config.dtype)
+            logits_TE = F.linear(x_TD, weight_ED)
         scores_TE = self.score.of_logits(logits_TE)
         complete = mask_T is None and expert_ids_TK is None
         if expert_ids_TK is None:
@@ -194,7 +195,7 @@ class Router(nn.Module):
             scores_TK=_weigh(self.score, scores_TE, ids_TK, none_TK, config),
             logits_TE=logits_TE,
             probs_TE=self.score.to_probs(scores_TE),
-            counts_E=count(ids_TK, config.num_experts),
+            counts_E=count(ids_TK, config.num_experts, complete),
             dropped=dropped,
             fault=marked,
             complete=complete,
@@ -234,12 +235,14 @@ def _weigh(
     return weights_TK if config.scale == 1.0 else weights_TK * config.scale
 
 
-def count(expert_ids_TK: T, num_experts: int) -> T:
-    """How many choices fell on each expert; of the kind that the ids have."""
-    ids = expert_ids_TK.flatten() + 1  # -1, no expert, is counted first, and dropped
-    bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    counted = bins.scatter_add(0, ids, torch.ones_like(ids)).narrow(0, 1, num_experts)
-    return cast(T, counted)
+def count(expert_ids_TK: T, num_experts: int, complete: bool = False) -> T:
+    """How many choices fell on each expert (`complete`: all did); of the kind that the ids have."""
+    ids, first = expert_ids_TK.flatten(), 0
+    if not complete:  # -1, no expert, is counted before the others
+        ids, first = ids + 1, 1
+    bins = torch.zeros(first + num_experts, dtype=torch.int64, device=ids.device)
+    counted = bins.scatter_add(0, ids, torch.ones_like(ids))
+    return cast(T, counted if complete else counted.narrow(0, first, num_experts))
 
 
 # --- choices ----------------------------------------------------------------------------------

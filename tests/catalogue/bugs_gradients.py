@@ -19,7 +19,7 @@ GRADIENTS = [
             "self.weight_ED",
         ),
         rule="types",
-        at="F.linear(x_TD.to",
+        at="F.linear(x_TD",
     ),
     Bug(
         "B01b",
