@@ -250,8 +250,7 @@ def count(expert_ids_TK: T, num_experts: int, complete: bool = False) -> T:
 
 def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
     """The experts of highest biased score, among the groups of highest biased score."""
-    # spmd: allow detach, bypass - a choice has no gradient; weights come from the live scores
-    rank_TE = scores_TE.detach() + bias_E
+    rank_TE = scores_TE + bias_E
     if config.groups_kept < config.groups:
         rank_TE = _within_best_groups(rank_TE, config)
     return rank_TE.topk(config.top_k, dim=1).indices
