@@ -248,6 +248,10 @@ def main(words: list[str]) -> None:
         train(model, text, folder, o)
     except (CheckpointError, ConfigError, MeshError, OSError) as error:  # of settings or the disk
         refuse(error)
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):  # it has no class of its own for a peer that is gone
+            raise
+        raise SystemExit(f"train.py: rank {RANK} ends, since another one is gone") from None
     if RANK == 0:
         for path in draw(folder):
             say(f"wrote {path}")
