@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 from mypy import api
-from mypy import main as _  # mypy itself, whole: what it loads anyway is not the plugin's
+from mypy import main as _  # noqa: F401  # mypy loads all of this anyway; it is not the plugin's
 from mypy.plugin import Plugin
 
 _loaded = perf_counter()
