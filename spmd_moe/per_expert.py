@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import OneExpert, PerExpert
 
 WORTH_PAGES = 1 << 20  # bytes, below which memory of its own costs more than writing zeros
+MAPPED = 32 << 20  # bytes, from which malloc asks the system for fresh memory each time
 _CALL = (
     "Tensor x, Tensor? scores, Tensor?[] weights, Tensor sizes, str activation, "
     "ScalarType? compute, int row_block"
@@ -156,9 +158,8 @@ def _backward_loop(
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
     hits, need = _hits(sizes_e, x_RD), Needs(*needs)
-    starved = set(range(sizes_e.shape[0])).difference(hits.experts)
-    mostly = len(starved) > len(hits.experts)
-    d_rows, d_weights = _empty_gradients(call, need, untouched_zeros if mostly else _empty)
+    starved = sorted(set(range(sizes_e.shape[0])).difference(hits.experts))
+    d_rows, d_weights = _gradients(call, need, lambda w: _of_weight(w, starved))
     room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
     for (dx_nD, ds_n, dy_nD, *kept_n), (block, one) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
@@ -168,11 +169,6 @@ def _backward_loop(
         for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
             if d_n is not None:
                 d_n.copy_(computed)
-    if not mostly:
-        for d_e in d_weights:
-            if d_e is not None:
-                for e in starved:
-                    d_e[e].zero_()
     return [
         *(hits.zero_the_rest(t) for t in d_rows if t is not None),
         *(t for t in d_weights if t is not None),
@@ -195,23 +191,37 @@ def _empty(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def untouched_zeros(t: Tensor) -> Tensor:
-    """Zeros of the shape of `t`, of which the system makes a page when it is first written.
+def _of_weight(w: Tensor, starved: Sequence[int]) -> Tensor:
+    """Room for the gradients of a weight: zeros for the experts that have no rows.
 
-    With few tokens most experts have no rows, and writing zeros for them would be most of backward.
+    With few tokens these are most, and writing their zeros would be most of backward.
     """
-    if sys.platform == "win32" or t.nbytes < WORTH_PAGES or t.device.type != "cpu":
+    mostly = 2 * len(starved) > w.shape[0]
+    if w.nbytes >= (WORTH_PAGES if mostly else MAPPED) and w.device.type == "cpu":
+        return untouched_zeros(w)
+    d_e = _empty(w)
+    for e in starved:
+        d_e[e].zero_()
+    return d_e
+
+
+def untouched_zeros(t: Tensor) -> Tensor:
+    """Zeros of the shape of `t`, of which the system makes a page when it is first written."""
+    if sys.platform == "win32":
         return torch.zeros_like(t, memory_format=torch.contiguous_format)
     pages = mmap.mmap(-1, t.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # of a system that has none
+            pages.madvise(mmap.MADV_HUGEPAGE)  # to make many small ones takes three times as long
     return torch.frombuffer(pages, dtype=t.dtype).view(t.shape)
 
 
-def _empty_gradients(
-    call: Call, needs: Needs, of_weights: Callable[[Tensor], Tensor] = _empty
+def _gradients(
+    call: Call, needs: Needs, of_weight: Callable[[Tensor], Tensor] = _empty
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Room for the gradients of the rows (x, scores), and for those of the weights."""
     given = (call.x_RD, call.scores_R, *call.w)
-    makers = [_empty] * 2 + [of_weights] * len(call.w)
+    makers = [_empty] * 2 + [of_weight] * len(call.w)
     room = [
         make(t) if need and t is not None else None
         for make, t, need in zip(makers, given, needs, strict=True)
@@ -245,7 +255,7 @@ def _backward_shapes(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    d_rows, d_weights = _empty_gradients(call, Needs(*needs))
+    d_rows, d_weights = _gradients(call, Needs(*needs))
     return [t for t in (*d_rows, *d_weights) if t is not None]
 
 
