@@ -58,6 +58,7 @@ def run(package: str, folder: Path, path: str, plugin: str) -> Run:
     config.write_text(SETTINGS + (f"plugins = {plugin}\n" if plugin else ""))
     words = ["--config-file", str(config), "--cache-dir", str(folder / name), "--no-pretty"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MYPYPATH": path, RAISE: "1"}
+    environment["PYTHONHASHSEED"] = "0"  # some of mypy's own errors follow the order of sets
     program = plugin if plugin == TIMED else "mypy"
     command = [sys.executable, "-m", program, *words, "--no-error-summary", "-p", package]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
