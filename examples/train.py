@@ -197,6 +197,8 @@ def train(model: Model, text: Tensor, folder: Path, o: Options) -> None:
     if extra["data"] != checksum(text):
         refuse(f"{str(folder)!r} was trained on another version of the standard library")
     done: int = extra["step"]
+    if done >= o.steps:
+        say(f"nothing is left to do: the run has {done} steps, and --steps is {o.steps}")
     metrics, stop = Metrics(folder, done), Stop()
     before, asked, saved = time.perf_counter(), False, done
     for step in range(done, o.steps):
@@ -242,9 +244,10 @@ def main(words: list[str]) -> None:
         dtype = torch.float64 if o.double else torch.float32
         model = build(mesh, dtype=dtype, **{name: getattr(o, name) for name in names})
         model.to("cuda" if torch.cuda.is_available() else "cpu")
+        count = sum(p.numel() for p in model.parameters())  # FSDP cuts them further
+        say(f"{mesh}, {count:,} parameters on this rank{' before FSDP' if o.fsdp else ''}")
         if o.fsdp:
             parallelize(model, mesh, blocks=model.blocks)
-        say(f"{mesh}, {sum(p.numel() for p in model.parameters()):,} parameters on this rank")
         train(model, text, folder, o)
     except (CheckpointError, ConfigError, MeshError, OSError) as error:  # of settings or the disk
         refuse(error)

@@ -120,19 +120,19 @@ def check(o: Options) -> Options:
             limits = f"at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
             refuse(f"--{f.name.replace('_', '-')} is {value}; it must be {limits}")
     at = o.layout()
-    ranks = f"of {WORLD} rank{'s' if WORLD > 1 else ''}"
+    ranks = f"does not divide the number of ranks, {WORLD}"
     for wrong, text in (
         (o.width % o.heads, f"--width {o.width} is not a multiple of --heads {o.heads}"),
         (o.top_k > o.experts, f"--top-k is {o.top_k}, but there are --experts {o.experts}"),
-        (WORLD % at.tp, f"--tp {at.tp} does not divide the number {ranks}"),
-        (WORLD % (at.ep * at.etp), f"--ep {at.ep} x --etp {at.etp} does not divide that {ranks}"),
+        (WORLD % at.tp, f"--tp {at.tp} {ranks}"),
+        (WORLD % (at.ep * at.etp), f"--ep {at.ep} x --etp {at.etp} {ranks}"),
         (o.experts % at.ep, f"--experts {o.experts} is not a multiple of --ep {at.ep}"),
         (o.hidden % at.etp, f"--hidden {o.hidden} is not a multiple of --etp {at.etp}"),
         (o.batch < at.dp, f"--batch is {o.batch}, fewer than the {at.dp} ranks of dp"),
         (o.fsdp and "RANK" not in os.environ, "--fsdp needs ranks: start this under torchrun"),
     ):
         if wrong:
-            refuse(text)
+            refuse(text + "; what is left out is as the run had it" * o.resume)
     return o
 
 

@@ -58,7 +58,7 @@ class SanitizerError(SpmdMoeError, RuntimeError):
 
 
 # Frames below these packages are ours or our tools', never the line that the user has to change.
-_NOT_THE_USER = ("spmd_moe", "spmd_types", "torch")
+_NOT_THE_USER = ("spmd_moe", "spmd_types", "torch", "contextlib", "runpy", "threading")
 _HERE = str(Path(__file__).parent)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spmd_moe import DP, MoEMesh, Placed, R, SanitizerError, declare, sanitize
+from spmd_moe import DP, ConfigError, MoEMesh, Placed, R, SanitizerError, declare, sanitize
 from tests.workers import run
 
 
@@ -58,3 +58,11 @@ def test_a_rank_that_leaves_early_waits_for_no_one() -> None:
         assert text.startswith("sanitize: in step 1 the ranks part at boundary 0: Norm.forward, 'x")
         assert "on ranks [0] | nothing more on ranks [1]" in text
     assert run(2, one_rank_alone, 0.5) == ["", ""]  # that step is not watched
+
+
+def test_a_wrong_rate_is_told_where_it_is_given() -> None:
+    """Not in contextlib, which enters the context."""
+    mesh = MoEMesh.single()
+    here = pytest.raises(ConfigError, match=r"at:  .*test_sanitize_edges\.py:\d+$")
+    with here, sanitize(nn.Linear(1, 1), mesh, rate=2):
+        pass

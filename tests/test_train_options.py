@@ -29,8 +29,9 @@ WRONG = {
     "3": "unrecognized arguments: 3",
     "--width 30": "--width 30 is not a multiple of --heads 4",
     "--top-k 9": "--top-k is 9, but there are --experts 8",
-    "--tp 2": "--tp 2 does not divide the number of 1 rank",
-    "--ep 2": "--ep 2 x --etp 1 does not divide that of 1 rank",
+    "--tp 2": "--tp 2 does not divide the number of ranks, 1",
+    "--ep 2": "--ep 2 x --etp 1 does not divide the number of ranks, 1",
+    "--resume --out cut": "--ep 4 x --etp 1 does not divide the number of ranks, 1; what is left",
     "--fsdp": "--fsdp needs ranks: start this under torchrun",
     "--length 100000000": "--length is 100000000, but there are",
     "--length 10000 --megabytes 0.01": "--length is 10000, but there are 10000 bytes of source",
@@ -41,12 +42,14 @@ WRONG = {
     "--resume --out odd": "--resume, but there is no run in 'odd'",
 }
 
+FOLDERS = {"full": '{"width": 32}', "odd": '{"width": ', "cut": '{"ep": 4}'}  # settings of runs
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, settings in (("full", '{"width": 32}'), ("odd", '{"width": ')):
+    for name, settings in FOLDERS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "options.json").write_text(settings)
     (tmp_path / "full" / "file").write_text("")

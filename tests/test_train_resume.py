@@ -50,6 +50,13 @@ def test_on_the_same_layout_to_the_bit(stopped: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gloo
+def test_a_run_that_has_ended(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "whole", tmp_path / "whole")
+    said = train_on(FROM[0], tmp_path, "--resume --out whole --no-check")
+    assert "nothing is left to do: the run has 6 steps, and --steps is 6" in said
+
+
+@pytest.mark.gloo
 @pytest.mark.parametrize(("ranks", "words"), LAYOUTS)
 def test_on_another_layout(stopped: Path, ranks: int, words: str, tmp_path: Path) -> None:
     parts, whole = metrics(resumed(stopped, tmp_path, ranks, words)), metrics(stopped / "whole")

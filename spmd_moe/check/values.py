@@ -211,8 +211,9 @@ def _take_parts(
             part = _my_part(name, setup.whole[name], own[name], placed, setup, layout)
         except PartsError as error:
             why = "with values, all ranks together get what one process gets for as many tokens"
-            fix = "build it so, or leave --values out"
-            raise cannot("TARGET", f"{name}: {error}", why, fix) from None
+            share = "rows = ShardShape.even(tokens, tp.size).sizes[tp.rank]   # of a target, on tp"
+            fixes = (share, "leave --values out")
+            raise cannot("TARGET", f"{name}: {error}", why, *fixes) from None
         with torch.no_grad():
             own[name].copy_(part)
 
