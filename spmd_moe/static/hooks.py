@@ -68,13 +68,14 @@ def operation(ctx: Context, name: str, notes: Notes) -> Type:
     tensors = [n.operand for n in operands if n.operand.kinds is not None]
     if not any(o.kinds for o in tensors) and (tensors or name not in _factories()):
         return ctx.default_return_type
+    if name in table()["pass_through"]:  # asks for a size and the like, or gives back what it got
+        notes.record(ctx, None)
+        return place(ctx.default_return_type, tensors[0].kinds or {})
     result, refusal = infer_operation(name, [n.operand for n in operands])
     problem = None if refusal is None else operation_problem(name, operands, refusal)
     if problem is None and receiver is not None and _in_place(name):
         problem = _changed_in_place(name, operands[0], result)
     notes.record(ctx, problem)
-    if name in table()["pass_through"]:
-        return ctx.default_return_type
     return place(_typed(ctx, name, receiver), result)
 
 
@@ -85,6 +86,8 @@ def _typed(ctx: Context, name: str, receiver: Type | None) -> Type:
         return ctx.default_return_type
     if name in ("Tensor.split", "Tensor.split_with_sizes"):
         return ctx.api.named_generic_type("builtins.tuple", [found])
+    if name == "Tensor.unbind":  # a loop over the rows
+        return ctx.api.named_generic_type("typing.Iterator", [found])
     return found if name in ("Tensor.unflatten", "Tensor.norm") else ctx.default_return_type
 
 

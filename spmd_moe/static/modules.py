@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from mypy.nodes import FuncDef, TypeInfo
+from mypy.nodes import TypeInfo
 from mypy.plugin import MethodSigContext
 from mypy.typeops import bind_self
 from mypy.types import CallableType, FunctionLike, Instance, Type, get_proper_type
 
 from spmd_moe.static.codes import PLACEMENT
 from spmd_moe.static.notes import Notes
-from spmd_moe.static.types import placed_within
+from spmd_moe.static.types import placed_within, signature_of
 
 MODULE = "torch.nn.modules.module.Module"
 
@@ -38,8 +38,8 @@ def placed_forward(module: Instance) -> CallableType | None:
     if not is_module(module.type):
         return None
     found = module.type.get("forward")
-    signature = found.node.type if found is not None and isinstance(found.node, FuncDef) else None
-    if not isinstance(signature, CallableType) or not any(map(placed_within, _types(signature))):
+    signature = None if found is None else signature_of(found.node)
+    if signature is None or not any(map(placed_within, _types(signature))):
         return None
     return bind_self(signature, module)
 

@@ -48,7 +48,7 @@ def method_operation(fullname: str, is_tensor: Callable[[str], bool]) -> str | N
     owner, _, name = fullname.rpartition(".")
     if owner.startswith(("builtins.", "typing.")) or name in _NO_OPERATION or not is_tensor(owner):
         return None
-    return f"Tensor.{name}"
+    return "Tensor.unbind" if name == "__iter__" else f"Tensor.{name}"
 
 
 _NO_OPERATION = frozenset({"__init__", "__new__", "__class__", "__call__"})

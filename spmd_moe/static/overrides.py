@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from mypy.nodes import FuncDef
-from mypy.types import CallableType, Type, get_proper_type
+from mypy.nodes import Decorator, FuncDef, OverloadedFuncDef
+from mypy.types import CallableType, Type
 
 from spmd_moe.static.messages import Problem, declared_problem
-from spmd_moe.static.types import kinds_of
+from spmd_moe.static.types import kinds_of, signature_of
 
 _NOT_COMPARED = frozenset({"__init__", "__new__", "__post_init__"})
 
 
 def override_problem(function: FuncDef) -> Problem | None:
     """The first difference: results must be what the base promises, arguments what it takes."""
-    own = _signature(function)
+    own = _own(function)
     if own is None or function.name in _NOT_COMPARED:
         return None
     for base in function.info.mro[1:]:
         found = base.names.get(function.name)
-        theirs = _signature(found.node) if found is not None else None
+        theirs = signature_of(found.node) if found is not None else None
         if theirs is None:
             continue
         where = f"{function.name}, as in {base.name}"
@@ -32,9 +32,15 @@ def override_problem(function: FuncDef) -> Problem | None:
     return None
 
 
-def _signature(node: object) -> CallableType | None:
-    t = get_proper_type(node.type) if isinstance(node, FuncDef) and node.type is not None else None
-    return t if isinstance(t, CallableType) else None
+def _own(function: FuncDef) -> CallableType | None:
+    """Its signature in its class; None for parts of overloads, and for setters."""
+    found = function.info.names.get(function.name)
+    node = None if found is None else found.node
+    if isinstance(node, OverloadedFuncDef):
+        node = node.items[0] if node.is_property else None
+    if isinstance(node, Decorator) and node.func is not function:
+        return None
+    return signature_of(node)
 
 
 def _differs(where: str, what: str, have: Type, need: Type) -> Problem | None:

@@ -14,6 +14,7 @@ from mypy.nodes import (
     AssignmentStmt,
     CallExpr,
     ConditionalExpr,
+    DictExpr,
     Expression,
     FuncDef,
     IndexExpr,
@@ -23,13 +24,26 @@ from mypy.nodes import (
     NameExpr,
     Node,
     OpExpr,
+    OverloadedFuncDef,
     ReturnStmt,
     RevealExpr,
+    StrExpr,
     TupleExpr,
     Var,
     YieldExpr,
 )
-from mypy.types import CallableType, Instance, TupleType, Type, UnionType, get_proper_type
+from mypy.subtypes import is_subtype
+from mypy.types import (
+    CallableType,
+    FunctionLike,
+    Instance,
+    ProperType,
+    TupleType,
+    Type,
+    TypedDictType,
+    UnionType,
+    get_proper_type,
+)
 
 from spmd_moe.static.arguments import matched, signatures
 from spmd_moe.static.branches import branch_problems
@@ -42,7 +56,7 @@ from spmd_moe.static.overrides import override_problem
 from spmd_moe.static.report import Line, Report
 from spmd_moe.static.roles import is_role
 from spmd_moe.static.strict import unknown_problems
-from spmd_moe.static.types import DEPTH, SEQUENCES, as_found, kinds_of
+from spmd_moe.static.types import DEPTH, SEQUENCES, as_found, each_kinds_of, kinds_of, signature_of
 from spmd_moe.static.walk import children
 
 
@@ -115,7 +129,11 @@ class _Review:
 
     def _result(self, expr: Expression, function: FuncDef) -> None:
         declared = _declared_result(function)
-        if declared is not None and not function.is_generator:
+        if function.is_generator:
+            generator = get_proper_type(declared)
+            args = generator.args if isinstance(generator, Instance) else ()
+            declared = args[2] if len(args) == 3 else None
+        if declared is not None:
             self._compare(expr, declared, "return", f"{function.name}, result")
 
     def _yield(self, expr: Expression, function: FuncDef) -> None:
@@ -137,6 +155,8 @@ class _Review:
 
     def _declared(self, target: Expression) -> Type | None:
         """The declared type of what is assigned to; None where it was inferred."""
+        if isinstance(target, IndexExpr):
+            return self._item(target)
         if isinstance(target, NameExpr | MemberExpr):
             variable = target.node
             if variable is None and isinstance(target, MemberExpr):
@@ -145,6 +165,20 @@ class _Review:
                 variable = None if found is None else found.node
             if isinstance(variable, Var) and not variable.is_inferred:
                 return variable.type
+            if isinstance(variable, OverloadedFuncDef) and variable.is_property:
+                setter = signature_of(variable.items[-1])
+                return None if setter is None else setter.arg_types[-1]
+        return None
+
+    def _item(self, target: IndexExpr) -> Type | None:
+        """What `__setitem__` takes for such an index."""
+        method = get_proper_type(target.method_type)
+        index = self.type_of(target.index)
+        if index is None or not isinstance(method, FunctionLike):
+            return None
+        for item in method.items:
+            if len(item.arg_types) == 2 and is_subtype(index, item.arg_types[0]):
+                return item.arg_types[1]
         return None
 
     def _conditional(self, node: ConditionalExpr) -> None:
@@ -189,6 +223,10 @@ class _Review:
             for item, t in zip(expr.items, each, strict=False):
                 self._compare(item, t, code, where)
             return
+        if isinstance(expr, DictExpr):
+            for key, value in expr.items:
+                self._compare(value, _value_at(key, needed), code, where)
+            return
         self._compare_types(self.type_of(expr), need, expr, code, where)
 
     def _compare_types(
@@ -204,7 +242,7 @@ class _Review:
             return
         found, wanted = kinds_of(have), kinds_of(need)
         if found is not None and wanted is not None:
-            self.report.problem(declared_problem(code, where, named(expr), found, wanted), expr)
+            self._compare_kinds(have, need, expr, code, where)
             return
         have, need = _without_none(have), _without_none(need)
         if isinstance(have, TupleType) and isinstance(need, TupleType):
@@ -218,11 +256,33 @@ class _Review:
         for one, other in pairs:
             self._compare_types(one, other, expr, code, where, depth + 1)
 
+    def _compare_kinds(
+        self, have: Type, need: Type, expr: Expression, code: str, where: str
+    ) -> None:
+        """Each placement that it may have must be one of those that it may have there."""
+        for found in each_kinds_of(have):
+            problems = [
+                declared_problem(code, where, named(expr), found, wanted)
+                for wanted in each_kinds_of(need)
+            ]
+            if None not in problems:
+                self.report.problem(problems[0], expr)
+                return
+
 
 def _has_items(t: Type) -> TypeGuard[TupleType | Instance]:
     return isinstance(t, TupleType) or (
         isinstance(t, Instance) and t.type.fullname in SEQUENCES and len(t.args) == 1
     )
+
+
+def _value_at(key: Expression | None, mapping: ProperType) -> Type | None:
+    """What a mapping is to have at a key; without a key, another mapping stands there (`**`)."""
+    if key is None:
+        return mapping
+    if isinstance(mapping, TypedDictType):
+        return mapping.items.get(key.value) if isinstance(key, StrExpr) else None
+    return mapping.args[1] if isinstance(mapping, Instance) and len(mapping.args) == 2 else None
 
 
 def _without_none(t: Type) -> Type:

@@ -22,6 +22,7 @@ from mypy.types import (
     Type,
     TypeVarType,
     UnionType,
+    flatten_nested_unions,
     get_proper_type,
 )
 
@@ -110,6 +111,17 @@ def forget_unused() -> None:
             del kept[key]
 
 
+def signature_of(node: object) -> CallableType | None:
+    """What a method is declared to be: as its decorators leave it; of a property, what it gives."""
+    if isinstance(node, OverloadedFuncDef) and node.is_property:
+        node = node.items[0]
+    declared: FuncDef | Var | None = node if isinstance(node, FuncDef) else None
+    if isinstance(node, Decorator):
+        declared = node.var
+    t = None if declared is None else get_proper_type(declared.type)
+    return t if isinstance(t, CallableType) else None
+
+
 def is_tensor_class(info: TypeInfo) -> bool:
     return any(base.fullname == TENSOR for base in info.mro)
 
@@ -129,6 +141,13 @@ def kinds_of(t: Type | None) -> Kinds | None:
     found = tensor(t)
     note = _note(found) if found is not None else ""
     return (read(note.removeprefix(_PLACED)) or None) if note.startswith(_PLACED) else None
+
+
+def each_kinds_of(t: Type | None) -> list[Kinds]:
+    """The placements of a tensor that may be placed in one of several ways; {} if in any."""
+    p = None if t is None else get_proper_type(t)
+    items = flatten_nested_unions(p.items) if isinstance(p, UnionType) else [p]
+    return [kinds_of(item) or {} for item in items if tensor(item) is not None]
 
 
 def place(t: Type, kinds: Kinds, depth: int = 0) -> Type:

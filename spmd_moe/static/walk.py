@@ -28,7 +28,7 @@ _PARTS: dict[type[Node], str] = {
     nodes.FuncDef: "arguments body",
     nodes.Argument: "initializer",
     nodes.Decorator: "decorators func",
-    nodes.OverloadedFuncDef: "items",
+    nodes.OverloadedFuncDef: "items impl",
     nodes.CallExpr: "callee args",
     nodes.MemberExpr: "expr",
     nodes.OpExpr: "left right",

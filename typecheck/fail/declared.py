@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar, final
+from typing import Generic, NamedTuple, Protocol, TypedDict, TypeVar, final, overload
 
+import torch
 from torch import Tensor, nn
 
 from spmd_moe import TP, I, MoEMesh, P, Placed, R, S, V, redistribute
@@ -38,6 +40,28 @@ def arguments(x: Tokens, w: Whole, sums: TokenSums, rows: Rows, plain: Tensor) -
     take(x, w=x)  # E: placement-argument
     take(x, y=x)  # E: placement-argument
     take(x if rows.numel() else w)  # E: placement-argument, placement-branch
+
+
+def one_of_two(x: Tokens, w: Whole, sums: TokenSums, either: Tokens | Whole) -> Tokens | Whole:
+    if x.numel():
+        return either
+    if w.numel():
+        return w
+    take(either)  # E: placement-argument
+    _: Tokens | Tensor = w
+    return sums  # E: placement-return
+
+
+@overload
+def of_two(x: Tokens) -> Tokens: ...
+@overload
+def of_two(x: Tokens, w: Whole) -> Whole: ...
+def of_two(x: Tokens, w: Whole | None = None) -> Tokens | Whole:
+    take(w or x)
+    if w is None:
+        return x
+    take(w)  # E: placement-argument
+    return w
 
 
 def both_meshes(rows: Rows, gathered: GatheredRows, everyone: AllTokens, x: Tokens) -> Rows:
@@ -145,6 +169,71 @@ class Gate(nn.Module):
 class Twice(Gate):
     def forward(self, x_TD: Tokens) -> Whole:  # E: placement-override
         return super().forward(x_TD)  # E: placement-return
+
+
+class Shelf(TypedDict, total=False):
+    x: Tokens
+    w: Whole
+
+
+class Kept(nn.Module):
+    @property
+    def kept(self) -> Tokens:
+        return self.forward(self.kept)
+
+    @kept.setter
+    def kept(self, x: Tokens) -> None: ...
+
+    @abstractmethod
+    def forget(self, x: Tokens) -> Whole: ...
+
+    @torch.no_grad()
+    def forward(self, x_TD: Tokens) -> Tokens:
+        return x_TD
+
+    def __setitem__(self, index: int, x: Tokens) -> None: ...
+
+
+class KeptWhole(Kept):
+    @property
+    def kept(self) -> Whole:  # E: placement-override
+        raise NotImplementedError
+
+    @kept.setter
+    def kept(self, x: Whole) -> None: ...
+
+    @final
+    def forget(self, x: Tokens) -> Tokens:  # E: placement-override
+        return x
+
+    @torch.no_grad()
+    def forward(self, x_TD: Whole) -> Tokens:  # E: placement-override
+        raise NotImplementedError
+
+
+def places(kept: Kept, x: Tokens, w: Whole, xs: list[Tokens], by: dict[str, Tokens]) -> Shelf:
+    kept.kept = x
+    kept.kept = w  # E: placement-assignment
+    kept(w)  # E: placement-argument
+    kept[0] = x
+    kept[0] = w  # E: placement-assignment
+    xs[0], by["x"] = x, x
+    xs[0], by["w"] = x, w  # E: placement-assignment
+    xs[0] = w  # E: placement-assignment
+    xs[:] = [x]
+    xs[:] = [w]  # E: placement-assignment
+    by = {"x": x, **{"y": x}}
+    by = {"x": x, **{"y": w}}  # E: placement-assignment
+    shelf: Shelf = {"x": x, "w": w}
+    shelf["x"] = w  # E: placement-assignment
+    return {"x": w, "w": w}  # E: placement-return
+
+
+def generated(x: Tokens, w: Whole) -> Generator[Tokens, Whole, Whole]:
+    yield x
+    if w.numel():
+        return w
+    return x  # E: placement-return
 
 
 def module_in_a_function(x: Tokens, w: Whole) -> None:

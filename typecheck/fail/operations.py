@@ -57,6 +57,17 @@ def sums_are_linear(p: Sums) -> None:
     _ = p.item()  # E: placement-operation
 
 
+def its_size_is_no_part_of_a_sum(p: Sums) -> None:
+    if p.numel() and p.dim() and p.size(0) and p.is_contiguous():
+        p.requires_grad_(True).relu()  # E: placement-operation
+    for row in p:
+        _ = row + p
+        _ = row.relu()  # E: placement-operation
+    one, other = p
+    _ = one + other
+    _ = one * other  # E: placement-operation
+
+
 def invariant_mixes_with_nothing(i: Same, r: OnTP, v: Own) -> None:
     _ = i + i
     _ = i * 2
