@@ -227,7 +227,7 @@ def run_cli(name: str, *words: str) -> int:
 
 def test_exit_0_says_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("good") == 0
-    assert "no mistake in 1 layouts" in capsys.readouterr().out
+    assert "no mistake in 1 layout," in capsys.readouterr().out
 
 
 def test_exit_1_shows_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def test_four_ranks_train_as_one_process_does(tmp_path: Path) -> None:
     """And what is printed, written and drawn on the way. FSDP: test_train_resume.py."""
     said = run(tmp_path, *SMALL, "--steps", "3")
     alone = run(tmp_path, *SMALL, "--steps", "3", "--no-check", "--out", "alone", ranks=1)
-    assert "types: small_model: no mistake in 1 layouts" in said and "types:" not in alone
+    assert "types: small_model: no mistake in 1 layout," in said and "types:" not in alone
     assert "dp 2 x cp 1 x tp 2 = edp 1 x ep 4 x etp 1" in said
     assert len(re.findall(r"^step +[123]  loss \d\.\d{4} +\d+ tokens/s  busiest", said, re.M)) == 3
     picture = Path("runs", "001", "picture.txt")
