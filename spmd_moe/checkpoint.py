@@ -74,9 +74,9 @@ def save_checkpoint(
     path = Path(path)
     _check_whole_world("save_checkpoint", mesh)
     kept, wrong = _json_of(extra)
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    told = {f"extra[{key!r}]": _short(value) for key, value in kept.items()}
     there = {"path": path.name, "exists": path.exists()}
-    mesh.agree("save_checkpoint", {**there, "extra": wrong or digest})
+    mesh.agree("save_checkpoint", there | ({"extra": wrong} if wrong else told))
     _check_name(path)
     if wrong:
         raise _unstorable(wrong)
@@ -269,6 +269,11 @@ def _json_of(extra: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
     except (TypeError, ValueError) as error:
         return {}, str(error)
     return copied, _changed_by_json(given)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) < 64 else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _changed_by_json(value: Any) -> str:

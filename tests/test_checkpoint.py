@@ -369,10 +369,23 @@ def with_extra(folder: str, extra: list[dict[str, Any]]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("other", [{"at": 6}, {"at": (5,)}, {"at": torch.ones(1)}, None])
-def test_ranks_that_save_other_extras_are_told(other: Any, tmp_path: Path) -> None:
-    for said in threaded(2, with_extra, str(tmp_path), [{"at": 5}, other]):
-        assert "save_checkpoint: the ranks were called with different settings: extra=" in said
+@pytest.mark.parametrize(
+    ("other", "theirs"),
+    [
+        ({"at": 6, "of": "x" * 99}, "extra['at']=6 on ranks [1]"),
+        ({"at": (5,)}, "extra=a tuple is in it, which JSON makes a list on ranks [1]"),
+        (
+            {"at": torch.ones(1)},
+            "extra=Object of type Tensor is not JSON",
+        ),
+        (None, " on ranks [1]"),
+    ],
+)
+def test_ranks_that_save_other_extras_are_told(other: Any, theirs: str, tmp_path: Path) -> None:
+    same = {"of": "x" * 99} if other and "of" in other else {}
+    for said in threaded(2, with_extra, str(tmp_path), [{"at": 5} | same, other]):
+        first = "save_checkpoint: the ranks were called with different settings: extra['at']=5 on"
+        assert first in said and theirs in said
     assert list(tmp_path.iterdir()) == []
 
 
