@@ -115,6 +115,7 @@ ORDER = [
     "static.config",
     "static.arguments",
     "static.branches",
+    "static.compare",
     "static.overrides",
     "static.strict",
     "static.bypass",
