@@ -99,6 +99,7 @@ ORDER = [
     "static.rules",
     "static.codes",
     "static.types",
+    "static.generics",
     "static.roles",
     "static.annotations",
     "static.walk",

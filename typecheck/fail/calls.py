@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol, TypedDict, overload
+from typing import NamedTuple, ParamSpec, Protocol, TypedDict, TypeVar, overload
 
 from torch import Tensor
 
 from spmd_moe.placement import Tokens, TokenSums, Whole
+
+T = TypeVar("T")
+Q = ParamSpec("Q")
 
 
 class Fn(Protocol):
@@ -236,9 +239,40 @@ def held(x: Tokens) -> Iterator[Tokens]:
     yield x
 
 
-def contexts(x: Tokens, w: Whole) -> None:
+@asynccontextmanager
+async def held_later(w: Whole) -> AsyncIterator[Whole]:
+    yield w
+
+
+async def contexts(x: Tokens, w: Whole) -> None:
     with held(w) as y:  # E: placement-argument
         good(y)
+        bad(y)  # E: placement-argument
+    async with held_later(w) as z:
+        good(z)  # E: placement-argument
+        bad(z)
+
+
+def logged(f: Callable[Q, T]) -> Callable[Q, T]:
+    return f
+
+
+def first(xs: Sequence[T], *more: T) -> tuple[T, int]:
+    return xs[0], len(xs)
+
+
+@logged
+def measured(x: Tokens, w: Whole) -> Tokens:
+    return x
+
+
+def generic_functions(x: Tokens, w: Whole) -> Whole:
+    good(measured(x, w))
+    good(first([x, x])[0])
+    good(first([x], w)[0])
+    bad(first([x, x])[0])  # E: placement-argument
+    measured(w, w)  # E: placement-argument
+    return measured(x, w)  # E: placement-return
 
 
 def chosen(x: Tokens, w: Whole, maybe: Whole | None, plain: Tensor | None) -> Whole:
