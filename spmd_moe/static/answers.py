@@ -43,8 +43,6 @@ OfAttribute: TypeAlias = Callable[[AttributeContext], Type]
 OfClass: TypeAlias = Callable[[ClassDefContext], None]
 OfSignature: TypeAlias = Callable[[MethodSigContext], FunctionLike]
 
-# Generic functions for which mypy has a hook of its own, which one of ours would replace.
-_ASKED_BY_MYPY = frozenset({"functools.singledispatch"})
 _UNTYPED_DECORATOR = "spmd_types._traceback.api_boundary"
 _SHARDS = ("spmd_moe.placement._ShardKind.__call__", "spmd_moe.placement._ShardKind.__getitem__")
 
@@ -128,8 +126,7 @@ class Answers:
 
     def _generic(self, fullname: str) -> CallableType | None:
         """The signature of a function that returns what is placed as what it was given."""
-        is_mypys = is_foreign(fullname) or fullname in _ASKED_BY_MYPY
-        found = None if is_mypys else self._look_up(fullname)
+        found = None if is_foreign(fullname) else self._look_up(fullname)
         return None if found is None else generics.template(found.node)
 
     def method(self, fullname: str) -> OfMethod | None:

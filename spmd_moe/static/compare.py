@@ -103,8 +103,10 @@ def _of_call(have: ProperType, need: CallableType) -> Iterator[Part]:
             continue
         own = overloads[0].with_unpacked_kwargs()
         yield own.ret_type, need.ret_type, "result"
-        for wanted in need.formal_arguments(include_star_args=True):
-            mine = callable_corresponding_argument(own, wanted)
+        pairs = [(w, callable_corresponding_argument(own, w)) for w in need.formal_arguments()]
+        pairs += [(w, own.var_arg()) for w in [need.var_arg()] if w is not None]
+        pairs += [(w, own.kw_arg()) for w in [need.kw_arg()] if w is not None]
+        for wanted, mine in pairs:
             if mine is not None:
                 yield wanted.typ, mine.typ, mine.name or wanted.name or "argument"
 

@@ -27,13 +27,23 @@ from spmd_moe.static.types import DEPTH, SEQUENCES, kinds_of, place, tensor
 Solved = dict[TypeVarId, Kinds]
 
 
+# They yield what they are given, whatever it is. Other plugins have no use for them.
+_OF_ANYTHING = frozenset({"contextlib.contextmanager", "contextlib.asynccontextmanager"})
+
+
 def template(function: object) -> CallableType | None:
-    """The signature of a function that is generic in what it takes and in what it returns."""
+    """The signature of a function that is generic in tensors that it takes and returns."""
     t = function.type if isinstance(function, FuncDef) else None
-    if not isinstance(t, CallableType) or not t.variables:
+    if not isinstance(function, FuncDef) or not isinstance(t, CallableType) or not t.variables:
         return None
-    given = {variable for arg in t.arg_types for variable, _ in _pairs(arg, arg)}
-    return t if given & {variable for variable, _ in _pairs(t.ret_type, t.ret_type)} else None
+    given = {variable for arg in t.arg_types for variable in _variables(arg)}
+    both = given.intersection(_variables(t.ret_type))
+    of_tensors = any(tensor(variable.upper_bound) is not None for variable in both)
+    return t if of_tensors or (both and function.fullname in _OF_ANYTHING) else None
+
+
+def _variables(t: Type) -> set[TypeVarType]:
+    return {form for form, _ in _pairs(t, t)}
 
 
 def result(ctx: FunctionContext, signature: CallableType) -> Type:
@@ -44,14 +54,14 @@ def result(ctx: FunctionContext, signature: CallableType) -> Type:
             for variable, found in _given(ctx, form, t, expr):
                 if tensor(found) is not None:
                     kinds = kinds_of(found) or {}
-                    known = solved.setdefault(variable, kinds)
-                    solved[variable] = kinds if known == kinds else {}
+                    known = solved.setdefault(variable.id, kinds)
+                    solved[variable.id] = kinds if known == kinds else {}
     return _placed(signature.ret_type, ctx.default_return_type, solved)
 
 
 def _given(
     ctx: FunctionContext, form: Type, t: Type, expr: Expression
-) -> Iterator[tuple[TypeVarId, Type]]:
+) -> Iterator[tuple[TypeVarType, Type]]:
     """The same of an argument; of a list that is written down, item by item: mypy joins them."""
     needed = get_proper_type(form)
     items = expr.items if isinstance(expr, ListExpr) else []
@@ -63,11 +73,11 @@ def _given(
         yield from _pairs(args[0], ctx.api.get_expression_type(item))
 
 
-def _pairs(form: Type, t: Type, depth: int = 0) -> Iterator[tuple[TypeVarId, Type]]:
+def _pairs(form: Type, t: Type, depth: int = 0) -> Iterator[tuple[TypeVarType, Type]]:
     """Each type variable in a type, with what stands there in another."""
     form, t = get_proper_type(form), get_proper_type(t)
     if isinstance(form, TypeVarType):
-        yield form.id, t
+        yield form, t
     elif depth <= DEPTH:
         for one, other in _parts(form, t):
             yield from _pairs(one, other, depth + 1)

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from spmd_moe.placement import Tokens, TokenSums, Whole
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Tensor)
 Q = ParamSpec("Q")
 
 
 class Fn(Protocol):
     def __call__(self, x: Tokens) -> Tokens: ...
+
+
+class Many(Protocol):
+    def __call__(self, x: Tokens, *more: Tokens, **named: Whole) -> Tokens: ...
 
 
 class HasGo(Protocol):
@@ -64,11 +68,20 @@ def bad(x: Whole) -> Tokens:
     raise NotImplementedError
 
 
+def many(x: Tokens, *more: Tokens, **named: Whole) -> Tokens:
+    return x
+
+
+def other_many(x: Tokens, *more: Whole, **named: Whole) -> Tokens:
+    return x
+
+
 def two(x: Tokens, w: Whole) -> Tokens:
     return x
 
 
 def want(f: Callable[[Tokens], Tokens]) -> None: ...
+def want_many(f: Many) -> None: ...
 def want_fn(f: Fn) -> None: ...
 def want_go(f: HasGo) -> None: ...
 
@@ -82,6 +95,8 @@ def functions(calls: Calls, fns: list[Fn], f: Callable[[Tokens], Tokens], w: Who
     want_fn(good)
     want_fn(calls)
     want_fn(bad)  # E: placement-argument
+    want_many(many)
+    want_many(other_many)  # E: placement-argument
     want_go(Goes())
     want_go(OtherGo())  # E: placement-argument
     want_go(Holds())  # E: placement-argument
