@@ -115,8 +115,8 @@ class _Review:
                 self._assign(target, node.rvalue)
         elif isinstance(node, AssignmentExpr):
             self._assign(node.target, node.value)
-        elif isinstance(node, ConditionalExpr | OpExpr):
-            self._alternatives(node)
+        elif isinstance(node, ConditionalExpr):
+            self._conditional(node)
         elif isinstance(node, ClassDef):
             self._attributes(node)
         elif isinstance(node, YieldExpr) and node.expr is not None and function is not None:
@@ -215,12 +215,11 @@ class _Review:
                 return item.arg_types[1]
         return None
 
-    def _alternatives(self, node: Expression) -> None:
+    def _conditional(self, node: ConditionalExpr) -> None:
         either = alternatives(node, self.checker)
         have, need = (kinds_of(self.type_of(e)) for e in either) if len(either) == 2 else ({}, {})
         if have and need:
-            where = "if ... else" if isinstance(node, ConditionalExpr) else "or"
-            problem = declared_problem("branch", where, named(either[0]), have, need)
+            problem = declared_problem("branch", "if ... else", named(either[0]), have, need)
             self.report.problem(problem, node)
 
     def _reveal(self, node: RevealExpr, expr: Expression) -> None:

@@ -294,5 +294,7 @@ def chosen(x: Tokens, w: Whole, maybe: Whole | None, plain: Tensor | None) -> Wh
     y = x if x is not None else maybe  # type: ignore[redundant-expr]
     good(y)
     good(x or plain or x)
-    good(x or w)  # E: placement-argument, placement-branch
+    good(x or w)  # E: placement-argument
+    if (x > 0).any() or (w > 0).any():
+        good(y)
     return maybe or w
