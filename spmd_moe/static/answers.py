@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
-from mypy.nodes import FuncDef, MypyFile, SymbolTableNode, TypeInfo
+from mypy.nodes import MypyFile, SymbolTableNode, TypeInfo
 from mypy.nodes import TypeAlias as AliasNode
 from mypy.plugin import (
     AnalyzeTypeContext,
@@ -15,9 +15,9 @@ from mypy.plugin import (
     MethodContext,
     MethodSigContext,
 )
-from mypy.types import AnyType, FunctionLike, Instance, Type, TypeOfAny
+from mypy.types import AnyType, CallableType, FunctionLike, Instance, Type, TypeOfAny
 
-from spmd_moe.static import hooks, modules
+from spmd_moe.static import generics, hooks, modules
 from spmd_moe.static.annotations import PLACED, Annotation
 from spmd_moe.static.config import Config
 from spmd_moe.static.daemon import Daemon
@@ -30,7 +30,6 @@ from spmd_moe.static.roles import ROLE
 from spmd_moe.static.types import (
     declare,
     declare_all_of,
-    generic_parameter,
     is_tensor_class,
     placed_within,
 )
@@ -120,16 +119,15 @@ class Answers:
         if name is not None:
             return _careful(lambda ctx: hooks.operation(ctx, name, notes), _default)
         placed = self._is_placed(fullname)
-        position = self._generic_in(fullname)
-        if position is not None:
-            return _careful(lambda ctx: hooks.generic(ctx, position, notes), _default)
+        form = self._generic(fullname)
+        if form is not None:
+            return _careful(lambda ctx: generics.result(ctx, form), _default)
         return _careful(self._of_placed, _default) if placed else None
 
-    def _generic_in(self, fullname: str) -> int | None:
-        """The parameter whose type a function returns, if it is generic in a tensor."""
+    def _generic(self, fullname: str) -> CallableType | None:
+        """The signature of a function that returns what is placed as what it was given."""
         found = None if is_foreign(fullname) else self._look_up(fullname)
-        node = None if found is None else found.node
-        return generic_parameter(node) if isinstance(node, FuncDef) else None
+        return None if found is None else generics.template(found.node)
 
     def method(self, fullname: str) -> OfMethod | None:
         notes = self.notes

@@ -1,18 +1,22 @@
-"""A local variable that is placed one way on one branch and another way on another."""
+"""What is placed one way on one branch and another way on another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+from mypy.checker import is_unreachable_map
 from mypy.nodes import (
     AssignmentStmt,
     Block,
     CallExpr,
+    ConditionalExpr,
     Expression,
     FuncDef,
     LambdaExpr,
     NameExpr,
     Node,
+    OpExpr,
     TupleExpr,
     Var,
 )
@@ -69,3 +73,19 @@ def _targets(target: Expression, value: Type | None) -> Iterator[tuple[Var, Type
     elif isinstance(target, TupleExpr) and isinstance(t, TupleType):
         for item, item_type in zip(target.items, t.items, strict=False):
             yield from _targets(item, item_type)
+
+
+def alternatives(expr: Expression, checker: Any) -> list[Expression]:
+    """What the value of `x if ... else y`, or of `x or y`, may be; without what cannot run."""
+    if isinstance(expr, ConditionalExpr):
+        either = [expr.if_expr, expr.else_expr]
+        try:
+            maps = checker.find_isinstance_check(expr.cond)
+        except KeyError:  # not checked: in a function without annotations
+            return either
+        both = zip(either, maps, strict=True)
+        return [e for e, known in both if not is_unreachable_map(known)] or either
+    if not isinstance(expr, OpExpr) or expr.op != "or":
+        return []
+    left = [] if expr.right_always else [expr.left]
+    return left if expr.right_unreachable else [*left, expr.right]

@@ -91,14 +91,6 @@ def _typed(ctx: Context, name: str, receiver: Type | None) -> Type:
     return found if name in ("Tensor.unflatten", "Tensor.norm") else ctx.default_return_type
 
 
-def generic(ctx: FunctionContext, position: int, notes: Notes) -> Type:
-    """A function that returns the type of an argument: mypy may have taken it from the context."""
-    kinds = [kinds_of(t) for t in ctx.arg_types[position]]
-    if len(kinds) != 1 or tensor(ctx.default_return_type) is None:
-        return ctx.default_return_type
-    return place(ctx.default_return_type, kinds[0] or {})
-
-
 def _factories() -> list[str]:
     names: list[str] = table()["factories"]
     return names

@@ -1,8 +1,10 @@
-"""A method that is placed differently from the one that it overrides."""
+"""A method or an attribute that is placed differently from the one that it overrides."""
 
 from __future__ import annotations
 
-from mypy.nodes import Decorator, FuncDef, OverloadedFuncDef
+from collections.abc import Iterator
+
+from mypy.nodes import Decorator, FuncDef, Node, OverloadedFuncDef, TypeInfo, Var
 from mypy.types import CallableType, Type
 
 from spmd_moe.static.messages import Problem, declared_problem
@@ -14,7 +16,7 @@ _NOT_COMPARED = frozenset({"__init__", "__new__", "__post_init__"})
 def override_problem(function: FuncDef) -> Problem | None:
     """The first difference: results must be what the base promises, arguments what it takes."""
     own = _own(function)
-    if own is None or function.name in _NOT_COMPARED:
+    if own is None or function.name in _NOT_COMPARED or function.name.startswith("__mypy"):
         return None
     for base in function.info.mro[1:]:
         found = base.names.get(function.name)
@@ -30,6 +32,31 @@ def override_problem(function: FuncDef) -> Problem | None:
         if problem is not None:
             return problem
     return None
+
+
+def attribute_overrides(info: TypeInfo) -> Iterator[tuple[str, Type, Type, Node]]:
+    """Attributes that are declared anew, with both types. Of two properties, see above."""
+    for name, symbol in info.names.items():
+        own, mine = symbol.node, _attribute(symbol.node)
+        if own is None or mine is None or (isinstance(own, Var) and own.is_inferred):
+            continue
+        for base in info.mro[1:]:
+            theirs = base.names[name].node if name in base.names else None
+            t = _attribute(theirs)
+            if t is not None and (isinstance(own, Var) or isinstance(theirs, Var)):
+                place = own.func if isinstance(own, Decorator) else own
+                yield f"{name}, as in {base.name}", mine, t, place
+                break
+
+
+def _attribute(node: object) -> Type | None:
+    """The type of a variable, or of a property."""
+    if isinstance(node, Var):
+        return node.type
+    getter = node.items[0] if isinstance(node, OverloadedFuncDef) and node.is_property else node
+    signature = signature_of(getter) if isinstance(getter, Decorator) else None
+    is_property = isinstance(getter, Decorator) and getter.func.is_property
+    return signature.ret_type if signature is not None and is_property else None
 
 
 def _own(function: FuncDef) -> CallableType | None:

@@ -7,14 +7,14 @@ assignments and branches are compared here; what was wrong in an operation was w
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any
 
 from mypy.nodes import (
     AssignmentExpr,
     AssignmentStmt,
     CallExpr,
+    ClassDef,
     ConditionalExpr,
-    DictExpr,
     Expression,
     FuncDef,
     IndexExpr,
@@ -25,9 +25,9 @@ from mypy.nodes import (
     Node,
     OpExpr,
     OverloadedFuncDef,
+    RefExpr,
     ReturnStmt,
     RevealExpr,
-    StrExpr,
     TupleExpr,
     Var,
     YieldExpr,
@@ -37,26 +37,32 @@ from mypy.types import (
     CallableType,
     FunctionLike,
     Instance,
-    ProperType,
     TupleType,
     Type,
-    TypedDictType,
-    UnionType,
     get_proper_type,
 )
 
-from spmd_moe.static.arguments import matched, signatures
-from spmd_moe.static.branches import branch_problems
+from spmd_moe.static.arguments import (
+    PARTIAL,
+    Actual,
+    actuals,
+    fitting,
+    matched,
+    operator_calls,
+    signatures,
+)
+from spmd_moe.static.branches import alternatives, branch_problems
 from spmd_moe.static.bypass import Bypasses
+from spmd_moe.static.compare import Comparison, Found
 from spmd_moe.static.config import Config
 from spmd_moe.static.kinds import shown
 from spmd_moe.static.messages import Problem, declared_problem, named
 from spmd_moe.static.notes import Notes
-from spmd_moe.static.overrides import override_problem
+from spmd_moe.static.overrides import attribute_overrides, override_problem
 from spmd_moe.static.report import Line, Report
 from spmd_moe.static.roles import is_role
 from spmd_moe.static.strict import unknown_problems
-from spmd_moe.static.types import DEPTH, SEQUENCES, as_found, each_kinds_of, kinds_of, signature_of
+from spmd_moe.static.types import as_found, kinds_of, signature_of
 from spmd_moe.static.walk import children
 
 
@@ -85,6 +91,7 @@ def review(checker: Any, notes: Notes, config: Config) -> list[Line]:
 class _Review:
     def __init__(self, checker: Any, report: Report) -> None:
         self.checker, self.report = checker, report
+        self.comparison = Comparison(self.type_of, lambda expr: alternatives(expr, checker))
 
     def type_of(self, expr: Expression) -> Type | None:
         try:
@@ -110,10 +117,14 @@ class _Review:
             self._assign(node.target, node.value)
         elif isinstance(node, ConditionalExpr):
             self._conditional(node)
+        elif isinstance(node, ClassDef):
+            self._attributes(node)
         elif isinstance(node, YieldExpr) and node.expr is not None and function is not None:
             self._yield(node.expr, function)
         elif isinstance(node, RevealExpr) and node.expr is not None:
             self._reveal(node, node.expr)
+        for op, method, operand in operator_calls(node, self.type_of):
+            self._arguments(method, [Actual(operand)], op)
         if isinstance(node, LambdaExpr):
             function = None
         for child in children(node):
@@ -122,10 +133,30 @@ class _Review:
     # --- each construct -----------------------------------------------------------------------
 
     def _call(self, call: CallExpr) -> None:
-        for signature in signatures(self.type_of(call.callee)):
-            for expr, name, need in matched(call, signature, self.type_of):
-                where = f"{named(call.callee)}, argument {name or '?'}"
-                self._compare(expr, need, "argument", where)
+        callee, given = call.callee, actuals(call, self.type_of)
+        self._arguments(self.type_of(callee), given, named(callee))
+        if isinstance(callee, RefExpr) and callee.fullname == PARTIAL and given:
+            self._arguments(self.type_of(given[0].expr), given[1:], named(given[0].expr))
+
+    def _arguments(self, callee: Type | None, given: list[Actual], called: str) -> None:
+        """The first of the overloads that mypy may have chosen counts, unless another fits."""
+        for overloads in signatures(callee):
+            each = [
+                list(self._misplaced(given, signature, called))
+                for signature in fitting(overloads, given, self.type_of)
+            ]
+            if [] not in each:
+                self._tell(chain(*each[:1]))
+
+    def _misplaced(self, given: list[Actual], signature: CallableType, called: str) -> Found:
+        for actual, name, need in matched(given, signature, self.type_of):
+            where = f"{called}, argument {name or '?'}"
+            if actual.type is None:
+                yield from self.comparison.expression(actual.expr, need, "argument", where)
+                continue
+            text = named(actual.expr)
+            for problem in self.comparison.types(actual.type, need, "argument", where, text):
+                yield problem, actual.expr
 
     def _result(self, expr: Expression, function: FuncDef) -> None:
         declared = _declared_result(function)
@@ -149,7 +180,10 @@ class _Review:
             items = get_proper_type(self.type_of(value))
             if isinstance(items, TupleType):
                 for t, item in zip(target.items, items.items, strict=False):
-                    self._compare_types(item, self._declared(t), value, "assignment", named(t))
+                    found = self.comparison.types(
+                        item, self._declared(t), "assignment", named(t), named(value)
+                    )
+                    self._tell((problem, value) for problem in found)
         else:
             self._compare(value, self._declared(target), "assignment", named(target))
 
@@ -182,10 +216,10 @@ class _Review:
         return None
 
     def _conditional(self, node: ConditionalExpr) -> None:
-        one, other = (self.type_of(e) for e in (node.if_expr, node.else_expr))
-        have, need = kinds_of(one), kinds_of(other)
+        either = alternatives(node, self.checker)
+        have, need = (kinds_of(self.type_of(e)) for e in either) if len(either) == 2 else ({}, {})
         if have and need:
-            problem = declared_problem("branch", "if ... else", named(node.if_expr), have, need)
+            problem = declared_problem("branch", "if ... else", named(either[0]), have, need)
             self.report.problem(problem, node)
 
     def _reveal(self, node: RevealExpr, expr: Expression) -> None:
@@ -207,90 +241,19 @@ class _Review:
         if function.info:
             self.report.problem(override_problem(function), function)
 
+    def _attributes(self, node: ClassDef) -> None:
+        for where, mine, theirs, place in attribute_overrides(node.info):
+            found = self.comparison.types(mine, theirs, "override", where, "its type")
+            self._tell((problem, place) for problem in found)
+
     # --- comparing ----------------------------------------------------------------------------
 
     def _compare(self, expr: Expression, need: Type | None, code: str, where: str) -> None:
-        """An expression with the type that is declared for it, item by item where it has items."""
-        if need is None:
-            return
-        if isinstance(expr, ConditionalExpr):
-            self._compare(expr.if_expr, need, code, where)
-            self._compare(expr.else_expr, need, code, where)
-            return
-        needed = get_proper_type(need)
-        if isinstance(expr, TupleExpr | ListExpr) and _has_items(needed):
-            each = needed.items if isinstance(needed, TupleType) else needed.args * len(expr.items)
-            for item, t in zip(expr.items, each, strict=False):
-                self._compare(item, t, code, where)
-            return
-        if isinstance(expr, DictExpr):
-            for key, value in expr.items:
-                self._compare(value, _value_at(key, needed), code, where)
-            return
-        self._compare_types(self.type_of(expr), need, expr, code, where)
+        self._tell(self.comparison.expression(expr, need, code, where))
 
-    def _compare_types(
-        self,
-        have: Type | None,
-        need: Type | None,
-        expr: Expression,
-        code: str,
-        where: str,
-        depth: int = 0,
-    ) -> None:
-        if have is None or need is None or depth > DEPTH:
-            return
-        found, wanted = kinds_of(have), kinds_of(need)
-        if found is not None and wanted is not None:
-            self._compare_kinds(have, need, expr, code, where)
-            return
-        have, need = _without_none(have), _without_none(need)
-        if isinstance(have, TupleType) and isinstance(need, TupleType):
-            pairs = zip(have.items, need.items, strict=False)
-        elif isinstance(have, Instance) and isinstance(need, Instance):
-            pairs = zip(have.args, need.args, strict=False)
-        elif isinstance(have, CallableType) and isinstance(need, CallableType):
-            pairs = zip([have.ret_type], [need.ret_type], strict=True)
-        else:
-            return
-        for one, other in pairs:
-            self._compare_types(one, other, expr, code, where, depth + 1)
-
-    def _compare_kinds(
-        self, have: Type, need: Type, expr: Expression, code: str, where: str
-    ) -> None:
-        """Each placement that it may have must be one of those that it may have there."""
-        for found in each_kinds_of(have):
-            problems = [
-                declared_problem(code, where, named(expr), found, wanted)
-                for wanted in each_kinds_of(need)
-            ]
-            if None not in problems:
-                self.report.problem(problems[0], expr)
-                return
-
-
-def _has_items(t: Type) -> TypeGuard[TupleType | Instance]:
-    return isinstance(t, TupleType) or (
-        isinstance(t, Instance) and t.type.fullname in SEQUENCES and len(t.args) == 1
-    )
-
-
-def _value_at(key: Expression | None, mapping: ProperType) -> Type | None:
-    """What a mapping is to have at a key; without a key, another mapping stands there (`**`)."""
-    if key is None:
-        return mapping
-    if isinstance(mapping, TypedDictType):
-        return mapping.items.get(key.value) if isinstance(key, StrExpr) else None
-    return mapping.args[1] if isinstance(mapping, Instance) and len(mapping.args) == 2 else None
-
-
-def _without_none(t: Type) -> Type:
-    p = get_proper_type(t)
-    if isinstance(p, UnionType):
-        items = p.relevant_items()
-        return get_proper_type(items[0]) if len(items) == 1 else p
-    return p
+    def _tell(self, found: Found) -> None:
+        for problem, place in found:
+            self.report.problem(problem, place)
 
 
 def _declared_result(function: FuncDef) -> Type | None:

@@ -20,7 +20,6 @@ from mypy.types import (
     ProperType,
     TupleType,
     Type,
-    TypeVarType,
     UnionType,
     flatten_nested_unions,
     get_proper_type,
@@ -204,18 +203,6 @@ def _is_placed_record(info: TypeInfo, depth: int) -> bool:
         return False
     fields = (s.node.type for s in info.names.values() if isinstance(s.node, Var) and s.node.type)
     return any(placed_within(t, depth + 2) for t in fields)
-
-
-def generic_parameter(function: FuncDef) -> int | None:
-    """The first parameter of the type variable that a function returns, if it is for tensors."""
-    t = function.type
-    if not isinstance(t, CallableType):
-        return None
-    result = get_proper_type(t.ret_type)
-    if not isinstance(result, TypeVarType) or tensor(result.upper_bound) is None:
-        return None
-    same = (i for i, arg in enumerate(t.arg_types) if get_proper_type(arg) == result)
-    return next(same, None)
 
 
 SEQUENCES = frozenset(

@@ -57,7 +57,7 @@ def of_two(x: Tokens) -> Tokens: ...
 @overload
 def of_two(x: Tokens, w: Whole) -> Whole: ...
 def of_two(x: Tokens, w: Whole | None = None) -> Tokens | Whole:
-    take(w or x)
+    take(w or x)  # E: placement-argument
     if w is None:
         return x
     take(w)  # E: placement-argument
