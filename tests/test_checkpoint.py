@@ -32,7 +32,6 @@ from spmd_moe import (
     save_checkpoint,
     update_selection_bias,
 )
-from spmd_moe.check.threads import threaded
 from spmd_moe.parts import awaited_state
 from spmd_moe.placement import P, SharedWeight
 from spmd_moe.router import Router
@@ -358,41 +357,6 @@ def test_the_latest_is_that_of_the_highest_number(tmp_path: Path) -> None:
     for name in ("step_1000", "step_900", "epoch_2_step_5", "epoch_1_step_9", "best"):
         assert latest_checkpoint(tmp_path) == tmp_path / name
         (tmp_path / name / files.INDEX).unlink()
-
-
-def with_extra(folder: str, extra: list[dict[str, Any]]) -> str:
-    model, mesh, _ = start(Way(Layout(dp=2), own_tokens=True, fsdp=False))
-    try:
-        save_checkpoint(f"{folder}/1", model, mesh, extra=extra[dist.get_rank()])
-    except Exception as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.parametrize(
-    ("other", "theirs"),
-    [
-        ({"at": 6, "of": "x" * 99}, "extra['at']=6 on ranks [1]"),
-        ({"at": (5,)}, "extra=a tuple is in it, which JSON makes a list on ranks [1]"),
-        (
-            {"at": torch.ones(1)},
-            "extra=Object of type Tensor is not JSON",
-        ),
-        (None, " on ranks [1]"),
-    ],
-)
-def test_ranks_that_save_other_extras_are_told(other: Any, theirs: str, tmp_path: Path) -> None:
-    same = {"of": "x" * 99} if other and "of" in other else {}
-    for said in threaded(2, with_extra, str(tmp_path), [{"at": 5} | same, other]):
-        first = "save_checkpoint: the ranks were called with different settings: extra['at']=5 on"
-        assert first in said and theirs in said
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_extra_comes_back_as_it_was(tmp_path: Path) -> None:
-    run_, extra = start(ALONE), {"best": torch.inf, "deep": [{"a": None}, [1.5, True, "b"]]}
-    save_checkpoint(tmp_path / "1", *run_, extra)
-    assert load_checkpoint(tmp_path / "1", *run_) == extra
 
 
 @pytest.mark.parametrize("fused", [True, False])
