@@ -26,7 +26,6 @@ from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import OneExpert, PerExpert
 
 WORTH_PAGES = 1 << 20  # bytes, below which memory of its own costs more than writing zeros
-MAPPED = 32 << 20  # bytes, from which malloc asks the system for fresh memory each time
 _CALL = (
     "Tensor x, Tensor? scores, Tensor?[] weights, Tensor sizes, str activation, "
     "ScalarType? compute, int row_block"
@@ -194,10 +193,11 @@ def _empty(t: Tensor) -> Tensor:
 def _of_weight(w: Tensor, starved: Sequence[int]) -> Tensor:
     """Room for the gradients of a weight: zeros for the experts that have no rows.
 
-    With few tokens these are most, and writing their zeros would be most of backward.
+    With few tokens these are most, and writing their zeros would be most of backward. Where most
+    experts have rows, memory that malloc has kept is quicker than fresh pages.
     """
     mostly = 2 * len(starved) > w.shape[0]
-    if w.nbytes >= (WORTH_PAGES if mostly else MAPPED) and w.device.type == "cpu":
+    if mostly and w.nbytes >= WORTH_PAGES and w.device.type == "cpu":
         return untouched_zeros(w)
     d_e = _empty(w)
     for e in starved:
