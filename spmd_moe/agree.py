@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-import torch
-import torch.distributed as dist
-from spmd_types import no_typecheck
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import local_tensor_mode
 
 from spmd_moe.errors import MeshError, explain
+from spmd_moe.host import said_by_all
+
+_LONG = 120  # letters of a setting that a message has room for
 
 
 def agree(
@@ -23,17 +22,15 @@ def agree(
 ) -> None:
     """Raise on every rank if the ranks called with different settings.
 
-    A digest is gathered along one group after another, so the groups of a mesh reach all of its
-    ranks. Where the digests differ, so do the settings, and these are gathered to be told.
+    Digests are exchanged first. Where they differ, so do the settings, which are then told.
     """
     if local_tensor_mode() is not None:
         return  # all simulated ranks run this very call
-    text = "\n".join(f"{name}={value}" for name, value in settings.items()).encode()
-    with no_typecheck():
-        digests = _gathered(hashlib.sha256(text).digest(), groups, device_type)
-        if digests is None or bool((digests == digests[:1]).all()):
-            return
-        texts = _texts(text, groups, device_type)
+    text = "\n".join(map(_line, settings.items())).encode()
+    digests = said_by_all(hashlib.sha256(text).digest(), groups, device_type)
+    if len(set(digests)) == 1:
+        return
+    texts = _texts(text, groups, device_type)
     raise MeshError(
         explain(
             where,
@@ -44,28 +41,20 @@ def agree(
     )
 
 
+def _line(setting: tuple[str, object]) -> str:
+    """A setting in one line. Of much, the beginning and what tells it from others."""
+    name, value = setting
+    text = f"{name}={value}".replace("\n", "; ")
+    if len(text) <= _LONG:
+        return text
+    return f"{text[:_LONG]}... ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
 def _texts(mine: bytes, groups: Sequence[ProcessGroup | None], device_type: str) -> list[bytes]:
     """The whole text of every rank, each padded to the longest on its way."""
-    lengths = _gathered(len(mine).to_bytes(8), groups, device_type)
-    longest = 0 if lengths is None else max(int.from_bytes(row) for row in lengths.tolist())
-    rows = _gathered(mine.ljust(longest, b"\0"), groups, device_type)
-    return [] if rows is None else [bytes(row).rstrip(b"\0") for row in rows.tolist()]
-
-
-def _gathered(
-    mine: bytes, groups: Sequence[ProcessGroup | None], device_type: str
-) -> Tensor | None:
-    """What every rank says, a row for each, in the order of the ranks."""
-    rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device_type)
-    if type(rows) is not torch.Tensor:
-        return None  # a layer without memory (FakeTensorMode) has no values to exchange
-    for group in groups:
-        size = dist.get_world_size(group)
-        if size > 1:
-            parts = [torch.empty_like(rows) for _ in range(size)]
-            dist.all_gather(parts, rows, group=group)
-            rows = torch.cat(parts)
-    return rows
+    lengths = said_by_all(len(mine).to_bytes(8), groups, device_type)
+    padded = mine.ljust(max(map(int.from_bytes, lengths)), b"\0")
+    return [row.rstrip(b"\0") for row in said_by_all(padded, groups, device_type)]
 
 
 def _differing(texts: Sequence[bytes]) -> str:

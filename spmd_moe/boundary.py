@@ -18,8 +18,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from spmd_moe.collectives import host_ints
 from spmd_moe.errors import ConfigError, explain
+from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import I, Kind, R, S, Tokens
 from spmd_moe.redistribute import redistribute, wide

@@ -74,7 +74,7 @@ def save_checkpoint(
     path = Path(path)
     _check_whole_world("save_checkpoint", mesh)
     kept, wrong = _json_of(extra)
-    told = {f"extra[{key!r}]": _short(value) for key, value in kept.items()}
+    told = {f"extra[{key!r}]": json.dumps(value, sort_keys=True) for key, value in kept.items()}
     there = {"path": path.name, "exists": path.exists()}
     mesh.agree("save_checkpoint", there | ({"extra": wrong} if wrong else told))
     _check_name(path)
@@ -269,11 +269,6 @@ def _json_of(extra: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
     except (TypeError, ValueError) as error:
         return {}, str(error)
     return copied, _changed_by_json(given)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) < 64 else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _changed_by_json(value: Any) -> str:

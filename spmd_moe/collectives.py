@@ -29,7 +29,6 @@ from spmd_types import (
     SpmdTypeError,
     get_local_type,
     get_partition_spec,
-    no_typecheck,
     reinterpret,
     rules,
 )
@@ -149,22 +148,6 @@ def exchange(
     if group.size() == 1:
         return x
     return cast(Tensor, Exchange.apply(x, group, list(receives), list(sends)))  # type: ignore[no-untyped-call]  # as above
-
-
-def host_ints(x: Tensor) -> list[int]:
-    """The integers of a 1-d tensor on the host, where the sizes of an exchange are needed.
-
-    What is read differs between ranks, and the checker could not follow it: it ends here, and comes
-    back as the rows per rank that `exchange` and `ShardShape` are given.
-    """
-    with no_typecheck():
-        return [_plain(n) for n in x.tolist()]
-
-
-def _plain(n: Any) -> int:
-    """An int also where one process simulates many ranks, as long as it is the same on all."""
-    same = n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n
-    return cast(int, n if same is None else same)
 
 
 def declare_sum(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -57,6 +57,11 @@ class SanitizerError(SpmdMoeError, RuntimeError):
     """Ranks of a running job that hold something else than their types say."""
 
 
+def some(number: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 # Frames below these packages are ours or our tools', never the line that the user has to change.
 _NOT_THE_USER = ("spmd_moe", "spmd_types", "torch", "contextlib", "runpy", "threading")
 _HERE = str(Path(__file__).parent)

@@ -16,8 +16,8 @@ from itertools import product
 import torch
 from torch import nn
 
-from spmd_moe.collectives import host_ints
-from spmd_moe.errors import RoutingError, explain
+from spmd_moe.errors import RoutingError, explain, some
+from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Tokens
 
@@ -91,7 +91,7 @@ def _error(
 
 def _who(counts: Sequence[int], axes: Sequence[Axis], ranks: int) -> str:
     """How many ranks, and where they stand on the axes: `1 of 4 ranks (ep 3)`."""
-    text = f"{sum(counts)} of {ranks} rank{'s' if ranks > 1 else ''}"
+    text = f"{sum(counts)} of {some(ranks, 'rank')}"
     if sum(counts) == ranks:
         return text
     places = product(*([f"{axis.name} {rank}" for rank in range(axis.size)] for axis in axes))

@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.errors import DtypeError, ShapeError, SpmdMoeError, describe, explain, short_dtype
+from spmd_moe.errors import (
+    DtypeError,
+    ShapeError,
+    SpmdMoeError,
+    describe,
+    explain,
+    short_dtype,
+    some,
+)
 from spmd_moe.experts import Experts
 from spmd_moe.router import Router
 from spmd_moe.settings import instance
@@ -60,7 +68,7 @@ def _refuse_dims(x: Tensor, width: int) -> None:
     else:
         fix = f"x.view(-1, {width})"
     _refuse(
-        f"x {describe(x)} has {x.ndim} dim{'s' if x.ndim > 1 else ''}",
+        f"x {describe(x)} has {some(x.ndim, 'dim')}",
         "x is [B, L, D] or [T, D]",
         fix,
     )

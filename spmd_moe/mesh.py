@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spmd_moe.agree import agree
 from spmd_moe.degrees import check_degrees, check_dense, check_device_type, expert_data_degree
-from spmd_moe.errors import MeshError, explain
+from spmd_moe.errors import MeshError, explain, some
 from spmd_moe.placement import DENSE, EXPERT, Role
 from spmd_moe.settings import instance
 
@@ -57,7 +57,7 @@ class Axis:
         raise _not_pickled(self)
 
     def __str__(self) -> str:
-        return f"axis '{self.name}' ({self.size} rank{'s' if self.size > 1 else ''})"
+        return f"axis '{self.name}' ({some(self.size, 'rank')})"
 
 
 @final

@@ -7,7 +7,6 @@ share, and nothing else. Gradients are summed, never averaged.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -52,10 +51,14 @@ def parallelize(
     rows = obligations(model, mesh)
     units = _units(model, blocks)
     _check_new(model, rows)
-    digest = hashlib.sha256(f"{rows} {replicas} {policy}".encode()).hexdigest()
-    said = {"parameters and settings": digest[:16], "reshard_after_forward": reshard_after_forward}
-    gathered = [name for name, module in model.named_modules() if module in units[:-1]]
-    mesh.agree("parallelize", {**said, "blocks": gathered})
+    settings = {
+        "parameters": rows,
+        "replicas": replicas,
+        "policy": policy,
+        "reshard_after_forward": reshard_after_forward,
+        "blocks": [name for name, module in model.named_modules() if module in units[:-1]],
+    }
+    mesh.agree("parallelize", settings)
     _check_outputs(policy)
     parameters = Obligations(row for row in rows if not row.is_buffer)
     stores = Stores(mesh, replicas)

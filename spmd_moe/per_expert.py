@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, cast
 
@@ -157,7 +157,7 @@ def _backward_loop(
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
     hits, need = _hits(sizes_e, x_RD), Needs(*needs)
-    starved = sorted(set(range(sizes_e.shape[0])).difference(hits.experts))
+    starved = set(range(sizes_e.shape[0])).difference(hits.experts)
     d_rows, d_weights = _gradients(call, need, lambda w: _of_weight(w, starved))
     room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
     for (dx_nD, ds_n, dy_nD, *kept_n), (block, one) in zip(
@@ -190,7 +190,7 @@ def _empty(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _of_weight(w: Tensor, starved: Sequence[int]) -> Tensor:
+def _of_weight(w: Tensor, starved: Collection[int]) -> Tensor:
     """Room for the gradients of a weight: zeros for the experts that have no rows.
 
     With few tokens these are most, and writing their zeros would be most of backward. Where most

@@ -23,7 +23,7 @@ import torch.nn.functional as fn
 from spmd_types import rules
 from torch import Tensor
 
-from spmd_moe.collectives import host_ints
+from spmd_moe.host import host_ints
 from spmd_moe.placement import GatheredRows, Tokens
 from spmd_moe.redistribute import as_dtype, wide
 

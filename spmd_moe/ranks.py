@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from spmd_types import no_typecheck
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import (
@@ -48,12 +47,6 @@ def _simulation() -> LocalTensorMode:
     mode = local_tensor_mode()
     assert mode is not None, "a LocalTensor outside of its LocalTensorMode"
     return mode
-
-
-def drawn_number() -> int:
-    """From torch's default generator, of which every rank has its own: a number, not a tensor."""
-    with no_typecheck():  # spmd: allow no_typecheck - it is nothing that could have a placement
-        return int(torch.randint(2**62, ()))
 
 
 def places(group: ProcessGroup) -> dict[int, int]:

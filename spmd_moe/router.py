@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from spmd_moe import fault
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.fault import unset
+from spmd_moe.host import drawn_number
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
-from spmd_moe.ranks import drawn_number
 from spmd_moe.redistribute import as_dtype, redistribute, wide
 from spmd_moe.settings import instance, number, one_of, whole_numbers
 
@@ -237,12 +237,16 @@ def _weigh(
 
 def count(expert_ids_TK: T, num_experts: int, complete: bool = False) -> T:
     """How many choices fell on each expert (`complete`: all did); of the kind that the ids have."""
-    ids, first = expert_ids_TK.flatten(), 0
-    if not complete:  # -1, no expert, is counted before the others
-        ids, first = ids + 1, 1
-    bins = torch.zeros(first + num_experts, dtype=torch.int64, device=ids.device)
-    counted = bins.scatter_add(0, ids, torch.ones_like(ids))
-    return cast(T, counted if complete else counted.narrow(0, first, num_experts))
+    ids = expert_ids_TK.flatten()
+    if complete:
+        return cast(T, _bins(ids, num_experts))
+    # -1, no expert, has the bin before all others.
+    return cast(T, _bins(ids + 1, 1 + num_experts).narrow(0, 1, num_experts))
+
+
+def _bins(numbers: Tokens, how_many: int) -> Tokens:
+    none = torch.zeros(how_many, dtype=torch.int64, device=numbers.device)
+    return none.scatter_add(0, numbers, torch.ones_like(numbers))
 
 
 # --- choices ----------------------------------------------------------------------------------

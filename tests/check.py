@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+INSTALL = "pip install -c .ci/constraints.txt -e '.[dev]'    in a virtual environment"
 # Each tool runs as `python -m <words>`, configured in pyproject.toml; then, what helps on failure.
 CHECKS = [
     ("ruff format --check .", "python -m ruff format .         rewrites the files"),
@@ -26,6 +28,10 @@ ONE_HALF = """
     check check_values compile_parts decode determinism dispatch experts forecast layer losses
     obligations permute redistribute router
 """
+
+
+def missing_tools() -> list[str]:
+    return [name for name in ("ruff", "mypy", "pytest") if find_spec(name) is None]
 
 
 def start(number: int, words: str) -> int:
@@ -52,6 +58,12 @@ def both_halves(words: list[str], *, long: bool) -> int:
 
 
 def main(pytest_words: list[str]) -> int:
+    if {"-h", "--help"}.intersection(pytest_words):
+        print(__doc__.strip())
+        return 0
+    if missing := missing_tools():
+        print(f"== {sys.executable} has no {' and no '.join(missing)}. What helps: {INSTALL}")
+        return 1
     for number, (words, advice) in enumerate(CHECKS, 1):
         begin = time.monotonic()
         if status := start(number, words):

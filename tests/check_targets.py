@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd_moe.check import Built
-from spmd_moe.collectives import declare_sum, host_ints
+from spmd_moe.collectives import declare_sum
 from spmd_moe.declare import declare
+from spmd_moe.host import host_ints
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import CP, DP, TP, P, Placed, R, S, V
 from spmd_moe.redistribute import redistribute

@@ -20,7 +20,7 @@ from spmd_moe import (
 )
 from spmd_moe.check.threads import threaded
 
-LONG = "x" * 99
+LONG = "x" * 199  # more than a message has room for
 
 
 def made(mesh: MoEMesh) -> MoE:

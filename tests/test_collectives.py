@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from spmd_moe import TP, I, MoEMesh, P, R, S, ShardShape, V, redistribute
-from spmd_moe.collectives import MOVES, Move, Step, declare_sum, exchange, host_ints
+from spmd_moe.collectives import MOVES, Move, Step, declare_sum, exchange
+from spmd_moe.host import host_ints
 from spmd_moe.placement import Kind
 from tests.operators import operators
 from tests.simulate import fake_world, simulated

@@ -27,6 +27,7 @@ ORDER = [
     "shard",
     "settings",
     "degrees",
+    "host",
     "agree",
     "mesh",
     "ranks",
@@ -201,20 +202,25 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 
 
 def test_few_files_talk_to_torch_distributed() -> None:
-    """collectives moves tensors; mesh and agree make groups; two ask where they stand.
+    """collectives moves tensors, host says bytes; mesh makes groups; three ask where they stand.
 
     Whole models are stored as DTensors: their files know the names of those. The sanitizer asks.
     """
     files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
-    layer = ["agree", "collectives", "mesh", "ranks", "redistribute"]
+    layer = ["agree", "collectives", "host", "mesh", "ranks", "redistribute"]
     assert sorted(talking) == sorted([*layer, *STORED, "sanitize.compare", "sanitize.gradients"])
     moving = [n for n, s in files.items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
-    assert moving == ["agree", "collectives"]
+    assert sorted(moving) == ["collectives", "host"]
 
 
 def test_layer_code_has_no_statement_for_a_checker() -> None:
     assert [name for name in LAYER if CHECKER.search(sources()[name])] == []
+
+
+def test_one_file_is_not_followed_by_a_checker() -> None:
+    files = {n: s for n, s in sources().items() if n.partition(".")[0] not in ("check", "static")}
+    assert [name for name, source in files.items() if "no_typecheck" in source] == ["host"]
 
 
 def test_layer_code_does_not_name_axes() -> None:

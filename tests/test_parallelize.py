@@ -252,7 +252,7 @@ def test_ranks_that_disagree_are_told() -> None:
     for of_rank in run(2, other_settings, Way(Layout(dp=2))):
         replicas, blocks, reshard = of_rank
         head = "parallelize: the ranks were called with different settings: "
-        assert replicas.startswith(f"{head}parameters and settings=")
+        assert replicas == f"{head}replicas=1 on ranks [0] | replicas=2 on ranks [1]."
         assert blocks.startswith(f"{head}blocks=['blocks.0', 'blocks.1'] on ranks [0]")
         assert "reshard_after_forward=False on ranks [0]" in reshard
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from time import perf_counter
 from typing import Any, TypeVar
 
 from mypy import api
-from mypy import main as _  # noqa: F401  # mypy loads all of this anyway; it is not the plugin's
 from mypy.plugin import Plugin
-
-_loaded = perf_counter()
-from spmd_moe.mypy_plugin import SpmdMoePlugin  # noqa: E402  # loading it counts
 
 A = TypeVar("A")
 
@@ -43,12 +40,15 @@ class Clock:
         return clocked
 
 
-clock = Clock(perf_counter() - _loaded)
+import_module("mypy.main")  # mypy loads all of this anyway; it is not the plugin's
+_begin = perf_counter()
+ours = import_module("spmd_moe.mypy_plugin").SpmdMoePlugin
+clock = Clock(perf_counter() - _begin)
 
 
 def _with_clock(name: str) -> Callable[..., Any]:
     """A method of the plugin, and the hook that it gives mypy, if it does."""
-    method = getattr(SpmdMoePlugin, name)
+    method = getattr(ours, name)
     if "_hook" not in name:
         return clock.on(method)
 
@@ -61,7 +61,7 @@ def _with_clock(name: str) -> Callable[..., Any]:
 
 
 DOORS = [n for n in dir(Plugin) if n.startswith(("get_", "report_"))]
-Timed = type("Timed", (SpmdMoePlugin,), {n: _with_clock(n) for n in (*DOORS, "__init__")})
+Timed = type("Timed", (ours,), {n: _with_clock(n) for n in (*DOORS, "__init__")})
 
 
 def plugin(version: str) -> type[Plugin]:

@@ -45,4 +45,4 @@ def is_checked(frame: FrameType, packages: set[str]) -> bool:
 _RUNS = ("spmd_moe.check.trace", "spmd_moe.check.values")
 
 # The typed collectives are what checked code stands on; their insides have types of their own.
-_NOT_CHECKED = ("spmd_moe.check", "spmd_moe.collectives", "spmd_moe.agree", "spmd_moe.redistribute")
+_NOT_CHECKED = ("spmd_moe.check", "spmd_moe.collectives", "spmd_moe.host", "spmd_moe.redistribute")

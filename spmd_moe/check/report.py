@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from spmd_moe.check.finding import Finding
 from spmd_moe.check.sweep import Result
 from spmd_moe.check.trace import Configuration
+from spmd_moe.errors import some
 
 
 @final
@@ -63,10 +64,10 @@ class Report:
         traced, refused = [r for r in self.results if r.traced], self._refused()
         runs, tensors = sum(r.traced for r in traced), sum(r.tensors for r in traced)
         untyped = sum(r.untyped for r in traced)
-        said = "no mistake" if self.ok else _some(len(self.mistakes()), "mistake")
-        passed = f"{_some(len(traced), 'layout')}, {_some(runs, 'run')}, {_some(tensors, 'tensor')}"
+        said = "no mistake" if self.ok else some(len(self.mistakes()), "mistake")
+        passed = f"{some(len(traced), 'layout')}, {some(runs, 'run')}, {some(tensors, 'tensor')}"
         passed += f", {untyped} of them untyped" if tensors else ": nothing was compared"
-        last = f"; {_some(len(refused), 'layout')} refused by the target" if refused else ""
+        last = f"; {some(len(refused), 'layout')} refused by the target" if refused else ""
         return f"{self.target}: {said} in {passed}{last} ({self.seconds:.1f} s)"
 
     def _refused(self) -> Sequence[Result]:
@@ -115,15 +116,11 @@ class Report:
         return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
 
 
-def _some(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
-
-
 def line(result: Result) -> str:
     """One layout."""
     if not result.traced:
         return f"refused  {result.layout}   {result.refused.splitlines()[0]}"
     if not result.findings:
-        return f"ok       {result.layout}   {_some(result.traced, 'run')}"
+        return f"ok       {result.layout}   {some(result.traced, 'run')}"
     rules = sorted({finding.rule for _, finding in result.findings})
     return f"FAILED   {result.layout}   {', '.join(rules)}"

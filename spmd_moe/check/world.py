@@ -204,7 +204,7 @@ class _Mirror(_Group):  # type: ignore[misc]  # see above
 
 
 # Code that knows what types its collectives have, and code that is never the one at fault.
-_TYPED = ("spmd_types", "spmd_moe.collectives", "spmd_moe.agree", "torch.distributed.tensor")
+_TYPED = ("spmd_types", "spmd_moe.collectives", "spmd_moe.host", "torch.distributed.tensor")
 _BETWEEN = ("torch.", "contextlib", "spmd_moe.redistribute", "spmd_moe.check.")
 
 

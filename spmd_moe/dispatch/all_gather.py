@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from spmd_moe import fault
-from spmd_moe.collectives import declare_sum, host_ints
+from spmd_moe.collectives import declare_sum
 from spmd_moe.dispatch.protocol import Arrived, experts_of_a_rank
+from spmd_moe.host import host_ints
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, from_slots, sort_by_expert, spread, take_scores, to_slots
 from spmd_moe.placement import EP, ETP, AllTokens, P, Placed, R, Rows, RowSums, S, Tokens

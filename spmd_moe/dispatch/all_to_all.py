@@ -20,8 +20,9 @@ from spmd_types import register_local_autograd_function
 from torch import Tensor
 
 from spmd_moe import fault
-from spmd_moe.collectives import exchange, host_ints
+from spmd_moe.collectives import exchange
 from spmd_moe.dispatch.protocol import Arrived, experts_of_a_rank
+from spmd_moe.host import host_ints
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, expert_major, inverse, reorder, spread, take_scores
 from spmd_moe.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens

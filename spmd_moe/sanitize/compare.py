@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmd_moe.collectives import host_ints
 from spmd_moe.errors import SanitizerError, explain
+from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import DENSE, EXPERT, I, Placement, R, S
 from spmd_moe.redistribute import redistribute

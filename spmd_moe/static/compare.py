@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias, TypeGuard
 
-from mypy.maptype import map_instance_to_supertype
 from mypy.nodes import DictExpr, Expression, ListExpr, Node, StrExpr, TupleExpr
 from mypy.subtypes import find_member
 from mypy.typeops import callable_corresponding_argument
@@ -23,7 +22,7 @@ from mypy.types import (
 from spmd_moe.static.arguments import TypeOf, signatures
 from spmd_moe.static.messages import Problem, declared_problem, named
 from spmd_moe.static.names import is_foreign
-from spmd_moe.static.types import DEPTH, SEQUENCES, each_kinds_of, kinds_of
+from spmd_moe.static.types import DEPTH, SEQUENCES, each_kinds_of, is_a, items_of_both, kinds_of
 
 Found: TypeAlias = Iterator[tuple[Problem, Node]]
 Part: TypeAlias = tuple[Type, Type, str | None]
@@ -72,28 +71,21 @@ class Comparison:
 def _differs(have: Type, need: Type, code: str, where: str, what: str) -> Iterator[Problem]:
     """Each placement that it may have must be one of those that it may have there."""
     for found in each_kinds_of(have):
-        problems = [
-            declared_problem(code, where, what, found, wanted) for wanted in each_kinds_of(need)
-        ]
-        if problems and None not in problems:
-            yield from problems[:1]  # type: ignore[misc]
+        wanted = each_kinds_of(need)
+        problems = [declared_problem(code, where, what, found, kinds) for kinds in wanted]
+        told = [problem for problem in problems if problem is not None]
+        if told and len(told) == len(wanted):
+            yield told[0]
             return
 
 
 def _parts(have: ProperType, need: ProperType) -> Iterator[Part]:
     """What corresponds in two types, the first to be taken for the second; what it is called."""
+    yield from ((a, b, None) for a, b in items_of_both(have, need))
     if isinstance(need, CallableType):
         yield from _of_call(have, need)
-    elif isinstance(have, TupleType) and isinstance(need, TupleType):
-        yield from ((a, b, None) for a, b in zip(have.items, need.items, strict=False))
-    elif isinstance(need, Instance):
-        if isinstance(have, TupleType) and need.type.fullname in SEQUENCES and need.args:
-            yield from ((item, need.args[0], None) for item in have.items)
-        elif isinstance(have, Instance) and have.type.has_base(need.type.fullname):
-            mapped = map_instance_to_supertype(have, need.type)
-            yield from ((a, b, None) for a, b in zip(mapped.args, need.args, strict=False))
-        elif need.type.is_protocol and not is_foreign(need.type.fullname):
-            yield from _of_protocol(have, need)
+    elif isinstance(need, Instance) and _is_own_protocol(need) and not is_a(have, need):
+        yield from _of_protocol(have, need)
 
 
 def _of_call(have: ProperType, need: CallableType) -> Iterator[Part]:
@@ -109,6 +101,10 @@ def _of_call(have: ProperType, need: CallableType) -> Iterator[Part]:
         for wanted, mine in pairs:
             if mine is not None:
                 yield wanted.typ, mine.typ, mine.name or wanted.name or "argument"
+
+
+def _is_own_protocol(t: Instance) -> bool:
+    return t.type.is_protocol and not is_foreign(t.type.fullname)
 
 
 def _of_protocol(have: ProperType, need: Instance) -> Iterator[Part]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mypy.maptype import map_instance_to_supertype
 from mypy.nodes import Expression, FuncDef, ListExpr, StarExpr
 from mypy.plugin import FunctionContext
 from mypy.types import (
     CallableType,
     Instance,
+    ProperType,
     TupleType,
     Type,
     TypeVarId,
@@ -22,7 +22,7 @@ from mypy.types import (
 )
 
 from spmd_moe.static.kinds import Kinds
-from spmd_moe.static.types import DEPTH, SEQUENCES, kinds_of, place, tensor
+from spmd_moe.static.types import DEPTH, items_of_both, kinds_of, place, tensor
 
 Solved = dict[TypeVarId, Kinds]
 
@@ -83,21 +83,10 @@ def _pairs(form: Type, t: Type, depth: int = 0) -> Iterator[tuple[TypeVarType, T
             yield from _pairs(one, other, depth + 1)
 
 
-def _parts(form: Type, t: Type) -> Iterator[tuple[Type, Type]]:
+def _parts(form: ProperType, t: ProperType) -> Iterator[tuple[Type, Type]]:
     if isinstance(form, CallableType) and isinstance(t, CallableType):
         yield form.ret_type, t.ret_type
-    elif isinstance(form, TupleType) and isinstance(t, TupleType):
-        yield from zip(form.items, t.items, strict=False)
-    elif isinstance(form, Instance) and isinstance(t, TupleType):
-        if form.type.fullname in SEQUENCES and form.args:
-            yield from ((form.args[0], item) for item in t.items)
-    elif isinstance(form, Instance) and isinstance(t, Instance) and _is_a(t, form):
-        mapped = map_instance_to_supertype(t, form.type)
-        yield from zip(form.args, mapped.args, strict=False)
-
-
-def _is_a(t: Instance, form: Instance) -> bool:
-    return t.type.has_base(form.type.fullname)
+    yield from ((one, other) for other, one in items_of_both(t, form))
 
 
 def _placed(form: Type, t: Type, solved: Solved, depth: int = 0) -> Type:

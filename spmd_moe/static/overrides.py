@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mypy.nodes import Decorator, FuncDef, Node, OverloadedFuncDef, TypeInfo, Var
+from mypy.nodes import Decorator, FuncBase, FuncDef, Node, OverloadedFuncDef, TypeInfo, Var
 from mypy.types import CallableType, Type
 
 from spmd_moe.static.messages import Problem, declared_problem
@@ -53,10 +53,10 @@ def _attribute(node: object) -> Type | None:
     """The type of a variable, or of a property."""
     if isinstance(node, Var):
         return node.type
-    getter = node.items[0] if isinstance(node, OverloadedFuncDef) and node.is_property else node
-    signature = signature_of(getter) if isinstance(getter, Decorator) else None
-    is_property = isinstance(getter, Decorator) and getter.func.is_property
-    return signature.ret_type if signature is not None and is_property else None
+    function = node.func if isinstance(node, Decorator) else node
+    is_property = isinstance(function, FuncBase) and function.is_property
+    signature = signature_of(node) if is_property else None
+    return None if signature is None else signature.ret_type
 
 
 def _own(function: FuncDef) -> CallableType | None:

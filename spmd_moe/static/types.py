@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from sys import getrefcount
 
+from mypy.maptype import map_instance_to_supertype
 from mypy.nodes import Decorator, FuncDef, OverloadedFuncDef, TypeInfo, Var
 from mypy.types import (
     AnyType,
@@ -208,6 +209,21 @@ def _is_placed_record(info: TypeInfo, depth: int) -> bool:
 SEQUENCES = frozenset(
     {"builtins.list", "builtins.tuple", "typing.Sequence", "typing.Iterable", "builtins.slice"}
 )
+
+
+def items_of_both(t: ProperType, base: ProperType) -> Iterator[tuple[Type, Type]]:
+    """The items of a type, each with what stands there in a type that it can be taken for."""
+    if isinstance(t, TupleType) and isinstance(base, TupleType):
+        yield from zip(t.items, base.items, strict=False)
+    elif isinstance(t, TupleType) and isinstance(base, Instance):
+        if base.type.fullname in SEQUENCES and base.args:
+            yield from ((item, base.args[0]) for item in t.items)
+    elif isinstance(t, Instance) and isinstance(base, Instance) and is_a(t, base):
+        yield from zip(map_instance_to_supertype(t, base.type).args, base.args, strict=False)
+
+
+def is_a(t: ProperType, base: Instance) -> bool:
+    return isinstance(t, Instance) and t.type.has_base(base.type.fullname)
 
 
 def is_number(t: Type) -> bool:
