@@ -244,9 +244,9 @@ def count(expert_ids_TK: T, num_experts: int, complete: bool = False) -> T:
     return cast(T, _bins(ids + 1, 1 + num_experts).narrow(0, 1, num_experts))
 
 
-def _bins(numbers: Tokens, how_many: int) -> Tokens:
+def _bins(numbers: T, how_many: int) -> T:
     none = torch.zeros(how_many, dtype=torch.int64, device=numbers.device)
-    return none.scatter_add(0, numbers, torch.ones_like(numbers))
+    return cast(T, none.scatter_add(0, numbers, torch.ones_like(numbers)))
 
 
 # --- choices ----------------------------------------------------------------------------------
