@@ -4,7 +4,7 @@
 
 A bias of the last matmul is not in here: of the ranks that share an expert only one may add it.
 
-The mathematics stands here once, for a block of rows: those of one expert after another in
+The mathematics stands here once, for a block of rows: those of a few experts at a time in
 `per_expert.py`, all at once, with a grouped matmul, in `experts.py`.
 
 Kept for backward: what was handed in, and `gate` and `up`. Never `y`, `h`, or `score * h`.
@@ -64,20 +64,20 @@ class Hidden(NamedTuple):
     up_RF: Tensor | None
 
 
-def hidden(block: Block, call: Call) -> Hidden:
-    """The first matmul, or both."""
-    w = call.w
-    gate_RF = _linear(block, call.x_RD, w.w1_eFD, w.b1_eF)
+def hidden(block: Block, call: Call, room: Hidden | None = None) -> Hidden:
+    """The first matmul, or both. In `room`, if that is given and suits the block."""
+    w, (gate_room, up_room) = call.w, room or (None, None)
+    gate_RF = _linear(block, call.x_RD, w.w1_eFD, w.b1_eF, gate_room)
     if not call.activation.gated:
         return Hidden(gate_RF, None)
-    return Hidden(gate_RF, _linear(block, call.x_RD, w.w3_eFD, w.b3_eF))
+    return Hidden(gate_RF, _linear(block, call.x_RD, w.w3_eFD, w.b3_eF, up_room))
 
 
-def output(block: Block, call: Call, hid: Hidden) -> Tensor:
-    """`y_RD`, from what the first matmuls gave."""
+def output(block: Block, call: Call, hid: Hidden, room_RD: Tensor | None = None) -> Tensor:
+    """`y_RD`, from what the first matmuls gave; in `room`, as above."""
     assert call.w.w2_eDF is not None
     h_RF = _scaled(call.activation.forward(*hid), call.scores_R)
-    return block.linear(h_RF, call.w.w2_eDF)
+    return block.linear(h_RF, call.w.w2_eDF, room_RD)
 
 
 def gradients(
@@ -105,10 +105,12 @@ def gradients(
     return dx_RD, ds_R, dw1, dw3, dw2, db1, db3
 
 
-def _linear(block: Block, x_RA: Tensor, w_eBA: Tensor | None, b_eB: Tensor | None) -> Tensor:
+def _linear(
+    block: Block, x_RA: Tensor, w_eBA: Tensor | None, b_eB: Tensor | None, room_RB: Tensor | None
+) -> Tensor:
     assert w_eBA is not None
-    y_RB = block.linear(x_RA, w_eBA)
-    return y_RB if b_eB is None else y_RB.add_(block.spread(b_eB))
+    y_RB = block.linear(x_RA, w_eBA, room_RB)
+    return y_RB if b_eB is None else block.plus(y_RB, b_eB)
 
 
 def _scaled(x_RA: Tensor, scores_R: Tensor | None) -> Tensor:

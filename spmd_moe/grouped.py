@@ -11,11 +11,11 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 
 # Shape letters in this file:
 #   R  rows at this rank's experts, sorted by expert     e  experts on this rank
-#   A  width that goes in      B  width that comes out    D  model width
+#   n  rows of one expert     A  width that goes in     B  width that comes out     D  model width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, final
 
@@ -87,7 +87,8 @@ class PerExpert:
     `compute` widens an expert's rows and weights before the matmuls, and each result is rounded
     once. `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes
     another kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and
-    with row_block=4 a row has the same bits whatever shares its expert.
+    with row_block=4 a row has the same bits whatever shares its expert, if the hidden width is a
+    multiple of 16: torch's elementwise kernels finish what is left of a tensor another way.
     """
 
     compute: torch.dtype | None = None
@@ -134,8 +135,8 @@ _WIDENED_ON_THIS_CPU = _widened_on_this_cpu()
 class Block(Protocol):
     """What the experts' mathematics needs from a set of rows and the weights of their experts."""
 
-    def linear(self, x_RA: Tensor, w_eBA: Tensor) -> Tensor:
-        """`y_RB`: the weight as it lies in memory, `x @ w.T`."""
+    def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
+        """`y_RB`, `x @ w.T`: the weight as it lies in memory. `room` may be used for the result."""
         ...
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -146,8 +147,8 @@ class Block(Protocol):
         """`dw_eBA`, written into `out_eBA` where given."""
         ...
 
-    def spread(self, b_eB: Tensor) -> Tensor:
-        """The bias of each row's expert, in a form that broadcasts against the rows."""
+    def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
+        """`y_RB`, which is used up, with the bias of its expert added to each row."""
         ...
 
     def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
@@ -165,7 +166,7 @@ class AllExperts:
         # Not arange: made from x, the row numbers have a type for a checker that follows types.
         self._row_R = torch.ones_like(x_RD.select(1, 0), dtype=torch.int32).cumsum(0).sub_(1)
 
-    def linear(self, x_RA: Tensor, w_eBA: Tensor) -> Tensor:
+    def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
         return self._matmul.rows(x_RA, w_eBA.transpose(1, 2), self._ends_e)
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -175,9 +176,9 @@ class AllExperts:
     def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
         return self._matmul.outer(dy_RB, x_RA, self._ends_e)
 
-    def spread(self, b_eB: Tensor) -> Tensor:
+    def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
         expert_R = torch.searchsorted(self._ends_e, self._row_R, right=True)
-        return b_eB.index_select(0, expert_R.clamp(max=b_eB.shape[0] - 1))
+        return y_RB.add_(b_eB.index_select(0, expert_R.clamp(max=b_eB.shape[0] - 1)))
 
     def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
         # A matmul with ones, not index_add: no atomics, and rows past the last end stay out of it.
@@ -193,48 +194,67 @@ class AllExperts:
 
 @final
 @dataclass(frozen=True, slots=True)
-class OneExpert:
-    """A block of one expert's rows, for plain matmuls; it finds its weight among all experts'."""
+class SomeExperts:
+    """A block of the rows of some experts, for plain matmuls; it finds their weights among all."""
 
-    expert: int
+    experts: Sequence[int]
+    parts: Sequence[int]
+    """How many rows each of them has."""
     row_block: int
     scratch: Tensor | None
     """Room for one weight in the dtype of the rows, where that is wider than the weights'."""
 
-    def linear(self, x_RA: Tensor, w_eBA: Tensor) -> Tensor:
-        return self._whole_blocks(fn.linear, x_RA, self._wide(w_eBA[self.expert]))
+    def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
+        if room_RB is None or room_RB.dtype is not x_RA.dtype:
+            room_RB = x_RA.new_empty(x_RA.shape[0], w_eBA.shape[1])
+        for e, (x_nA, y_nB) in self._each(x_RA, room_RB):
+            self._product(x_nA, self._wide(w_eBA[e]).t(), y_nB)
+        return room_RB
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
-        w_AB = self._wide(w_eAB[self.expert])
-        if onto is not None:
-            return onto.addmm_(x_RA, w_AB)
-        return self._whole_blocks(torch.mm, x_RA, w_AB)
+        y_RB = x_RA.new_empty(x_RA.shape[0], w_eAB.shape[2]) if onto is None else onto
+        for e, (x_nA, y_nB) in self._each(x_RA, y_RB):
+            w_AB = self._wide(w_eAB[e])
+            if onto is None:
+                self._product(x_nA, w_AB, y_nB)
+            else:
+                y_nB.addmm_(x_nA, w_AB)
+        return y_RB
 
     def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
         assert out_eBA is not None
-        out_BA = out_eBA[self.expert]
-        if self.scratch is None:
-            torch.mm(dy_RB.t(), x_RA, out=out_BA)
-        else:
-            out_BA.copy_(torch.mm(dy_RB.t(), x_RA, out=self.scratch.view(out_BA.shape)))
+        for e, (dy_nB, x_nA) in self._each(dy_RB, x_RA):
+            out_BA = out_eBA[e]
+            if self.scratch is None:
+                torch.mm(dy_nB.t(), x_nA, out=out_BA)
+            else:
+                out_BA.copy_(torch.mm(dy_nB.t(), x_nA, out=self.scratch.view(out_BA.shape)))
         return out_eBA
 
-    def spread(self, b_eB: Tensor) -> Tensor:
-        b_1B = b_eB[self.expert].unsqueeze(0)
-        return b_1B if self.scratch is None else b_1B.to(self.scratch.dtype)
+    def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
+        for e, (y_nB,) in self._each(y_RB):
+            y_nB.add_(b_eB[e])
+        return y_RB
 
     def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
         assert out_eB is not None
-        out_eB[self.expert].copy_(dy_RB.sum(0))
+        for e, (dy_nB,) in self._each(dy_RB):
+            out_eB[e].copy_(dy_nB.sum(0))
         return out_eB
+
+    def _each(self, *rows: Tensor) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
+        """Each expert, and its rows of each tensor."""
+        if len(self.experts) == 1:
+            return [(self.experts[0], rows)]
+        views = zip(*(t.split_with_sizes(self.parts) for t in rows), strict=True)
+        return zip(self.experts, views, strict=True)
 
     def _wide(self, w: Tensor) -> Tensor:
         return w if self.scratch is None else self.scratch.view(w.shape).copy_(w)
 
-    def _whole_blocks(
-        self, product: Callable[[Tensor, Tensor], Tensor], x_RA: Tensor, w: Tensor
-    ) -> Tensor:
-        missing = -x_RA.shape[0] % self.row_block
-        if not missing:
-            return product(x_RA, w)
-        return product(fn.pad(x_RA, (0, 0, 0, missing)), w)[: x_RA.shape[0]]
+    def _product(self, x_nA: Tensor, w_AB: Tensor, y_nB: Tensor) -> None:
+        missing = -x_nA.shape[0] % self.row_block
+        if missing:
+            y_nB.copy_(torch.mm(fn.pad(x_nA, (0, 0, 0, missing)), w_AB)[: x_nA.shape[0]])
+        else:
+            torch.mm(x_nA, w_AB, out=y_nB)

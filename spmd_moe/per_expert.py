@@ -1,4 +1,4 @@
-"""The experts one after another, as two operators.
+"""The experts one after another, or a few together, as two operators.
 
 The loop's length and its slices are data, so the row counts must be known on the host. Hidden in an
 operator, the loop is no concern of torch.compile (no graph break), of fake tensors (they ask for
@@ -6,14 +6,14 @@ the shapes only), or of LocalTensorMode (it runs the operator once per rank, on 
 """
 
 # Shape letters in this file:
-#   R  rows at this rank's experts, sorted by expert     n  rows of one expert
+#   R  rows at this rank's experts, sorted by expert     n  rows of one group of experts
 #   D  model width     F  hidden width of an expert      e  experts on this rank
 
 from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, cast
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from spmd_moe.activation import ACTIVATIONS
 from spmd_moe.errors import ShapeError, explain
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
-from spmd_moe.grouped import OneExpert, PerExpert
+from spmd_moe.grouped import PerExpert, SomeExperts
 
+TOGETHER = 32  # rows of neighbouring experts, up to which they share the steps between the matmuls
 WORTH_PAGES = 1 << 20  # bytes, below which memory of its own costs more than writing zeros
 _CALL = (
     "Tensor x, Tensor? scores, Tensor?[] weights, Tensor sizes, str activation, "
@@ -39,7 +40,7 @@ def forward(
     call: Call, sizes_e: Tensor, how: PerExpert, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
-    y_RD, *kept = torch.ops.spmd_moe.experts_forward(*_flat(call, sizes_e, how), keep)
+    y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*_flat(call, sizes_e, how), keep)
     return y_RD, _hidden(kept)
 
 
@@ -49,7 +50,7 @@ def backward(
     """The gradients in the order of `Needs`; `gate` and `up` are computed again if not kept."""
     given = [] if kept is None else [t for t in kept if t is not None]
     flat = _flat(call, sizes_e, how)
-    found = iter(torch.ops.spmd_moe.experts_backward(*flat, dy_RD, given, list(needs)))
+    found = iter(torch.ops.spmd_moe.experts_backward.default(*flat, dy_RD, given, list(needs)))
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -67,17 +68,24 @@ def _hidden(kept: Sequence[Tensor]) -> Hidden | None:
 # ---- the operators ----
 
 
-class _Hits(NamedTuple):
-    """The experts that have rows, and where those are."""
+class Group(NamedTuple):
+    """Experts that are computed together, and how many rows each of them has."""
 
     experts: list[int]
     parts: list[int]
-    """Rows of each of these experts, and at last the rows that belong to none."""
+
+
+class _Hits(NamedTuple):
+    """The experts that have rows, and where those are."""
+
+    groups: list[Group]
+    parts: list[int]
+    """Rows of each group, and at last the rows that belong to none."""
 
     def split(self, t: Tensor | None) -> Sequence[Tensor | None]:
-        """One view for each of these experts; Nones of None."""
+        """One view for each group; Nones of None."""
         if t is None:
-            return [None] * len(self.experts)
+            return [None] * len(self.groups)
         return cast(Sequence[Tensor], t.split_with_sizes(self.parts)[:-1])  # torch does not type it
 
     def zero_the_rest(self, t: Tensor) -> Tensor:
@@ -89,7 +97,6 @@ class _Hits(NamedTuple):
 
 def _hits(sizes_e: Tensor, x_RD: Tensor) -> _Hits:
     sizes = sizes_e.tolist()
-    experts = [e for e, size in enumerate(sizes) if size]
     rest = x_RD.shape[0] - sum(sizes)
     if rest < 0:
         raise ShapeError(
@@ -100,23 +107,40 @@ def _hits(sizes_e: Tensor, x_RD: Tensor) -> _Hits:
                 fixes=["count the rows that this rank received, after the exchange"],
             )
         )
-    return _Hits(experts, [sizes[e] for e in experts] + [rest])
+    groups = grouped(sizes)
+    return _Hits(groups, [sum(group.parts) for group in groups] + [rest])
+
+
+def grouped(sizes: Sequence[int]) -> list[Group]:
+    """Neighbours with few rows together, so that small steps are fewer; others each alone, so that
+    what lies between the matmuls stays in cache."""
+    groups: list[Group] = []
+    left = 0  # rows that still go with the last group
+    for e, size in enumerate(sizes):
+        if size > left:
+            groups.append(Group([], []))
+            left = max(TOGETHER, size)
+        if size:
+            groups[-1].experts.append(e)
+            groups[-1].parts.append(size)
+            left -= size
+    return groups
 
 
 def _blocks(
     call: Call, hits: _Hits, compute: torch.dtype | None, row_block: int
-) -> Iterator[tuple[OneExpert, Call]]:
-    """Each expert that has rows, with its part of the call in the dtype of the matmuls."""
+) -> Iterator[tuple[SomeExperts, Call]]:
+    """Each group, with its part of the call in the dtype of the matmuls."""
     w1_eFD = call.w.w1_eFD
     assert w1_eFD is not None
     scratch = None
     if compute is not None:
         scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
     x_n, scores_n = hits.split(call.x_RD), hits.split(call.scores_R)
-    for e, x_nD, scores in zip(hits.experts, x_n, scores_n, strict=True):
+    for group, x_nD, scores in zip(hits.groups, x_n, scores_n, strict=True):
         assert x_nD is not None
-        one = Call(_wide(x_nD, compute), scores, call.w, call.activation)
-        yield OneExpert(e, row_block, scratch), one
+        part = Call(_wide(x_nD, compute), scores, call.w, call.activation)
+        yield SomeExperts(*group, row_block, scratch), part
 
 
 def _forward_loop(
@@ -133,13 +157,14 @@ def _forward_loop(
     hits = _hits(sizes_e, x_RD)
     y_RD, *kept = _empty_outputs(call, keep)
     room = zip(*map(hits.split, (y_RD, *kept)), strict=True)
-    for (y_nD, *kept_n), (block, one) in zip(
+    for (y_nD, *kept_n), (block, part) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
     ):
-        hid = hidden(block, one)
-        for keep_nF, computed in zip(kept_n, hid, strict=False):
-            keep_nF.copy_(computed)
-        y_nD.copy_(output(block, one, hid))
+        hid = hidden(block, part, _hidden(kept_n))
+        y = output(block, part, hid, y_nD)
+        for place, computed in (*zip(kept_n, hid, strict=False), (y_nD, y)):
+            if computed is not place:
+                place.copy_(computed)
     return [hits.zero_the_rest(y_RD), *kept]
 
 
@@ -157,14 +182,14 @@ def _backward_loop(
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
     hits, need = _hits(sizes_e, x_RD), Needs(*needs)
-    starved = set(range(sizes_e.shape[0])).difference(hits.experts)
+    starved = [e for e, size in enumerate(sizes_e.tolist()) if not size]
     d_rows, d_weights = _gradients(call, need, lambda w: _of_weight(w, starved))
     room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
-    for (dx_nD, ds_n, dy_nD, *kept_n), (block, one) in zip(
+    for (dx_nD, ds_n, dy_nD, *kept_n), (block, part) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
     ):
-        hid = _hidden([_wide(t, compute) for t in kept_n]) or hidden(block, one)
-        found = gradients(block, one, hid, _wide(dy_nD, compute), need, Weights(*d_weights))
+        hid = _hidden([_wide(t, compute) for t in kept_n]) or hidden(block, part)
+        found = gradients(block, part, hid, _wide(dy_nD, compute), need, Weights(*d_weights))
         for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
             if d_n is not None:
                 d_n.copy_(computed)
@@ -190,7 +215,7 @@ def _empty(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _of_weight(w: Tensor, starved: Collection[int]) -> Tensor:
+def _of_weight(w: Tensor, starved: Sequence[int]) -> Tensor:
     """Room for the gradients of a weight: zeros for the experts that have no rows.
 
     With few tokens these are most, and writing their zeros would be most of backward. Where most

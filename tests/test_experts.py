@@ -32,6 +32,7 @@ from spmd_moe.grouped import Matmul, PerExpert, TorchGroupedMM, choose_matmul
 from spmd_moe.init import init_weights
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig
+from spmd_moe.per_expert import grouped
 from spmd_moe.router import RouterConfig
 from tests.experts_oracle import HIDDEN, WIDTH, Case, OneHot, compare
 
@@ -90,6 +91,21 @@ def test_odd_widths(dtype: torch.dtype, tolerance: float, activation: Activation
     compare(case, case.by_layer(None), tolerance)
     case = replace(case, past=2)
     compare(case, case.by_function(PerExpert()), tolerance)
+
+
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize(
+    ("dtype", "matmul", "tolerance"), [w for w in WAYS if isinstance(w[1], PerExpert)], ids=str
+)
+def test_experts_with_few_rows_are_computed_together(
+    dtype: torch.dtype, matmul: Matmul, tolerance: float, past: int
+) -> None:
+    """Two neighbours together, between two that are alone."""
+    counts = (40, 3, 20, 10)
+    assert [group.experts for group in grouped(counts)] == [[0], [1, 2], [3]]
+    for bias, keep in product((True, False), Keep):
+        case = Case(SWIGLU, counts, bias, past=past, dtype=dtype)
+        compare(case, case.by_function(matmul, keep), tolerance)
 
 
 @by_name
