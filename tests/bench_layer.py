@@ -42,6 +42,7 @@ from spmd_moe.combine import combine
 from spmd_moe.permute import Gather, sort_by_expert, take_scores
 from spmd_moe.router import count
 from tests.hand_loop import expert_weights, loop_experts, loop_layer, loop_router
+from tests.readme import README, filled
 
 
 @final
@@ -84,6 +85,10 @@ class Sizes:
     hidden: int
     experts: int
     top_k: int
+
+    def __str__(self) -> str:
+        each = f"{self.experts} experts, {self.top_k} for each token"
+        return f"width {self.width}, hidden {self.hidden}, {each}"
 
 
 @final
@@ -215,15 +220,17 @@ def verdict(met: bool) -> str:
     return "met" if met else "MISSED"
 
 
-def show(rows: Sequence[Row], sizes: Sizes, part: str, seconds: float) -> int:
-    """Measure and print; how many targets were missed."""
-    missed = 0
+def show(
+    rows: Sequence[Row], sizes: Sizes, part: str, seconds: float
+) -> tuple[dict[Row, float], int]:
+    """Measure and print; the ratios, and how many targets were missed."""
+    ratios, missed = dict[Row, float](), 0
     print(f"\n{part}")
     print(f"{'dtype':<10}{'what':<10}{'T':>6}{'ours ms':>10}{'loop ms':>10}{'ratio':>7}{'want':>7}")
     for row in rows:
         pair = Pair(sizes, row.dtype, row.tokens, alone=part == "experts alone")
         took = measure(pair, row, seconds)
-        ratio = took["ours"] / took["loop"]
+        ratios[row] = ratio = took["ours"] / took["loop"]
         line = f"{row.name()}{took['ours'] * 1e3:>10.2f}{took['loop'] * 1e3:>10.2f}{ratio:>7.3f}"
         met = ratio <= row.target
         print(f"{line}{row.target:>7.2f}  {verdict(met):<8}", end="", flush=True)
@@ -233,7 +240,23 @@ def show(rows: Sequence[Row], sizes: Sizes, part: str, seconds: float) -> int:
             missed += not met
             print(f"error {ours:.1e}, loop {loop:.1e}  {verdict(met)}", end="")
         print(flush=True)
-    return missed
+    return ratios, missed
+
+
+def table(ratios: dict[Row, float], machine: str) -> str:
+    """The ratios in Markdown: numbers of tokens beside each other."""
+    tokens = sorted({row.tokens for row in ratios})
+    lines = [f"| tokens | {' | '.join(map(str, tokens))} |", "| --- |" + " --- |" * len(tokens)]
+    for dtype, training in dict.fromkeys((row.dtype, row.training) for row in ratios):
+        found = {
+            r.tokens: f"{q:.2f}"
+            for r, q in ratios.items()
+            if (r.dtype, r.training) == (dtype, training)
+        }
+        kind = "training" if training else "forward"
+        cells = " | ".join(found.get(n, "") for n in tokens)
+        lines.append(f"| {short(dtype)}, {kind} | {cells} |")
+    return "\n".join([*lines, "", f"Measured on {machine}."])
 
 
 def main() -> None:
@@ -249,6 +272,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="F, inside an expert (1024)")
     parser.add_argument("--experts", type=int, default=32, help="E (32)")
     parser.add_argument("--top-k", type=int, default=4, help="K, experts of a token (4)")
+    parser.add_argument("--write", action="store_true", help="put the layer's table in the README")
     args = parser.parse_args()
     rows = [
         row
@@ -261,14 +285,17 @@ def main() -> None:
         parser.error("no row has that dtype, kind and number of tokens")
     torch.set_num_threads(1)
     sizes = Sizes(args.width, args.hidden, args.experts, args.top_k)
-    print(f"{date.today()}, {cpu_name()}, torch {torch.__version__}, 1 thread, {sizes}")
+    machine = f"{date.today()}, {cpu_name()}, torch {torch.__version__}, 1 thread; {sizes}"
+    print(machine)
     missed = 0
     if args.part != "experts":
-        missed += show(rows, sizes, "whole layer", args.seconds)
+        ratios, missed = show(rows, sizes, "whole layer", args.seconds)
+        if args.write:
+            README.write_text(filled(README.read_text(), "speed", table(ratios, machine)))
     if args.part != "layer":
         # The loop in bfloat16 takes minutes for many tokens; once, for the layer, is enough.
         quick = [row for row in rows if row.dtype is FLOAT32 or row.tokens < 2048]
-        missed += show(quick, sizes, "experts alone", args.seconds)
+        missed += show(quick, sizes, "experts alone", args.seconds)[1]
     print(f"\n{missed} missed")
 
 

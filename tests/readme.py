@@ -121,9 +121,15 @@ SAID = {"porting": porting, "own names": own_names}  # these take seconds
 def generated(text: str, makers: dict[str, Callable[[], str]] = GENERATED) -> str:
     """The README with its generated parts made anew."""
     for name, make in makers.items():
-        pattern = rf"(<!-- {name}:[^\n]*-->\n).*?(\n<!-- end of {name} -->)"
-        text, found = re.subn(pattern, lambda m: m[1] + make() + m[2], text, flags=re.S)  # noqa: B023  # called at once
-        assert found == 1, f"the README has no place for {name}"
+        text = filled(text, name, make())
+    return text
+
+
+def filled(text: str, name: str, new: str) -> str:
+    """The README with something else between the marks of that name."""
+    pattern = rf"(<!-- {name}:[^\n]*-->\n).*?(\n<!-- end of {name} -->)"
+    text, found = re.subn(pattern, lambda m: m[1] + new + m[2], text, flags=re.S)
+    assert found == 1, f"the README has no place for {name}"
     return text
 
 

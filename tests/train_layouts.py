@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+from tests.readme import README, ROOT, filled
+
 STEPS = 100
 SIZES = "--layers 2 --width 32 --hidden 32 --length 32 --batch 8 --megabytes 1 --no-check"
 LAYOUTS = (  # ranks, and options
@@ -33,7 +33,6 @@ LAYOUTS = (  # ranks, and options
     (4, "--tp 2 --ep 4 --fsdp"),
     (8, "--tp 2 --ep 4 --fsdp"),
 )
-PLACE = re.compile(r"(<!-- losses:[^\n]*-->\n).*?(\n<!-- end of losses -->)", re.S)
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,7 @@ def main() -> None:
     found = table()
     print(found)
     if sys.argv[1:] == ["--write"]:
-        text, places = PLACE.subn(lambda m: m[1] + found + m[2], README.read_text())
-        assert places == 1, "the README has no place for losses"
-        README.write_text(text)
+        README.write_text(filled(README.read_text(), "losses", found))
 
 
 if __name__ == "__main__":
