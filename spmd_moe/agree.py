@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import local_tensor_mode
 
@@ -31,10 +32,11 @@ def agree(
     if len(set(digests)) == 1:
         return
     texts = _texts(text, groups, device_type)
+    ranks = _numbers(dist.get_rank(), groups, device_type)
     raise MeshError(
         explain(
             where,
-            f"the ranks were called with different settings: {_differing(texts)}",
+            f"the ranks were called with different settings: {_differing(ranks, texts)}",
             why="ranks that disagree wait for each other for ever",
             fixes=["give every rank the same settings"],
         )
@@ -52,17 +54,25 @@ def _line(setting: tuple[str, object]) -> str:
 
 def _texts(mine: bytes, groups: Sequence[ProcessGroup | None], device_type: str) -> list[bytes]:
     """The whole text of every rank, each padded to the longest on its way."""
-    lengths = said_by_all(len(mine).to_bytes(8), groups, device_type)
-    padded = mine.ljust(max(map(int.from_bytes, lengths)), b"\0")
+    padded = mine.ljust(max(_numbers(len(mine), groups, device_type)), b"\0")
     return [row.rstrip(b"\0") for row in said_by_all(padded, groups, device_type)]
 
 
-def _differing(texts: Sequence[bytes]) -> str:
+def _numbers(mine: int, groups: Sequence[ProcessGroup | None], device_type: str) -> list[int]:
+    return [int.from_bytes(row) for row in said_by_all(mine.to_bytes(8), groups, device_type)]
+
+
+def _differing(ranks: Sequence[int], texts: Sequence[bytes]) -> str:
     """The settings that are not the same on all ranks, with the ranks that have each."""
     lines = [text.decode(errors="replace").split("\n") for text in texts]
     everywhere = set(lines[0]).intersection(*lines[1:])
-    said: dict[str, list[int]] = {}
-    for rank, own in enumerate(lines):
-        text = " ".join(line for line in own if line not in everywhere)
-        said.setdefault(text, []).append(rank)
-    return " | ".join(f"{text} on ranks {ranks}" for text, ranks in said.items())
+    own = (" ".join(line for line in each if line not in everywhere) for each in lines)
+    return by_text(sorted(zip(ranks, own, strict=True)))
+
+
+def by_text(said: Iterable[tuple[int, str]]) -> str:
+    """Each text once, with the ranks that say it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in said:
+        ranks.setdefault(text, []).append(rank)
+    return " | ".join(f"{text} on ranks {who}" for text, who in ranks.items())

@@ -84,8 +84,8 @@ class _Hits(NamedTuple):
 
     def split(self, t: Tensor | None) -> Sequence[Tensor | None]:
         """One view for each group; Nones of None."""
-        if t is None:
-            return [None] * len(self.groups)
+        if t is None or self.parts == [t.shape[0], 0]:
+            return [t] * len(self.groups)
         return cast(Sequence[Tensor], t.split_with_sizes(self.parts)[:-1])  # torch does not type it
 
     def zero_the_rest(self, t: Tensor) -> Tensor:

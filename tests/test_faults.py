@@ -133,6 +133,16 @@ def test_many_ranks_are_named_in_part() -> None:
         check([0] + [1] * 63, [axis], 64, num_experts=64)
 
 
+def test_large_scores_are_no_fault_although_their_sum_is() -> None:
+    layer, x = MoE(CONFIG, mesh := MoEMesh.single()), torch.ones(3, 6)
+    init_weights(layer, mesh, seed=0)
+    with torch.no_grad():
+        layer.router.weight_ED.fill_(0.1 * torch.finfo(torch.float32).max)
+        out = layer(x)
+    assert not torch.linalg.vecdot(x, layer.router.weight_ED[0]).sum().mul(8).isfinite()
+    assert out.hidden.isfinite().all() and out.hidden.any()
+
+
 def test_what_a_mask_hides_is_no_fault() -> None:
     mesh = MoEMesh.single()
     layer = MoE(CONFIG, mesh)

@@ -314,3 +314,22 @@ def test_ranks_that_disagree_later_are_told_so_too() -> None:
 def test_an_unknown_role() -> None:
     with pytest.raises(KeyError, match="PP"):
         _ = MoEMesh.single()[Role("pp")]
+
+
+def differing_in_a_stage() -> str:
+    """The axes are those of a stage of a pipeline; in each stage one rank has other settings."""
+    whole = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    experts = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "ep"))
+    mesh = MoEMesh.from_device_mesh(whole["dp"], dp="dp", expert=experts["ep"], ep="ep")
+    try:
+        mesh.agree("here", {"width": 8 + dist.get_rank() % 2})
+    except MeshError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.gloo
+def test_ranks_are_told_by_their_numbers_in_the_job() -> None:
+    said = run(4, differing_in_a_stage)
+    assert all("width=8 on ranks [0] | width=9 on ranks [1]" in text for text in said[:2])
+    assert all("width=8 on ranks [2] | width=9 on ranks [3]" in text for text in said[2:])

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmd_moe import agree
 from spmd_moe.errors import SanitizerError, explain
-from spmd_moe.host import host_ints
+from spmd_moe.host import host_ints, said_by_all
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import DENSE, EXPERT, I, Placement, R, S
 from spmd_moe.redistribute import redistribute
@@ -210,11 +211,8 @@ def first_of(key: Tensor, mesh: MoEMesh) -> tuple[int, int]:
 
 def by_text(text: str, mesh: MoEMesh, device: torch.device) -> str:
     """Who says what, where each text begins with the number of its rank."""
-    said: dict[str, list[int]] = {}
-    for line in sorted(_texts(text, mesh, device), key=lambda line: int(line.split()[0])):
-        rank, _, rest = line.partition(" ")
-        said.setdefault(rest, []).append(int(rank))
-    return " | ".join(f"{rest} on ranks {ranks}" for rest, ranks in said.items())
+    said = (line.split(" ", 1) for line in _texts(text, mesh, device))
+    return agree.by_text(sorted((int(rank), rest) for rank, rest in said))
 
 
 def tell(text: str, mesh: MoEMesh, device: torch.device) -> None:
@@ -223,8 +221,6 @@ def tell(text: str, mesh: MoEMesh, device: torch.device) -> None:
 
 
 def _texts(text: str, mesh: MoEMesh, device: torch.device) -> list[str]:
-    mine = list(text.encode()[:_TEXT].ljust(_TEXT, b"\0"))
-    rows = gather_all(torch.tensor([mine], dtype=torch.uint8, device=device), mesh)
-    octets = bytes(host_ints(rows.flatten()))
-    rows_of_text = (octets[i : i + _TEXT] for i in range(0, len(octets), _TEXT))
-    return [row.rstrip(b"\0").decode(errors="replace") for row in rows_of_text]
+    mine = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
+    said = said_by_all(mine, [mesh[role].group for role in reversed(DENSE)], device.type)
+    return [row.rstrip(b"\0").decode(errors="replace") for row in said]
