@@ -173,6 +173,7 @@ def experts_ffn(
     _check_dtype(x_RD, w.w1_eFD)
     if isinstance(matmul, PerExpert):
         counts_e = counts_e.to("cpu")  # its loop runs on the host
+        matmul = matmul.as_autocast_asks(x_RD)  # now: backward computes in the same dtype
     recipe = Recipe(activation, matmul, keep, exact)
     token_R, row_TK = gather if gather is not None else (None, None)
     inputs = (x_RD, scores_R, *w)

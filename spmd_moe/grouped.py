@@ -16,7 +16,7 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias, final
 
 import torch
@@ -84,15 +84,24 @@ def _members(x_RA: Tensor, ends_e: Tensor) -> Sequence[Tensor]:
 class PerExpert:
     """One expert after another, by plain matmuls; reads the row counts on the host once per call.
 
-    `compute` widens an expert's rows and weights before the matmuls, and each result is rounded
-    once. `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes
-    another kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and
-    with row_block=4 a row has the same bits whatever shares its expert, if the hidden width is a
+    `compute` is the dtype that an expert's rows and weights are taken to before the matmuls: a
+    wider one, and each result is rounded once; by itself, the one that autocast asks for.
+
+    `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes another
+    kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and with
+    row_block=4 a row has the same bits whatever shares its expert, if the hidden width is a
     multiple of 16: torch's elementwise kernels finish what is left of a tensor another way.
     """
 
     compute: torch.dtype | None = None
     row_block: int = 1
+
+    def as_autocast_asks(self, x_RA: Tensor) -> PerExpert:
+        """Itself, or under autocast, which casts float32 alone, the same in another dtype."""
+        device = x_RA.device.type
+        if self.compute or x_RA.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
+            return self
+        return replace(self, compute=torch.get_autocast_dtype(device))
 
 
 Matmul: TypeAlias = GroupedMatmul | PerExpert
@@ -202,19 +211,19 @@ class SomeExperts:
     """How many rows each of them has."""
     row_block: int
     scratch: Tensor | None
-    """Room for one weight in the dtype of the rows, where that is wider than the weights'."""
+    """Room for one weight in the dtype of the rows, where that is not the weights'."""
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
         if room_RB is None or room_RB.dtype is not x_RA.dtype:
             room_RB = x_RA.new_empty(x_RA.shape[0], w_eBA.shape[1])
         for e, (x_nA, y_nB) in self._each(x_RA, room_RB):
-            self._product(x_nA, self._wide(w_eBA[e]).t(), y_nB)
+            self._product(x_nA, self._cast(w_eBA[e]).t(), y_nB)
         return room_RB
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
         y_RB = x_RA.new_empty(x_RA.shape[0], w_eAB.shape[2]) if onto is None else onto
         for e, (x_nA, y_nB) in self._each(x_RA, y_RB):
-            w_AB = self._wide(w_eAB[e])
+            w_AB = self._cast(w_eAB[e])
             if onto is None:
                 self._product(x_nA, w_AB, y_nB)
             else:
@@ -249,7 +258,7 @@ class SomeExperts:
         views = zip(*(t.split_with_sizes(self.parts) for t in rows), strict=True)
         return zip(self.experts, views, strict=True)
 
-    def _wide(self, w: Tensor) -> Tensor:
+    def _cast(self, w: Tensor) -> Tensor:
         return w if self.scratch is None else self.scratch.view(w.shape).copy_(w)
 
     def _product(self, x_nA: Tensor, w_AB: Tensor, y_nB: Tensor) -> None:

@@ -139,7 +139,7 @@ def _blocks(
     x_n, scores_n = hits.split(call.x_RD), hits.split(call.scores_R)
     for group, x_nD, scores in zip(hits.groups, x_n, scores_n, strict=True):
         assert x_nD is not None
-        part = Call(_wide(x_nD, compute), scores, call.w, call.activation)
+        part = Call(_cast(x_nD, compute), scores, call.w, call.activation)
         yield SomeExperts(*group, row_block, scratch), part
 
 
@@ -188,8 +188,8 @@ def _backward_loop(
     for (dx_nD, ds_n, dy_nD, *kept_n), (block, part) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
     ):
-        hid = _hidden([_wide(t, compute) for t in kept_n]) or hidden(block, part)
-        found = gradients(block, part, hid, _wide(dy_nD, compute), need, Weights(*d_weights))
+        hid = _hidden([_cast(t, compute) for t in kept_n]) or hidden(block, part)
+        found = gradients(block, part, hid, _cast(dy_nD, compute), need, Weights(*d_weights))
         for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
             if d_n is not None:
                 d_n.copy_(computed)
@@ -199,7 +199,7 @@ def _backward_loop(
     ]
 
 
-def _wide(t: Tensor, compute: torch.dtype | None) -> Tensor:
+def _cast(t: Tensor, compute: torch.dtype | None) -> Tensor:
     return t if compute is None else t.to(compute)
 
 
