@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,12 +24,13 @@ CHECKS = [
     ("mypy", "repair the types; an ignore needs its code in [brackets] and its reason"),
 ]
 TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>    runs one alone")
-# Two processes at the same time, each with workers of its own: these tests, and all others, among
-# which are those that run mypy (with one cache). On two cores each half takes about as long.
-ONE_HALF = """
-    check check_values compile_parts decode determinism dispatch experts forecast layer losses
-    obligations permute redistribute router
-"""
+# Processes at the same time, each with workers of its own: one for each of these lines, and one for
+# all other tests, among which are those that run mypy (with one cache). Each takes about as long.
+# There is one more than CI has cores, for many tests wait most of the time.
+BESIDE = (
+    "layer redistribute dispatch experts permute determinism router",
+    "sanitize parallelize checkpoint train train_resume decode losses obligations compile_layer",
+)
 
 
 def missing_tools() -> list[str]:
@@ -39,22 +42,36 @@ def start(number: int, words: str) -> int:
     return subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT).returncode
 
 
-def both_halves(words: list[str], *, long: bool) -> int:
-    """All tests, in two processes; what the first one says is shown when the second one is done."""
+def in_parts(words: list[str], *, long: bool) -> int:
+    """All tests, in several processes; what those beside say is shown when all others are done."""
     base = [sys.executable, "-m", *words] + ([] if long else ["-m", "not long"])
-    files = [f"tests/test_{name}.py" for name in ONE_HALF.split()]
-    others = [f"--ignore={file}" for file in files]
-    with tempfile.TemporaryFile("w+") as said:
-        beside = subprocess.Popen([*base, *files], cwd=ROOT, stdout=said, stderr=said)
-        try:
-            status = subprocess.run([*base, *others], cwd=ROOT).returncode
-            print("== and the other half, which ran beside it", flush=True)
-            status = beside.wait() or status
-        finally:
-            beside.kill()
-        said.seek(0)
-        print(said.read(), end="", flush=True)
+    parts = [[f"tests/test_{name}.py" for name in line.split()] for line in BESIDE]
+    others = [f"--ignore={file}" for files in parts for file in files]
+    with ExitStack() as ending:
+        beside = [ending.enter_context(aside([*base, *files])) for files in parts]
+        status = subprocess.run([*base, *others], cwd=ROOT).returncode
+        for finish in beside:
+            status = finish() or status
     return status
+
+
+@contextmanager
+def aside(command: list[str]) -> Iterator[Callable[[], int]]:
+    """A process that is begun now; to finish it is to wait for it, and to show what it said."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+
+        def finish() -> int:
+            print(f"== and what ran beside it: {' '.join(command[-3:])} ...", flush=True)
+            status = process.wait()
+            said.seek(0)
+            print(said.read(), end="", flush=True)
+            return status
+
+        try:
+            yield finish
+        finally:
+            process.kill()
 
 
 def main(pytest_words: list[str]) -> int:
@@ -74,9 +91,9 @@ def main(pytest_words: list[str]) -> int:
     # Said before and not after, so that pytest's summary is the last line of all.
     print(f"== if a test fails: {advice}", flush=True)
     if pytest_words in ([], ["--long"]):
-        print(f"== {len(CHECKS) + 1} of {len(CHECKS) + 1}: python -m {words}, in two halves")
+        print(f"== {len(CHECKS) + 1} of {len(CHECKS) + 1}: python -m {words}, in parts")
         sys.stdout.flush()
-        return both_halves(words.split(), long=bool(pytest_words))
+        return in_parts(words.split(), long=bool(pytest_words))
     return start(len(CHECKS) + 1, " ".join([words, *pytest_words]))
 
 
