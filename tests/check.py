@@ -28,8 +28,9 @@ TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>  
 # all other tests, among which are those that run mypy (with one cache). Each takes about as long.
 # There is one more than CI has cores, for many tests wait most of the time.
 BESIDE = (
-    "layer redistribute dispatch experts permute determinism router",
-    "sanitize parallelize checkpoint train train_resume decode losses obligations compile_layer",
+    "layer redistribute dispatch experts experts_memory permute determinism router forecast",
+    "sanitize parallelize checkpoint train train_resume decode losses obligations compile_layer "
+    "recompute collectives",
 )
 
 
