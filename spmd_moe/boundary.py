@@ -22,7 +22,8 @@ from spmd_moe.errors import ConfigError, explain
 from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import I, Kind, R, S, Tokens
-from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.precision import wide
+from spmd_moe.redistribute import redistribute
 from spmd_moe.shard import ShardShape
 
 INSIDE = S(0)

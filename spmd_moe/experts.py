@@ -46,6 +46,7 @@ from spmd_moe.placement import (
     Rows,
     RowSums,
 )
+from spmd_moe.precision import as_dtype, asked_by_autocast, not_cast
 from spmd_moe.redistribute import redistribute
 from spmd_moe.settings import share
 
@@ -76,6 +77,8 @@ class Recipe(NamedTuple):
     keep: Keep
     exact: bool
     """The counts are known to sum to R, so no row is past the last end."""
+    compute: torch.dtype | None
+    """What rows and weights are taken to for the matmuls; None: they stay as they are."""
 
 
 @final
@@ -173,8 +176,7 @@ def experts_ffn(
     _check_dtype(x_RD, w.w1_eFD)
     if isinstance(matmul, PerExpert):
         counts_e = counts_e.to("cpu")  # its loop runs on the host
-        matmul = matmul.as_autocast_asks(x_RD)  # now: backward computes in the same dtype
-    recipe = Recipe(activation, matmul, keep, exact)
+    recipe = Recipe(activation, matmul, keep, exact, _compute_dtype(x_RD, matmul))
     token_R, row_TK = gather if gather is not None else (None, None)
     inputs = (x_RD, scores_R, *w)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
@@ -198,30 +200,51 @@ def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
 
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind
+def _compute_dtype(x_RD: Tensor, matmul: Matmul) -> torch.dtype | None:
+    """Settled here, and autocast left out of what follows: backward must compute as forward did."""
+    said = matmul.compute if isinstance(matmul, PerExpert) else None
+    if said is None:
+        return asked_by_autocast(x_RD)
+    return None if said is x_RD.dtype else said
+
+
+# spmd: allow unknown - a kernel: the same for rows of whatever kind
 def _forward(
     recipe: Recipe, call: Call, counts_e: Tensor, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
-    if isinstance(recipe.matmul, PerExpert):
-        return per_expert.forward(call, counts_e, recipe.matmul, keep=keep)
-    block = AllExperts(recipe.matmul, counts_e, call.x_RD)
-    hid = hidden(block, call)
-    y_RD = output(block, call, hid)
-    return y_RD if recipe.exact else block.zero_past_the_end(y_RD), hid if keep else None
+    compute, matmul = recipe.compute, recipe.matmul
+    with not_cast(call.x_RD.device.type):
+        if isinstance(matmul, PerExpert):
+            return per_expert.forward(call, counts_e, compute, matmul.row_block, keep=keep)
+        cast = call.cast(compute)
+        block = AllExperts(matmul, counts_e, cast.x_RD)
+        hid = hidden(block, cast)
+        y_RD = as_dtype(output(block, cast, hid), call.x_RD.dtype)
+        return y_RD if recipe.exact else block.zero_past_the_end(y_RD), hid if keep else None
 
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind
 def _backward(
     recipe: Recipe, call: Call, counts_e: Tensor, dy_RD: Tensor, kept: Hidden | None, needs: Needs
 ) -> tuple[Tensor | None, ...]:
-    if isinstance(recipe.matmul, PerExpert):
-        return per_expert.backward(call, counts_e, recipe.matmul, dy_RD, kept, needs)
-    block = AllExperts(recipe.matmul, counts_e, call.x_RD)
-    hid = kept if kept is not None else hidden(block, call)
-    dx_RD, ds_R, *dw = gradients(block, call, hid, dy_RD.contiguous(), needs, Weights())
-    if not recipe.exact:
-        dx_RD = None if dx_RD is None else block.zero_past_the_end(dx_RD)
-        ds_R = None if ds_R is None else block.zero_past_the_end(ds_R)
-    return dx_RD, ds_R, *dw
+    compute, matmul = recipe.compute, recipe.matmul
+    with not_cast(dy_RD.device.type):
+        if isinstance(matmul, PerExpert):
+            how = (compute, matmul.row_block)
+            return per_expert.backward(call, counts_e, *how, dy_RD, kept, needs)
+        cast = call.cast(compute)
+        block = AllExperts(matmul, counts_e, cast.x_RD)
+        hid = kept if kept is not None else hidden(block, cast)
+        dy_RD = as_dtype(dy_RD.contiguous(), cast.x_RD.dtype)
+        dx_RD, ds_R, *dw = gradients(block, cast, hid, dy_RD, needs, Weights())
+        if not recipe.exact:
+            dx_RD = None if dx_RD is None else block.zero_past_the_end(dx_RD)
+            ds_R = None if ds_R is None else block.zero_past_the_end(ds_R)
+    given = (call.x_RD, call.scores_R, *call.w)
+    return tuple(
+        None if grad is None or t is None else as_dtype(grad, t.dtype)
+        for grad, t in zip((dx_RD, ds_R, *dw), given, strict=True)
+    )
 
 
 @register_local_autograd_function

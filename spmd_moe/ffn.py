@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spmd_moe.activation import Activation
 from spmd_moe.grouped import Block
-from spmd_moe.redistribute import as_dtype
+from spmd_moe.precision import as_dtype
 
 
 class Weights(NamedTuple):
@@ -49,12 +49,19 @@ class Needs(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the experts, or one of them, are given to compute."""
+    """What the experts, or some of them, are given to compute."""
 
     x_RD: Tensor
     scores_R: Tensor | None
     w: Weights
     activation: Activation
+
+    def cast(self, dtype: torch.dtype | None) -> Call:
+        """The same with rows and weights in another dtype; scores keep theirs."""
+        if dtype is None:
+            return self
+        w = Weights(*(None if t is None else as_dtype(t, dtype) for t in self.w))
+        return self._replace(x_RD=as_dtype(self.x_RD, dtype), w=w)
 
 
 class Hidden(NamedTuple):

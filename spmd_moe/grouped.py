@@ -16,7 +16,7 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias, final
 
 import torch
@@ -84,24 +84,18 @@ def _members(x_RA: Tensor, ends_e: Tensor) -> Sequence[Tensor]:
 class PerExpert:
     """One expert after another, by plain matmuls; reads the row counts on the host once per call.
 
-    `compute` is the dtype that an expert's rows and weights are taken to before the matmuls: a
-    wider one, and each result is rounded once; by itself, the one that autocast asks for.
+    `compute` is the dtype that an expert's rows and weights are taken to before the matmuls, and
+    each result is rounded once. Without it that is the weights' own, or what autocast asks for.
 
     `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes another
     kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and with
-    row_block=4 a row has the same bits whatever shares its expert, if the hidden width is a
-    multiple of 16: torch's elementwise kernels finish what is left of a tensor another way.
+    row_block=4 a row has the same bits whatever shares its expert, on one thread and if the hidden
+    width is a multiple of 32: torch's elementwise kernels finish what is left of a tensor, or of a
+    thread's part of it, another way.
     """
 
     compute: torch.dtype | None = None
     row_block: int = 1
-
-    def as_autocast_asks(self, x_RA: Tensor) -> PerExpert:
-        """Itself, or under autocast, which casts float32 alone, the same in another dtype."""
-        device = x_RA.device.type
-        if self.compute or x_RA.dtype is not torch.float32 or not torch.is_autocast_enabled(device):
-            return self
-        return replace(self, compute=torch.get_autocast_dtype(device))
 
 
 Matmul: TypeAlias = GroupedMatmul | PerExpert
@@ -211,7 +205,7 @@ class SomeExperts:
     """How many rows each of them has."""
     row_block: int
     scratch: Tensor | None
-    """Room for one weight in the dtype of the rows, where that is not the weights'."""
+    """Room for one weight in the dtype of the rows, where the weights have another."""
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
         if room_RB is None or room_RB.dtype is not x_RA.dtype:

@@ -6,19 +6,13 @@ A checker that follows tensors ends here, and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from spmd_types import is_type_checking, no_typecheck
+from spmd_types import no_typecheck
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-
-def _unfollowed() -> AbstractContextManager[None]:
-    """The checker off where it is on: to look costs less than to switch."""
-    return no_typecheck() if is_type_checking() else nullcontext()
 
 
 def host_ints(x: Tensor) -> list[int]:
@@ -27,7 +21,7 @@ def host_ints(x: Tensor) -> list[int]:
     What is read differs between ranks, and no checker could follow it: it comes back as the rows
     per rank that `exchange` and `ShardShape` are given.
     """
-    with _unfollowed():
+    with no_typecheck():
         return [_plain(n) for n in x.tolist()]
 
 
@@ -39,19 +33,17 @@ def _plain(n: Any) -> int:
 
 def drawn_number() -> int:
     """From torch's default generator, of which every rank has its own."""
-    with _unfollowed():
+    with no_typecheck():
         return int(torch.randint(2**62, ()))
 
 
-def said_by_all(
-    mine: bytes, groups: Sequence[ProcessGroup | None], device_type: str
-) -> list[bytes]:
+def said_by_all(mine: bytes, groups: Sequence[ProcessGroup | None], device: str) -> list[bytes]:
     """What every rank says, equally many bytes each, in the order of the ranks.
 
     It is gathered along one group after another, so the groups of a mesh reach all of its ranks.
     """
-    with _unfollowed():
-        rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device_type)
+    with no_typecheck():
+        rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device)
         if type(rows) is not torch.Tensor:
             return [mine]  # in FakeTensorMode there are no values to exchange
         for group in groups:

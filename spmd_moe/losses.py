@@ -29,8 +29,9 @@ from spmd_moe.collectives import declare_sum
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens, TokenSums, Whole
+from spmd_moe.precision import not_cast
 from spmd_moe.redistribute import redistribute
-from spmd_moe.router import Router, Routing, count, not_cast
+from spmd_moe.router import Router, Routing, count
 from spmd_moe.settings import a_thing, instance, number
 
 # What holds however a batch is balanced, and whatever the model around the layer is on tp.

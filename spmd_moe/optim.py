@@ -23,7 +23,8 @@ from spmd_moe.errors import ConfigError, GradientError, explain
 from spmd_moe.mesh import Axis, MoEMesh, check_mesh
 from spmd_moe.obligations import Obligation, trained
 from spmd_moe.placement import P, R, Role, S
-from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.precision import wide
+from spmd_moe.redistribute import redistribute
 from spmd_moe.storage import shard_group
 from spmd_moe.summed import is_sum, note_sum, rest_of_sum
 

@@ -52,7 +52,7 @@ def parallelize(
     units = _units(model, blocks)
     _check_new(model, rows)
     settings = {
-        "parameters": rows,
+        **{row.name: f"{list(row.global_shape)} {row}" for row in rows},
         "replicas": replicas,
         "policy": policy,
         "reshard_after_forward": reshard_after_forward,

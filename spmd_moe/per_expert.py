@@ -23,7 +23,7 @@ from torch import Tensor
 from spmd_moe.activation import ACTIVATIONS
 from spmd_moe.errors import ShapeError, explain
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
-from spmd_moe.grouped import PerExpert, SomeExperts
+from spmd_moe.grouped import SomeExperts
 
 TOGETHER = 32  # rows of neighbouring experts, up to which they share the steps between the matmuls
 WORTH_PAGES = 1 << 20  # bytes, below which memory of its own costs more than writing zeros
@@ -37,26 +37,35 @@ _LIBRARY.define(f"experts_backward({_CALL}, Tensor dy, Tensor[] kept, bool[] nee
 
 
 def forward(
-    call: Call, sizes_e: Tensor, how: PerExpert, *, keep: bool
+    call: Call, sizes_e: Tensor, compute: torch.dtype | None, row_block: int, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
-    y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*_flat(call, sizes_e, how), keep)
+    flat = _flat(call, sizes_e, compute, row_block)
+    y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*flat, keep)
     return y_RD, _hidden(kept)
 
 
 def backward(
-    call: Call, sizes_e: Tensor, how: PerExpert, dy_RD: Tensor, kept: Hidden | None, needs: Needs
+    call: Call,
+    sizes_e: Tensor,
+    compute: torch.dtype | None,
+    row_block: int,
+    dy_RD: Tensor,
+    kept: Hidden | None,
+    needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """The gradients in the order of `Needs`; `gate` and `up` are computed again if not kept."""
     given = [] if kept is None else [t for t in kept if t is not None]
-    flat = _flat(call, sizes_e, how)
+    flat = _flat(call, sizes_e, compute, row_block)
     found = iter(torch.ops.spmd_moe.experts_backward.default(*flat, dy_RD, given, list(needs)))
     return tuple(next(found) if need else None for need in needs)
 
 
-def _flat(call: Call, sizes_e: Tensor, how: PerExpert) -> tuple[object, ...]:
+def _flat(
+    call: Call, sizes_e: Tensor, compute: torch.dtype | None, row_block: int
+) -> tuple[object, ...]:
     x_RD, scores_R, w, activation = call
-    return (x_RD, scores_R, list(w), sizes_e, activation.name, how.compute, how.row_block)
+    return (x_RD, scores_R, list(w), sizes_e, activation.name, compute, row_block)
 
 
 def _hidden(kept: Sequence[Tensor]) -> Hidden | None:
@@ -155,7 +164,7 @@ def _forward_loop(
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
     hits = _hits(sizes_e, x_RD)
-    y_RD, *kept = _empty_outputs(call, keep)
+    y_RD, *kept = _empty_outputs(call, compute, keep)
     room = zip(*map(hits.split, (y_RD, *kept)), strict=True)
     for (y_nD, *kept_n), (block, part) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
@@ -203,12 +212,16 @@ def _cast(t: Tensor, compute: torch.dtype | None) -> Tensor:
     return t if compute is None else t.to(compute)
 
 
-def _empty_outputs(call: Call, keep: bool) -> list[Tensor]:
-    """Room for `y_RD` and, to be kept, `gate_RF` and `up_RF`."""
+def _empty_outputs(call: Call, compute: torch.dtype | None, keep: bool) -> list[Tensor]:
+    """Room for `y_RD` and, to be kept, `gate_RF` and `up_RF`, in the narrower of the two dtypes."""
     assert call.w.w2_eDF is not None
-    num_rows, (_, D, F) = call.x_RD.shape[0], call.w.w2_eDF.shape
-    widths = [D] + [F] * (keep * (1 + call.activation.gated))
-    return [call.x_RD.new_empty(num_rows, width) for width in widths]
+    x_RD, (_, D, F) = call.x_RD, call.w.w2_eDF.shape
+    dtype = x_RD.dtype if compute is None else min(compute, x_RD.dtype, key=lambda d: d.itemsize)
+    kept = keep * (1 + call.activation.gated)
+    return [
+        x_RD.new_empty(x_RD.shape[0], D),
+        *(x_RD.new_empty(x_RD.shape[0], F, dtype=dtype) for _ in range(kept)),
+    ]
 
 
 def _empty(t: Tensor) -> Tensor:
@@ -264,7 +277,8 @@ def _forward_shapes(
     row_block: int,
     keep: bool,
 ) -> list[Tensor]:
-    return _empty_outputs(Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation]), keep)
+    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
+    return _empty_outputs(call, compute, keep)
 
 
 def _backward_shapes(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spmd_moe.host import host_ints
 from spmd_moe.placement import GatheredRows, Tokens
-from spmd_moe.redistribute import as_dtype, wide
+from spmd_moe.precision import as_dtype, wide
 
 T = TypeVar("T", bound=Tensor)  # of whatever kind, and of that kind again
 

@@ -7,7 +7,7 @@ is `collectives.Move`, which cannot fail for a shape's sake.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeAlias, TypeVar, cast, final
+from typing import TypeAlias, TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -85,16 +85,6 @@ def redistribute(
         kept: Tensor = convert(x, group, src=step.src, dst=step.dst)  # seen by the checker
         return kept
     return move(x, group, step, dtype, grad_dtype)
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """What a sum over ranks should be taken in: float32, or the dtype of `x` if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def as_dtype(x: T, dtype: torch.dtype) -> T:
-    """`x.to(dtype)`, without the call where there is nothing to do: it takes as long as an add."""
-    return x if x.dtype is dtype else cast(T, x.to(dtype))
 
 
 @lru_cache(maxsize=4096)

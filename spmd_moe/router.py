@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast, final
 
@@ -25,7 +24,8 @@ from spmd_moe.fault import unset
 from spmd_moe.host import drawn_number
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
-from spmd_moe.redistribute import as_dtype, redistribute, wide
+from spmd_moe.precision import as_dtype, not_cast, wide
+from spmd_moe.redistribute import redistribute
 from spmd_moe.settings import instance, number, one_of, whole_numbers
 
 T = TypeVar("T", bound=Tensor)
@@ -200,13 +200,6 @@ class Router(nn.Module):
             fault=marked,
             complete=complete,
         )
-
-
-def not_cast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast stays out of what has a dtype of its own: choices and sums depend on small bits."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _of_tokens(expert_ids_TK: Tokens, mask_T: Tokens | None) -> Tokens:

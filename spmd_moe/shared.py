@@ -32,7 +32,8 @@ from spmd_moe.placement import (
     Tokens,
     Whole,
 )
-from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.precision import wide
+from spmd_moe.redistribute import redistribute
 from spmd_moe.settings import share
 from spmd_moe.shard import ShardShape
 

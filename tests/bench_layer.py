@@ -283,6 +283,10 @@ def main() -> None:
     ]
     if not rows:
         parser.error("no row has that dtype, kind and number of tokens")
+    if args.write and (rows != ROWS or args.part == "experts"):
+        parser.error(
+            "the README's table has all rows of the layer: --write, and none of the choices"
+        )
     torch.set_num_threads(1)
     sizes = Sizes(args.width, args.hidden, args.experts, args.top_k)
     machine = f"{date.today()}, {cpu_name()}, torch {torch.__version__}, 1 thread; {sizes}"

@@ -7,9 +7,22 @@ from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe import Keep, MoE, MoEConfig, MoEMesh, PerExpert, RouterConfig, init_weights
+from spmd_moe import (
+    SWIGLU,
+    Activation,
+    Keep,
+    MoE,
+    MoEConfig,
+    MoEMesh,
+    PerExpert,
+    RouterConfig,
+    init_weights,
+)
+from spmd_moe.grouped import Masked, Matmul, TorchGroupedMM
+from tests.bench_layer import grad_of
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
 
@@ -24,29 +37,52 @@ def test_autocast_takes_tokens_of_the_layers_dtype(dtype: torch.dtype) -> None:
     assert layer.experts.w1_eFD.grad is not None
 
 
-@pytest.mark.parametrize("keep", Keep)
-def test_the_matmuls_of_experts_follow_autocast(keep: Keep) -> None:
-    """Forward and backward, also where backward computes them again, after autocast has ended."""
-    mesh, x = MoEMesh.single(), torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
-    layer = MoE(replace(CONFIG, keep=keep), mesh)
+def results(
+    keep: Keep, matmul: Matmul, dtype: torch.dtype | None, activation: Activation = SWIGLU
+) -> list[Tensor]:
+    """Outputs and gradients of a float32 layer; backward runs when autocast, if any, has ended."""
+    mesh, x = MoEMesh.single(), torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
+    layer = MoE(MoEConfig(8, 16, RouterConfig(8, 2), activation=activation, keep=keep), mesh)
     init_weights(layer, mesh, seed=0)
+    layer.experts.matmul = matmul
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        hidden = layer(x).hidden
+    hidden.square().sum().backward()
+    return [hidden.detach(), *(grad_of(p) for p in layer.experts.parameters())]
 
-    def results(dtype: torch.dtype | None, matmul: PerExpert) -> list[Tensor]:
-        layer.experts.matmul = matmul
-        layer.zero_grad()
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            hidden = layer(x).hidden
-        hidden.square().sum().backward()
-        grads = [p.grad for p in layer.experts.parameters()]
-        return [hidden.detach(), *(grad.clone() for grad in grads if grad is not None)]
 
-    cast = results(torch.bfloat16, PerExpert())
-    assert len(cast) == 4 and all(t.dtype is torch.float32 and t.any() for t in cast)
-    for as_cast, as_asked, plain in zip(
-        cast, results(None, PerExpert(torch.bfloat16)), results(None, PerExpert()), strict=True
-    ):
-        assert torch.equal(as_cast, as_asked) and not torch.equal(as_cast, plain)
-        torch.testing.assert_close(as_cast, plain, rtol=0.05, atol=0.05 * float(plain.abs().max()))
+@pytest.mark.parametrize(
+    "matmul", [PerExpert(), PerExpert(row_block=4), Masked(), TorchGroupedMM()], ids=str
+)
+def test_the_matmuls_of_experts_follow_autocast(matmul: Matmul) -> None:
+    """Forward and backward, also where backward computes the first matmuls again."""
+    found = [results(keep, matmul, torch.bfloat16) for keep in Keep]
+    plain = results(Keep.NOTHING, matmul, None)
+    for kept, again, other in zip(*found, plain, strict=True):
+        assert kept.dtype is torch.float32 and kept.any()
+        assert torch.equal(kept, again) and not torch.equal(kept, other)
+        torch.testing.assert_close(kept, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
+
+
+def test_it_is_what_the_matmul_can_be_told() -> None:
+    asked = results(Keep.ACTIVATIONS, PerExpert(), torch.bfloat16)
+    told = results(Keep.ACTIVATIONS, PerExpert(torch.bfloat16), None)
+    assert all(torch.equal(a, b) for a, b in zip(asked, told, strict=True))
+    wide = results(Keep.ACTIVATIONS, PerExpert(torch.float32), torch.bfloat16)
+    plain = results(Keep.ACTIVATIONS, PerExpert(), None)
+    assert all(torch.equal(a, b) for a, b in zip(wide, plain, strict=True))
+
+
+def test_autocast_stays_out_of_activations() -> None:
+    """Some operators it takes to float32, which then would meet weights in bfloat16."""
+
+    def forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
+        return fn.pad(gate_RF.sigmoid().unsqueeze(0), (0, 0), mode="replicate").squeeze(0)
+
+    widened = Activation("widened by autocast", False, forward)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert forward(torch.ones(2, 3, dtype=torch.bfloat16), None).dtype is torch.float32
+    assert results(Keep.NOTHING, PerExpert(), torch.bfloat16, widened)[0].any()
 
 
 @pytest.mark.parametrize("balance", ["batch", "sequence"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +28,7 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.check.threads import threaded
-from spmd_moe.fault import check
+from spmd_moe.fault import check, mark
 from spmd_moe.router import Router
 from tests.workers import run
 
@@ -141,6 +143,17 @@ def test_large_scores_are_no_fault_although_their_sum_is() -> None:
         out = layer(x)
     assert not torch.linalg.vecdot(x, layer.router.weight_ED[0]).sum().mul(8).isfinite()
     assert out.hidden.isfinite().all() and out.hidden.any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, in its own code
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs one of C++")
+def test_compiled_scores_are_marked_as_well() -> None:
+    """A compiler may take x * 0 for 0, whatever x is."""
+    compiled = torch.compile(mark, fullgraph=True)
+    for value, want in ((1.0, False), (math.nan, True), (math.inf, True), (-math.inf, True)):
+        scores = torch.ones(3, 4)
+        scores[1, 2] = value
+        assert bool(mark(scores, None)) is bool(compiled(scores, None)) is want
 
 
 def test_what_a_mask_hides_is_no_fault() -> None:

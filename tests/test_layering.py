@@ -28,6 +28,7 @@ ORDER = [
     "settings",
     "degrees",
     "host",
+    "precision",
     "agree",
     "mesh",
     "ranks",

@@ -245,16 +245,22 @@ def other_settings(way: Way) -> list[str]:
             parallelize(model, mesh, **setting)
         except SpmdMoeError as error:
             said.append(str(error).splitlines()[0])
-    return said
+    if other:
+        model.get_submodule("blocks.1.norm").weight = nn.Parameter(torch.ones(3))
+    with pytest.raises(SpmdMoeError) as caught:
+        parallelize(model, mesh)
+    return [*said, str(caught.value).splitlines()[0]]
 
 
 def test_ranks_that_disagree_are_told() -> None:
     for of_rank in run(2, other_settings, Way(Layout(dp=2))):
-        replicas, blocks, reshard = of_rank
+        replicas, blocks, reshard, parameter = of_rank
         head = "parallelize: the ranks were called with different settings: "
         assert replicas == f"{head}replicas=1 on ranks [0] | replicas=2 on ranks [1]."
         assert blocks.startswith(f"{head}blocks=['blocks.0', 'blocks.1'] on ranks [0]")
         assert "reshard_after_forward=False on ranks [0]" in reshard
+        assert parameter.startswith(f"{head}blocks.1.norm.weight=[8] ")
+        assert " | blocks.1.norm.weight=[3] " in parameter and "moe" not in parameter
 
 
 # --- made on no device --------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from spmd_moe.host import host_ints
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, from_slots, sort_by_expert, spread, take_scores, to_slots
 from spmd_moe.placement import EP, ETP, AllTokens, P, Placed, R, Rows, RowSums, S, Tokens
-from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.precision import wide
+from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Routing, count
 from spmd_moe.shard import ShardShape
 

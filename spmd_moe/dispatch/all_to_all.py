@@ -26,7 +26,8 @@ from spmd_moe.host import host_ints
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, expert_major, inverse, reorder, spread, take_scores
 from spmd_moe.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
-from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.precision import wide
+from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Routing
 from spmd_moe.shard import ShardShape
 

@@ -30,7 +30,8 @@ from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Slots, inverse, place, reorder, spread, take_scores
 from spmd_moe.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
-from spmd_moe.redistribute import redistribute, wide
+from spmd_moe.precision import wide
+from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Routing
 from spmd_moe.settings import is_whole
 

@@ -222,5 +222,5 @@ def tell(text: str, mesh: MoEMesh, device: torch.device) -> None:
 
 def _texts(text: str, mesh: MoEMesh, device: torch.device) -> list[str]:
     mine = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
-    said = said_by_all(mine, [mesh[role].group for role in reversed(DENSE)], device.type)
+    said = said_by_all(mine, [mesh[role].group for role in reversed(DENSE)], str(device))
     return [row.rstrip(b"\0").decode(errors="replace") for row in said]

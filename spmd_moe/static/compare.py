@@ -70,8 +70,8 @@ class Comparison:
 
 def _differs(have: Type, need: Type, code: str, where: str, what: str) -> Iterator[Problem]:
     """Each placement that it may have must be one of those that it may have there."""
+    wanted = each_kinds_of(need)
     for found in each_kinds_of(have):
-        wanted = each_kinds_of(need)
         problems = [declared_problem(code, where, what, found, kinds) for kinds in wanted]
         told = [problem for problem in problems if problem is not None]
         if told and len(told) == len(wanted):

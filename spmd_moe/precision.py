@@ -1,0 +1,40 @@
+"""Which dtype to compute in: what a sum needs, and what autocast asks for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T", bound=Tensor)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """What a sum over ranks should be taken in: float32, or the dtype of `x` if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def as_dtype(x: T, dtype: torch.dtype) -> T:
+    """`x.to(dtype)`, without the call where there is nothing to do: it takes as long as an add."""
+    return x if x.dtype is dtype else cast(T, x.to(dtype))
+
+
+def asked_by_autocast(x: Tensor) -> torch.dtype | None:
+    """What autocast would take the operands of a matmul to, if that is another dtype than `x` has.
+
+    Backward runs when autocast has ended, so who writes his own has to remember it.
+    """
+    device = x.device.type
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    asked = torch.get_autocast_dtype(device)
+    return None if asked is x.dtype else asked
+
+
+def not_cast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast stays out of what has a dtype of its own: choices and sums depend on small bits."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
