@@ -30,7 +30,7 @@ TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>  
 BESIDE = (
     "layer redistribute dispatch experts experts_memory permute determinism router forecast",
     "sanitize parallelize checkpoint train train_resume decode losses obligations compile_layer "
-    "recompute collectives",
+    "recompute collectives compile_parts check check_values faults workers mesh",
 )
 
 
