@@ -67,10 +67,10 @@ def _differing(ranks: Sequence[int], texts: Sequence[bytes]) -> str:
     lines = [text.decode(errors="replace").split("\n") for text in texts]
     everywhere = set(lines[0]).intersection(*lines[1:])
     own = (" ".join(line for line in each if line not in everywhere) for each in lines)
-    return by_text(sorted(zip(ranks, own, strict=True)))
+    return who_says(sorted(zip(ranks, own, strict=True)))
 
 
-def by_text(said: Iterable[tuple[int, str]]) -> str:
+def who_says(said: Iterable[tuple[int, str]]) -> str:
     """Each text once, with the ranks that say it."""
     ranks: dict[str, list[int]] = {}
     for rank, text in said:

@@ -46,7 +46,7 @@ from spmd_moe.placement import (
     Rows,
     RowSums,
 )
-from spmd_moe.precision import as_dtype, asked_by_autocast, not_cast
+from spmd_moe.precision import as_dtype, not_cast, of_matmuls
 from spmd_moe.redistribute import redistribute
 from spmd_moe.settings import share
 
@@ -77,8 +77,8 @@ class Recipe(NamedTuple):
     keep: Keep
     exact: bool
     """The counts are known to sum to R, so no row is past the last end."""
-    compute: torch.dtype | None
-    """What rows and weights are taken to for the matmuls; None: they stay as they are."""
+    compute: torch.dtype
+    """What rows and weights are taken to for the matmuls."""
 
 
 @final
@@ -176,7 +176,9 @@ def experts_ffn(
     _check_dtype(x_RD, w.w1_eFD)
     if isinstance(matmul, PerExpert):
         counts_e = counts_e.to("cpu")  # its loop runs on the host
-    recipe = Recipe(activation, matmul, keep, exact, _compute_dtype(x_RD, matmul))
+    # Settled here, and autocast left out of what follows: backward must compute as forward did.
+    said = matmul.compute if isinstance(matmul, PerExpert) else None
+    recipe = Recipe(activation, matmul, keep, exact, said or of_matmuls(x_RD))
     token_R, row_TK = gather if gather is not None else (None, None)
     inputs = (x_RD, scores_R, *w)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
@@ -197,15 +199,6 @@ def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
                 fixes=[f"x.to({w1_eFD.dtype})"],
             )
         )
-
-
-# spmd: allow unknown - a kernel: the same for rows of whatever kind
-def _compute_dtype(x_RD: Tensor, matmul: Matmul) -> torch.dtype | None:
-    """Settled here, and autocast left out of what follows: backward must compute as forward did."""
-    said = matmul.compute if isinstance(matmul, PerExpert) else None
-    if said is None:
-        return asked_by_autocast(x_RD)
-    return None if said is x_RD.dtype else said
 
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind

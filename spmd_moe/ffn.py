@@ -56,10 +56,8 @@ class Call(NamedTuple):
     w: Weights
     activation: Activation
 
-    def cast(self, dtype: torch.dtype | None) -> Call:
-        """The same with rows and weights in another dtype; scores keep theirs."""
-        if dtype is None:
-            return self
+    def cast(self, dtype: torch.dtype) -> Call:
+        """The same with rows and weights in that dtype; scores keep theirs."""
         w = Weights(*(None if t is None else as_dtype(t, dtype) for t in self.w))
         return self._replace(x_RD=as_dtype(self.x_RD, dtype), w=w)
 

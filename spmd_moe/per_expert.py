@@ -24,12 +24,13 @@ from spmd_moe.activation import ACTIVATIONS
 from spmd_moe.errors import ShapeError, explain
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import SomeExperts
+from spmd_moe.precision import as_dtype
 
 TOGETHER = 32  # rows of neighbouring experts, up to which they share the steps between the matmuls
 WORTH_PAGES = 1 << 20  # bytes, below which memory of its own costs more than writing zeros
 _CALL = (
     "Tensor x, Tensor? scores, Tensor?[] weights, Tensor sizes, str activation, "
-    "ScalarType? compute, int row_block"
+    "ScalarType compute, int row_block"
 )
 _LIBRARY = torch.library.Library("spmd_moe", "DEF")
 _LIBRARY.define(f"experts_forward({_CALL}, bool keep) -> Tensor[]")
@@ -37,7 +38,7 @@ _LIBRARY.define(f"experts_backward({_CALL}, Tensor dy, Tensor[] kept, bool[] nee
 
 
 def forward(
-    call: Call, sizes_e: Tensor, compute: torch.dtype | None, row_block: int, *, keep: bool
+    call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
     flat = _flat(call, sizes_e, compute, row_block)
@@ -48,7 +49,7 @@ def forward(
 def backward(
     call: Call,
     sizes_e: Tensor,
-    compute: torch.dtype | None,
+    compute: torch.dtype,
     row_block: int,
     dy_RD: Tensor,
     kept: Hidden | None,
@@ -61,9 +62,7 @@ def backward(
     return tuple(next(found) if need else None for need in needs)
 
 
-def _flat(
-    call: Call, sizes_e: Tensor, compute: torch.dtype | None, row_block: int
-) -> tuple[object, ...]:
+def _flat(call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int) -> tuple[object, ...]:
     x_RD, scores_R, w, activation = call
     return (x_RD, scores_R, list(w), sizes_e, activation.name, compute, row_block)
 
@@ -104,8 +103,7 @@ class _Hits(NamedTuple):
         return t
 
 
-def _hits(sizes_e: Tensor, x_RD: Tensor) -> _Hits:
-    sizes = sizes_e.tolist()
+def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
     rest = x_RD.shape[0] - sum(sizes)
     if rest < 0:
         raise ShapeError(
@@ -137,18 +135,18 @@ def grouped(sizes: Sequence[int]) -> list[Group]:
 
 
 def _blocks(
-    call: Call, hits: _Hits, compute: torch.dtype | None, row_block: int
+    call: Call, hits: _Hits, compute: torch.dtype, row_block: int
 ) -> Iterator[tuple[SomeExperts, Call]]:
     """Each group, with its part of the call in the dtype of the matmuls."""
     w1_eFD = call.w.w1_eFD
     assert w1_eFD is not None
     scratch = None
-    if compute is not None:
+    if compute is not w1_eFD.dtype:
         scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
     x_n, scores_n = hits.split(call.x_RD), hits.split(call.scores_R)
     for group, x_nD, scores in zip(hits.groups, x_n, scores_n, strict=True):
         assert x_nD is not None
-        part = Call(_cast(x_nD, compute), scores, call.w, call.activation)
+        part = Call(as_dtype(x_nD, compute), scores, call.w, call.activation)
         yield SomeExperts(*group, row_block, scratch), part
 
 
@@ -158,12 +156,12 @@ def _forward_loop(
     weights: Sequence[Tensor | None],
     sizes_e: Tensor,
     activation: str,
-    compute: torch.dtype | None,
+    compute: torch.dtype,
     row_block: int,
     keep: bool,
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    hits = _hits(sizes_e, x_RD)
+    hits = _hits(sizes_e.tolist(), x_RD)
     y_RD, *kept = _empty_outputs(call, compute, keep)
     room = zip(*map(hits.split, (y_RD, *kept)), strict=True)
     for (y_nD, *kept_n), (block, part) in zip(
@@ -183,22 +181,22 @@ def _backward_loop(
     weights: Sequence[Tensor | None],
     sizes_e: Tensor,
     activation: str,
-    compute: torch.dtype | None,
+    compute: torch.dtype,
     row_block: int,
     dy_RD: Tensor,
     kept: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
     call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    hits, need = _hits(sizes_e, x_RD), Needs(*needs)
-    starved = [e for e, size in enumerate(sizes_e.tolist()) if not size]
+    sizes, need = sizes_e.tolist(), Needs(*needs)
+    hits, starved = _hits(sizes, x_RD), [e for e, size in enumerate(sizes) if not size]
     d_rows, d_weights = _gradients(call, need, lambda w: _of_weight(w, starved))
     room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
     for (dx_nD, ds_n, dy_nD, *kept_n), (block, part) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
     ):
-        hid = _hidden([_cast(t, compute) for t in kept_n]) or hidden(block, part)
-        found = gradients(block, part, hid, _cast(dy_nD, compute), need, Weights(*d_weights))
+        hid = _hidden([as_dtype(t, compute) for t in kept_n]) or hidden(block, part)
+        found = gradients(block, part, hid, as_dtype(dy_nD, compute), need, Weights(*d_weights))
         for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
             if d_n is not None:
                 d_n.copy_(computed)
@@ -208,15 +206,11 @@ def _backward_loop(
     ]
 
 
-def _cast(t: Tensor, compute: torch.dtype | None) -> Tensor:
-    return t if compute is None else t.to(compute)
-
-
-def _empty_outputs(call: Call, compute: torch.dtype | None, keep: bool) -> list[Tensor]:
+def _empty_outputs(call: Call, compute: torch.dtype, keep: bool) -> list[Tensor]:
     """Room for `y_RD` and, to be kept, `gate_RF` and `up_RF`, in the narrower of the two dtypes."""
     assert call.w.w2_eDF is not None
     x_RD, (_, D, F) = call.x_RD, call.w.w2_eDF.shape
-    dtype = x_RD.dtype if compute is None else min(compute, x_RD.dtype, key=lambda d: d.itemsize)
+    dtype = min(compute, x_RD.dtype, key=lambda dtype: dtype.itemsize)
     kept = keep * (1 + call.activation.gated)
     return [
         x_RD.new_empty(x_RD.shape[0], D),
@@ -273,7 +267,7 @@ def _forward_shapes(
     weights: Sequence[Tensor | None],
     sizes_e: Tensor,
     activation: str,
-    compute: torch.dtype | None,
+    compute: torch.dtype,
     row_block: int,
     keep: bool,
 ) -> list[Tensor]:
@@ -287,7 +281,7 @@ def _backward_shapes(
     weights: Sequence[Tensor | None],
     sizes_e: Tensor,
     activation: str,
-    compute: torch.dtype | None,
+    compute: torch.dtype,
     row_block: int,
     dy_RD: Tensor,
     kept: Sequence[Tensor],

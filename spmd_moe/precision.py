@@ -21,16 +21,15 @@ def as_dtype(x: T, dtype: torch.dtype) -> T:
     return x if x.dtype is dtype else cast(T, x.to(dtype))
 
 
-def asked_by_autocast(x: Tensor) -> torch.dtype | None:
-    """What autocast would take the operands of a matmul to, if that is another dtype than `x` has.
+def of_matmuls(x: Tensor) -> torch.dtype:
+    """What the operands of a matmul are taken to: what autocast asks for, or the dtype of `x`.
 
     Backward runs when autocast has ended, so who writes his own has to remember it.
     """
     device = x.device.type
     if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    asked = torch.get_autocast_dtype(device)
-    return None if asked is x.dtype else asked
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def not_cast(device_type: str) -> AbstractContextManager[object]:

@@ -35,7 +35,8 @@ BESIDE = (
 
 
 def missing_tools() -> list[str]:
-    return [name for name in ("ruff", "mypy", "pytest") if find_spec(name) is None]
+    tools = dict.fromkeys(words.split()[0] for words, _ in (*CHECKS, TESTS))
+    return [name for name in tools if find_spec(name) is None]
 
 
 def start(number: int, words: str) -> int:

@@ -181,14 +181,17 @@ def test_torchs_grouped_matmul_compiles_in_bf16_only(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("keep", [False, True], ids=["kept not", "kept"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("compute", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", [SWIGLU, SQUARED_RELU], ids=lambda a: a.name)
-def test_the_operators_keep_their_promises(activation: Activation, bias: bool, keep: bool) -> None:
+def test_the_operators_keep_their_promises(
+    activation: Activation, bias: bool, keep: bool, compute: torch.dtype
+) -> None:
     """Shapes without data are those with data, and no argument is written to."""
     case = Case(activation, MIXED, bias)
     given = {name: t.detach() for name, t in case.leaves().items()}
     w = Weights(**{n: t for n, t in given.items() if n in Weights._fields})
     sizes_e = torch.tensor(case.counts)
-    flat = (given["x"], given["scores"], list(w), sizes_e, activation.name, None, 1)
+    flat = (given["x"], given["scores"], list(w), sizes_e, activation.name, compute, 1)
     forward, backward = torch.ops.spmd_moe.experts_forward, torch.ops.spmd_moe.experts_backward
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward, (*flat, keep), test_utils=checks)

@@ -212,7 +212,7 @@ def first_of(key: Tensor, mesh: MoEMesh) -> tuple[int, int]:
 def by_text(text: str, mesh: MoEMesh, device: torch.device) -> str:
     """Who says what, where each text begins with the number of its rank."""
     said = (line.split(" ", 1) for line in _texts(text, mesh, device))
-    return agree.by_text(sorted((int(rank), rest) for rank, rest in said))
+    return agree.who_says(sorted((int(rank), rest) for rank, rest in said))
 
 
 def tell(text: str, mesh: MoEMesh, device: torch.device) -> None:
