@@ -138,7 +138,7 @@ class Model(nn.Module):
         scores_BLN = F.linear(self.norm(x_BLD), self.head_ND)
         summed = F.cross_entropy(scores_BLN.flatten(0, 1), next_BL.flatten(), reduction="sum")
         for role in (DP, CP):  # a part of the sum over all sequences
-            summed = declare_sum(summed, self.mesh[role].group)
+            summed = declare_sum(summed, self.mesh[role])
         return summed / tokens, torch.stack(extras).sum(0), outs
 
     def _extra(self, out: MoEOutput) -> Loss:

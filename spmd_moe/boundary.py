@@ -54,13 +54,11 @@ class Boundary:
                     )
                 )
         self.tp, self.src, self.dst = tp, src, dst
+        # The model around the layer computes the same on every rank of tp.
+        self.whole = src != INSIDE
+        self.same_rows = self.whole == (dst != INSIDE)
         # Ranks with rows of their own know each other's numbers only by telling.
         self.must_count = src == INSIDE and (dst != INSIDE or count_rows)
-
-    @property
-    def whole(self) -> bool:
-        """The model around the layer computes the same on every rank of tp."""
-        return self.src != INSIDE
 
     # What the caller holds on tp is a setting, so no signature can say it.
 
@@ -80,8 +78,7 @@ class Boundary:
         y = redistribute(
             y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=wide(y_TD)
         )
-        same_rows = self.whole == (self.dst != INSIDE)
-        return y.view(*frame.lead, y.shape[-1]) if same_rows and len(frame.lead) > 1 else y
+        return y.view(*frame.lead, y.shape[-1]) if self.same_rows and len(frame.lead) > 1 else y
 
     # spmd: allow unknown - the caller's
     def _shape(self, x_TD: Tensor) -> ShardShape | None:

@@ -35,8 +35,11 @@ from spmd_types import (
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from spmd_moe.placement import Kind, P, V
+from spmd_moe.errors import MeshError, explain
+from spmd_moe.mesh import Axis
+from spmd_moe.placement import Kind, P, Role, V
 from spmd_moe.ranks import by_rank, ints_by_rank
+from spmd_moe.settings import a_thing
 from spmd_moe.shard import ShardShape
 
 Dtype: TypeAlias = torch.dtype | None
@@ -150,16 +153,39 @@ def exchange(
     return cast(Tensor, Exchange.apply(x, group, list(receives), list(sends)))  # type: ignore[no-untyped-call]  # as above
 
 
-def declare_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:
     """V as P: what was on each rank was a part of a sum all along. The one way to make a P.
 
     Say it where a contraction runs over a dim that the ranks share, or where each rank fills the
     places of its own and leaves the others zero.
     """
-    if group.size() == 1:
+    group, ranks = ranks_of("declare_sum", axis)
+    if ranks == 1:
         return x
     declared: Tensor = reinterpret(x, group, src=V, dst=P)
     return declared
+
+
+def ranks_of(where: str, axis: Axis | ProcessGroup) -> tuple[ProcessGroup, int]:
+    """The group, and how many ranks it has."""
+    if isinstance(axis, Axis):
+        return axis.group, axis.size
+    if isinstance(axis, ProcessGroup):
+        return axis, axis.size()
+    raise _no_axis(where, axis)
+
+
+def _no_axis(where: str, axis: object) -> MeshError:
+    name = axis if isinstance(axis, str) else "tp"
+    role = repr(axis) if isinstance(axis, Role) else name.upper()
+    return MeshError(
+        explain(
+            where,
+            f"axis is {a_thing(axis)}; it must be an Axis or a ProcessGroup",
+            why="the ranks that share x are those of an axis of a mesh",
+            fixes=[f"{where}(x, mesh[{role}], ...)   # mesh is a MoEMesh"],
+        )
+    )
 
 
 # --- what the ranks do, one function for each way to move -------------------------------------

@@ -139,7 +139,7 @@ class Experts(nn.Module):
         part_RD: Rows = experts_ffn(
             x_RD, counts_e, w, scores_R, gather, activation, matmul, self.keep, exact
         )
-        y_RD = declare_sum(part_RD, self.etp.group)  # each rank of etp has summed over its slice
+        y_RD = declare_sum(part_RD, self.etp)  # each rank of etp has summed over its slice
         if self.b2_eD is None:
             return y_RD
         # Added by one rank of etp: a sum over etp would add it once for each.
@@ -175,7 +175,7 @@ def experts_ffn(
     assert w.w1_eFD is not None
     _check_dtype(x_RD, w.w1_eFD)
     if isinstance(matmul, PerExpert):
-        counts_e = counts_e.to("cpu")  # its loop runs on the host
+        counts_e = counts_e.cpu()  # its loop runs on the host
     # Settled here, and autocast left out of what follows: backward must compute as forward did.
     said = matmul.compute if isinstance(matmul, PerExpert) else None
     recipe = Recipe(activation, matmul, keep, exact, said or of_matmuls(x_RD))

@@ -34,7 +34,7 @@ def unset(*shape: int) -> nn.Parameter:
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
     """0, or False, where all is well; it stays on the device."""
     # Only NaN and infinity less themselves are not 0; times 0, a compiler takes them for 0 too.
-    found = (logits_TE - logits_TE).ne(0).any()
+    found = (logits_TE - logits_TE).any()
     if expert_ids_TK is None:
         return found
     wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= logits_TE.shape[1])

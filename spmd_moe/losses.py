@@ -154,8 +154,8 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
     tokens: GroupTotals = tokens_B.sum()
     groups: GroupTotals = (tokens_B > 0).to(torch.int64).sum()  # a sequence of padding is none
     if terms.by_sequence:
-        tokens = _summed(declare_sum(tokens, mesh[DP].group), [mesh[DP]])
-        groups = _summed(declare_sum(groups, mesh[DP].group), [mesh[DP]])
+        tokens = _summed(declare_sum(tokens, mesh[DP]), [mesh[DP]])
+        groups = _summed(declare_sum(groups, mesh[DP]), [mesh[DP]])
     counts_BE: GroupTotals = _summed(terms.counts_BE, sequence_axes)
     return Totals(counts_BE, tokens_B, tokens, groups, terms.by_sequence)
 
@@ -170,7 +170,7 @@ def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
     counts_BE = total.counts_BE.to(terms.prob_sums_BE.dtype)
     used_BE = num_experts * counts_BE / choices_B1 / tokens_B1
     loss = (used_BE * terms.prob_sums_BE).sum() / total.groups.clamp(min=1)
-    return declare_sum(loss, mesh[DP].group) if terms.by_sequence else loss
+    return declare_sum(loss, mesh[DP]) if terms.by_sequence else loss
 
 
 def z_loss(terms: LossTerms, total: Totals) -> Sums:
@@ -182,10 +182,11 @@ def z_loss(terms: LossTerms, total: Totals) -> Sums:
 # spmd: allow unknown - which axes is data
 def declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sums over this rank's tokens as parts of sums over the tokens of all ranks."""
+    total = x
     for axis in axes:
-        if axis.size > 1:
-            x = declare_sum(x, axis.group)
-    return x.clone()  # a declaration is a view, and of views in a module's output FSDP warns
+        total = declare_sum(total, axis)
+    # A declaration is a view, and of views in a module's output FSDP warns.
+    return x if total is x else total.clone()
 
 
 # spmd: allow unknown - which axes is data

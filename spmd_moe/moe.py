@@ -123,6 +123,7 @@ class MoE(nn.Module):
         mesh.agree("MoE", {**spoken(config), "dispatcher": type(dispatcher).__name__})
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh
+        self.everywhere = [mesh[role] for role in DENSE]
         self.experts = Experts(
             num_experts,
             config.width,
@@ -189,12 +190,11 @@ class MoE(nn.Module):
         if self.training:
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
-        everywhere = [self.mesh[role] for role in DENSE]
         lost = routing.dropped
         if arrived.dropped is not None:
             lost = lost + arrived.dropped
         # spmd: allow unknown - which axes is data
-        counts_E, dropped = (declared(n, everywhere) for n in (routing.counts_E, lost))
+        counts_E, dropped = (declared(n, self.everywhere) for n in (routing.counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
     # spmd: allow unknown - the caller's

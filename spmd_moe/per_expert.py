@@ -210,12 +210,12 @@ def _empty_outputs(call: Call, compute: torch.dtype, keep: bool) -> list[Tensor]
     """Room for `y_RD` and, to be kept, `gate_RF` and `up_RF`, in the narrower of the two dtypes."""
     assert call.w.w2_eDF is not None
     x_RD, (_, D, F) = call.x_RD, call.w.w2_eDF.shape
+    y_RD = x_RD.new_empty(x_RD.shape[0], D)
+    if not keep:
+        return [y_RD]
     dtype = min(compute, x_RD.dtype, key=lambda dtype: dtype.itemsize)
-    kept = keep * (1 + call.activation.gated)
-    return [
-        x_RD.new_empty(x_RD.shape[0], D),
-        *(x_RD.new_empty(x_RD.shape[0], F, dtype=dtype) for _ in range(kept)),
-    ]
+    matmuls = 1 + call.activation.gated
+    return [y_RD, *(x_RD.new_empty(x_RD.shape[0], F, dtype=dtype) for _ in range(matmuls))]
 
 
 def _empty(t: Tensor) -> Tensor:
@@ -297,4 +297,5 @@ for _name, _loop, _shapes in (
     ("experts_backward", _backward_loop, _backward_shapes),
 ):
     _LIBRARY.impl(_name, _loop, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # it has no graph to keep
     torch.library.register_fake(f"spmd_moe::{_name}", _shapes)

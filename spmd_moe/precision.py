@@ -13,7 +13,7 @@ T = TypeVar("T", bound=Tensor)
 
 def wide(x: Tensor) -> torch.dtype:
     """What a sum over ranks should be taken in: float32, or the dtype of `x` if that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def as_dtype(x: T, dtype: torch.dtype) -> T:

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._local_tensor import LocalTensor
 
-from spmd_moe.collectives import MOVES, Dtype, Step, letter, move
+from spmd_moe.collectives import MOVES, Dtype, Step, letter, move, ranks_of
 from spmd_moe.errors import (
     DtypeError,
-    MeshError,
     PlacementError,
     ShapeError,
     SpmdMoeError,
@@ -28,7 +27,7 @@ from spmd_moe.errors import (
     short_dtype,
 )
 from spmd_moe.mesh import Axis
-from spmd_moe.placement import Kind, Role
+from spmd_moe.placement import Kind
 from spmd_moe.ranks import places
 from spmd_moe.settings import a_thing
 from spmd_moe.shard import ShardShape
@@ -57,12 +56,7 @@ def redistribute(
     itself that of `x`; `grad_dtype` is the same for a sum that backward takes, and has to be said
     where `x` is below float32. The result has the dtype of `x`.
     """
-    if isinstance(axis, Axis):
-        group, ranks = axis.group, axis.size
-    elif isinstance(axis, ProcessGroup):
-        group, ranks = axis, axis.size()
-    else:
-        raise _no_axis(axis)
+    group, ranks = ranks_of("redistribute", axis)
     if ranks == 1 and isinstance(x, LocalTensor):
         return x  # rows per rank may be another list on every simulated rank: nothing to plan by
     try:
@@ -141,19 +135,6 @@ def _step_for(
     # The compiler sees through the cache, and warns of it.
     planned = plan.__wrapped__ if torch.compiler.is_compiling() else plan
     return planned(src, dst, tuple(x.shape), rank, ranks, shape)
-
-
-def _no_axis(axis: object) -> MeshError:
-    name = axis if isinstance(axis, str) else "tp"
-    role = repr(axis) if isinstance(axis, Role) else name.upper()
-    return MeshError(
-        explain(
-            "redistribute",
-            f"axis is {a_thing(axis)}; it must be an Axis or a ProcessGroup",
-            why="the ranks that share x are those of an axis of a mesh",
-            fixes=[f"redistribute(x, mesh[{role}], ...)   # mesh is a MoEMesh"],
-        )
-    )
 
 
 def _check_types(shape: object, *dtypes: object) -> None:

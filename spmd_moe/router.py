@@ -184,7 +184,7 @@ class Router(nn.Module):
         if expert_ids_TK is None:
             marked = fault.mark(logits_TE, None)
             ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config), mask_T)
-            dropped = marked * 0
+            dropped = torch.zeros_like(marked, dtype=torch.int64)
         else:
             given_TK = _of_tokens(expert_ids_TK, mask_T)
             marked = fault.mark(logits_TE, given_TK)
@@ -287,7 +287,7 @@ class Score:
 
 
 def _softmax(x: Tokens) -> Tokens:
-    return F.softmax(x, 1)
+    return x.softmax(1)
 
 
 def _same(x: Tokens) -> Tokens:

@@ -96,7 +96,7 @@ class ShardedShared(nn.Module):
         up_Tf = None if self.w3_fD is None else fn.linear(all_TD, self.w3_fD)
         h_Tf: Tokens = self.activation.forward(gate_Tf, up_Tf)
         part_TD = fn.linear(h_Tf, self.w2_Df)
-        part_TD = declare_sum(part_TD, self.tp.group)  # each rank has summed over its hidden share
+        part_TD = declare_sum(part_TD, self.tp)  # each rank has summed over its hidden share
         y_TD = redistribute(part_TD, self.tp, src=P, dst=S(0), shape=shape, dtype=wide(part_TD))
         return _gate(y_TD, x_TD, self.gate_1D, self.tp)
 

@@ -62,7 +62,7 @@ def summed(m: Module, x: Tensor) -> Tensor:
     """Right, too: what ranks compute of their own rows is declared to be a part of a sum."""
     shape = ShardShape.even(x.shape[0], m.tp.size)
     own = redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
-    return redistribute(declare_sum(own.sum(0), m.tp.group), m.tp, src=P, dst=R)
+    return redistribute(declare_sum(own.sum(0), m.tp), m.tp, src=P, dst=R)
 
 
 good, good_sum = of(shared_out), of(summed)
@@ -100,7 +100,7 @@ def one_rank_alone(m: Module, x: Tensor) -> Tensor:
 
 
 def as_often_as_the_rank(m: Module, x: Tensor) -> Tensor:
-    own = declare_sum(own_rows(m, x).sum(0), m.tp.group)
+    own = declare_sum(own_rows(m, x).sum(0), m.tp)
     for _ in range(m.tp.rank):
         own = own + own
     return redistribute(own, m.tp, src=P, dst=R)
@@ -129,12 +129,12 @@ def room_for_own_rows(m: Module, x: Tensor) -> Tensor:
     """Right: rows of this rank's number are the rank's own, and reduced as such."""
     own = own_rows(m, x)
     room = torch.arange(own.shape[0]).unsqueeze(1) * 0.5 + torch.zeros(own.shape[0], 4)
-    return redistribute(declare_sum((own * room).sum(0), m.tp.group), m.tp, src=P, dst=R) + x
+    return redistribute(declare_sum((own * room).sum(0), m.tp), m.tp, src=P, dst=R) + x
 
 
 def number_of_all_ranks(m: Module, x: Tensor) -> Tensor:
     """Right: a number that all ranks have told each other is one number."""
-    count = declare_sum((own_rows(m, x) > -99).sum().reshape(1), m.tp.group)
+    count = declare_sum((own_rows(m, x) > -99).sum().reshape(1), m.tp)
     (n,) = host_ints(redistribute(count, m.tp, src=P, dst=R))
     return x * n + torch.ones(n + 1).sum()
 
@@ -142,7 +142,7 @@ def number_of_all_ranks(m: Module, x: Tensor) -> Tensor:
 def scaled(m: Module, x: Tensor) -> Tensor:
     shape = ShardShape.even(x.shape[0], m.tp.size)
     own = redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
-    return declare_sum(own.sum(0), m.tp.group) * (m.tp.rank + 1)
+    return declare_sum(own.sum(0), m.tp) * (m.tp.rank + 1)
 
 
 def bare_sum(m: Module, x: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def by_size(m: Module, x: Tensor) -> Tensor:
     shape = ShardShape.even(x.shape[0], m.tp.size)
     few = x.shape[0] < m.tp.size
     own = x if few else redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
-    return redistribute(declare_sum(own.sum(0), m.tp.group), m.tp, src=P, dst=R)
+    return redistribute(declare_sum(own.sum(0), m.tp), m.tp, src=P, dst=R)
 
 
 def leaves_out_a_collective(m: Module, x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class AllGather:
         return arrived, Gathered(shapes, here, own)
 
     def collect(self, y_RD: RowSums, state: Gathered) -> Tokens:
-        y = declare_sum(to_slots(y_RD, state.here), self.ep.group)  # each slot's row is on one rank
+        y = declare_sum(to_slots(y_RD, state.here), self.ep)  # each slot's row is on one rank
         choices = state.own.row_TK.shape[1]  # spmd: allow unknown - only its shape is read
         for axis, shape in reversed(list(zip(self.axes, state.shapes, strict=True))):
             slots = ShardShape.ragged([tokens * choices for tokens in shape.sizes])

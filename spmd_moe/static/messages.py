@@ -147,7 +147,7 @@ def _declared_fixes(x: str, role: str, have: str, need: str) -> tuple[str, ...]:
     if have != "V" and is_move(have, dst):
         return (move_text(x, role, have, dst),)
     if have == "V" and need == "P":
-        return (f"declare_sum({x}, mesh[{role}].group)   # if it is a part of a sum",)
+        return (f"declare_sum({x}, mesh[{role}])   # if it is a part of a sum",)
     if have == "V":
         return (move_text(x, role, "S(0)", dst) + ", if the ranks' tensors joined are the whole",)
     return (f"declare it {role}[{have}]",)

@@ -123,7 +123,7 @@ SUMS = [
         "each rank of ep has rows of other tokens, and the sum over ep still adds them up",
         part("everyone = redistribute(x, self.ep, src=S(0), dst=R)", "everyone = x", STYLES)
         + part(
-            "        y = declare_sum(y, self.ep.group)\n"
+            "        y = declare_sum(y, self.ep)\n"
             "        return redistribute(y, self.ep, src=P, dst=S(0)), self.load(x)",
             "        y = all_reduce(y, self.ep.group, src=P, dst=R)\n"
             "        return redistribute(y, self.ep, src=R, dst=S(0)), self.load(x)",
@@ -178,7 +178,7 @@ SUMS = [
         )
         + edit(
             "experts",
-            "        y_RD = declare_sum(part_RD, self.etp.group)  ",
+            "        y_RD = declare_sum(part_RD, self.etp)  ",
             "        y_RD = part_RD  ",
         ),
         target="biased",
@@ -207,7 +207,7 @@ SUMS = [
     Bug(
         "B08b",
         "the same where the routed part is not declared a part of a sum",
-        part("return declare_sum(y, self.tp.group)", "return y", STYLES)
+        part("return declare_sum(y, self.tp)", "return y", STYLES)
         + part(
             "redistribute(self.routed(x, one_hot), self.tp, src=P, dst=I)",
             "all_reduce(\n            self.routed(x, one_hot)"
@@ -241,7 +241,7 @@ SUMS = [
         part(
             "            local = counts.sum()\n            for role in DENSE:\n"
             "                axis = self.mesh[role]\n"
-            "                counts = redistribute(declare_sum(counts, axis.group), axis, "
+            "                counts = redistribute(declare_sum(counts, axis), axis, "
             "src=P, dst=R)\n",
             "            for role in DENSE:\n"
             "                dist.all_reduce(counts, group=self.mesh[role].group)\n"
@@ -256,7 +256,7 @@ SUMS = [
         "B20a",
         "the norm of the gradients leaves out the experts of other ranks",
         part(
-            "squares = redistribute(declare_sum(squares, self.ep.group), self.ep, src=P, dst=R)",
+            "squares = redistribute(declare_sum(squares, self.ep), self.ep, src=P, dst=R)",
             "pass",
         ),
         target="clip_norm",
@@ -268,14 +268,14 @@ SUMS = [
         "B20b",
         "the norm counts the experts once for each rank that has a copy",
         part(
-            "squares = redistribute(declare_sum(squares, self.ep.group), self.ep, src=P, dst=R)",
+            "squares = redistribute(declare_sum(squares, self.ep), self.ep, src=P, dst=R)",
             "for axis in (self.ep, self.edp):\n            squares = redistribute("
-            "declare_sum(squares, axis.group), axis, src=P, dst=R)",
+            "declare_sum(squares, axis), axis, src=P, dst=R)",
         ),
         target="clip_norm",
         layout="dp 4 ep 2",
         rule="types",
-        at="declare_sum(squares, axis.group)",
+        at="declare_sum(squares, axis)",
     ),
     Bug(
         "B20c",

@@ -74,11 +74,11 @@ LAYOUTS = [
         "R -> sum -> R: fewer tokens than ranks are not sharded, and their counts are summed",
         part(
             "        counts = F.one_hot(own, self.experts).sum(0)\n"
-            "        return redistribute(declare_sum(counts, self.tp.group), "
+            "        return redistribute(declare_sum(counts, self.tp), "
             "self.tp, src=P, dst=I)",
             "        own = chosen if chosen.shape[0] < self.tp.size else own\n"
             "        counts = F.one_hot(own, self.experts).sum(0)\n"
-            "        return redistribute(declare_sum(counts, self.tp.group), "
+            "        return redistribute(declare_sum(counts, self.tp), "
             "self.tp, src=P, dst=I)",
             "styles",
         ),

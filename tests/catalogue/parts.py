@@ -46,7 +46,7 @@ class ExpertsOnTP(nn.Module):
         mine = redistribute(scores, self.tp, src=I, dst=S(1))
         rows = redistribute(x, self.tp, src=I, dst=R)
         y = torch.einsum("td,efd,te->tf", rows, self.up, mine)
-        return redistribute(declare_sum(y, self.tp.group), self.tp, src=P, dst=I)
+        return redistribute(declare_sum(y, self.tp), self.tp, src=P, dst=I)
 
 
 class Batched(nn.Module):
@@ -97,7 +97,7 @@ class ClipNorm(nn.Module):
 
     def forward(self, dense: Dense, experts: Expert) -> Dense:
         squares = experts.square().sum()
-        squares = redistribute(declare_sum(squares, self.ep.group), self.ep, src=P, dst=R)
+        squares = redistribute(declare_sum(squares, self.ep), self.ep, src=P, dst=R)
         return (squares + dense.square().sum()).sqrt()
 
 
@@ -117,8 +117,8 @@ class Lora(nn.Module):
         self.wide = nn.Parameter(drawn(3, width, 2))
 
     def forward(self, h: Placed[Tensor, EDP[V], EP[V], ETP[S[1]]]) -> RowParts:
-        base = declare_sum(F.linear(h, self.down), self.etp.group)
-        small = declare_sum(F.linear(h, self.narrow), self.etp.group)
+        base = declare_sum(F.linear(h, self.down), self.etp)
+        small = declare_sum(F.linear(h, self.narrow), self.etp)
         return base + torch.matmul(small, self.wide.T)
 
 
@@ -141,7 +141,7 @@ class BiasUpdate(nn.Module):
             local = counts.sum()
             for role in DENSE:
                 axis = self.mesh[role]
-                counts = redistribute(declare_sum(counts, axis.group), axis, src=P, dst=R)
+                counts = redistribute(declare_sum(counts, axis), axis, src=P, dst=R)
             mean = counts.sum() / self.experts
             self.bias.add_(0.1 * torch.sign(mean - counts))
         return scores * (1 + local)
@@ -161,7 +161,7 @@ class Metrics(nn.Module):
         scores = F.linear(x, self.gate).softmax(-1)
         dp = self.mesh[DP]
         sums = [scores.sum() * n for n in range(self.layers)]
-        told = declare_sum(torch.stack(sums), dp.group)
+        told = declare_sum(torch.stack(sums), dp)
         return scores, redistribute(told, dp, src=P, dst=R).sum()
 
 

@@ -47,7 +47,7 @@ class GatherEP(nn.Module):
         numbers = torch.arange(self.experts)
         mine = redistribute(numbers, self.ep, src=R, dst=S(0))
         y = self.computed(everyone, mine, chosen, weight)
-        y = declare_sum(y, self.ep.group)
+        y = declare_sum(y, self.ep)
         return redistribute(y, self.ep, src=P, dst=S(0)), self.load(x)
 
     def computed(self, x: Tensor, mine: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class GatherEP(nn.Module):
         """How many tokens of all ranks chose each expert."""
         chosen = F.linear(x, self.gate).argmax(-1)
         counts = F.one_hot(chosen, self.experts).sum(0)
-        return redistribute(declare_sum(counts, self.ep.group), self.ep, src=P, dst=R)
+        return redistribute(declare_sum(counts, self.ep), self.ep, src=P, dst=R)
 
 
 Whole = Placed[Tensor, DP[V], CP[V], TP[I]]
@@ -103,14 +103,14 @@ class ShardedTP(nn.Module):
             for e, (up, down) in enumerate(zip(self.up, self.down, strict=True))
         ]
         y = torch.stack(parts).sum(0)
-        return declare_sum(y, self.tp.group)
+        return declare_sum(y, self.tp)
 
     def load(self, chosen: Tensor) -> Tensor:
         """Counted once: each rank of tp counts its share of the tokens."""
         shape = ShardShape.even(chosen.shape[0], self.tp.size)
         own = redistribute(chosen, self.tp, src=I, dst=S(0), shape=shape)
         counts = F.one_hot(own, self.experts).sum(0)
-        return redistribute(declare_sum(counts, self.tp.group), self.tp, src=P, dst=I)
+        return redistribute(declare_sum(counts, self.tp), self.tp, src=P, dst=I)
 
 
 class OnDTensors(nn.Module):

@@ -82,7 +82,7 @@ def b06d(ids_TK: Whole, mesh: MoEMesh) -> Whole:
 
 def b07(h_RD: Rows, bias_D: Placed[Tensor, ETP[R]], mesh: MoEMesh) -> RowSums:
     """A whole bias is added before the sum over etp."""
-    y_RD = declare_sum(h_RD, mesh[ETP].group)
+    y_RD = declare_sum(h_RD, mesh[ETP])
     return y_RD + bias_D  # E: placement-operation
 
 
@@ -132,14 +132,14 @@ def b19a(gradient: ExpertGradient, mesh: MoEMesh) -> ExpertUpdate:
 def b20(gradients: list[Rows], mesh: MoEMesh) -> Placed[Tensor, EP[I]]:
     """The norm of the experts' gradients is not summed over ep."""
     squares = torch.stack([g.square().sum() for g in gradients]).sum()
-    norm = declare_sum(squares, mesh[ETP].group)
+    norm = declare_sum(squares, mesh[ETP])
     return redistribute(norm, mesh[ETP], src=P, dst=I).sqrt()  # E: placement-return
 
 
 def b20d(gradients: list[Rows], mesh: MoEMesh) -> Placed[Tensor, EP[I]]:
     """The ranks' norms are averaged, where their squares should be added."""
     squares = torch.stack([g.square().sum() for g in gradients]).sum()
-    norm = declare_sum(squares, mesh[EP].group).sqrt()  # E: placement-operation
+    norm = declare_sum(squares, mesh[EP]).sqrt()  # E: placement-operation
     return redistribute(norm, mesh[EP], src=P, dst=I) / mesh[EP].size
 
 

@@ -44,10 +44,10 @@ def other_axes_are_left_alone(sums: TokenSums, mesh: MoEMesh) -> Whole:
 
 
 def a_sum_is_declared(x: Tokens, group: ProcessGroup, mesh: MoEMesh) -> None:
-    sums = declare_sum(x, mesh[TP].group)
+    sums = declare_sum(x, mesh[TP])
     _ = redistribute(sums, mesh[TP], src=P, dst=R)
     _ = redistribute(sums, mesh[DP], src=P, dst=R)  # E: placement-move
-    _ = declare_sum(sums, mesh[TP].group)  # E: placement-move
+    _ = declare_sum(sums, mesh[TP])  # E: placement-move
 
 
 def by_group(sums: TokenSums, mesh: MoEMesh) -> None:
