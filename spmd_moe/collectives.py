@@ -183,7 +183,7 @@ def _no_axis(where: str, axis: object) -> MeshError:
             where,
             f"axis is {a_thing(axis)}; it must be an Axis or a ProcessGroup",
             why="the ranks that share x are those of an axis of a mesh",
-            fixes=[f"{where}(x, mesh[{role}], ...)   # mesh is a MoEMesh"],
+            fixes=[f"axis=mesh[{role}]   # mesh is a MoEMesh"],
         )
     )
 

@@ -44,7 +44,7 @@ def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
 def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
     """For a rank that exchanges nothing. Left out where the read would be the only one: it would
     wait for a device, or break a compiled graph in two."""
-    if marked.device.type == "cpu" and not torch.compiler.is_compiling():
+    if marked.is_cpu and not torch.compiler.is_compiling():
         (marks,) = host_ints(marked.view(1))
         if marks:
             unset = bool(logits_TE.isnan().all())

@@ -196,7 +196,7 @@ class AllExperts:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SomeExperts:
     """A block of the rows of some experts, for plain matmuls; it finds their weights among all."""
 
@@ -206,6 +206,8 @@ class SomeExperts:
     row_block: int
     scratch: Tensor | None
     """Room for one weight in the dtype of the rows, where the weights have another."""
+    _cut: tuple[Tensor, Sequence[Tensor]] | None = None
+    """Rows that were cut last, and their parts: they often meet a second weight."""
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
         if room_RB is None or room_RB.dtype is not x_RA.dtype:
@@ -247,11 +249,13 @@ class SomeExperts:
             out_eB[e].copy_(dy_nB.sum(0))
         return out_eB
 
-    def _each(self, *rows: Tensor) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
+    def _each(self, x_RA: Tensor, *rows: Tensor) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
         """Each expert, and its rows of each tensor."""
         if len(self.experts) == 1:
-            return [(self.experts[0], rows)]
-        views = zip(*(t.split_with_sizes(self.parts) for t in rows), strict=True)
+            return [(self.experts[0], (x_RA, *rows))]
+        if self._cut is None or self._cut[0] is not x_RA:
+            self._cut = x_RA, x_RA.split_with_sizes(self.parts)
+        views = zip(self._cut[1], *(t.split_with_sizes(self.parts) for t in rows), strict=True)
         return zip(self.experts, views, strict=True)
 
     def _cast(self, w: Tensor) -> Tensor:

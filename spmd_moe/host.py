@@ -10,19 +10,19 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from spmd_types import no_typecheck
+from spmd_types import register_no_typecheck
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
+@register_no_typecheck
 def host_ints(x: Tensor) -> list[int]:
     """The integers of a 1-d tensor on the host, where the sizes of an exchange are needed.
 
     What is read differs between ranks, and no checker could follow it: it comes back as the rows
     per rank that `exchange` and `ShardShape` are given.
     """
-    with no_typecheck():
-        return [_plain(n) for n in x.tolist()]
+    return [_plain(n) for n in x.tolist()]
 
 
 def _plain(n: Any) -> int:
@@ -31,25 +31,25 @@ def _plain(n: Any) -> int:
     return cast(int, n if same is None else same)
 
 
+@register_no_typecheck
 def drawn_number() -> int:
     """From torch's default generator, of which every rank has its own."""
-    with no_typecheck():
-        return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, ()))
 
 
+@register_no_typecheck
 def said_by_all(mine: bytes, groups: Sequence[ProcessGroup | None], device: str) -> list[bytes]:
     """What every rank says, equally many bytes each, in the order of the ranks.
 
     It is gathered along one group after another, so the groups of a mesh reach all of its ranks.
     """
-    with no_typecheck():
-        rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device)
-        if type(rows) is not torch.Tensor:
-            return [mine]  # in FakeTensorMode there are no values to exchange
-        for group in groups:
-            size = dist.get_world_size(group)
-            if size > 1:
-                parts = [torch.empty_like(rows) for _ in range(size)]
-                dist.all_gather(parts, rows, group=group)
-                rows = torch.cat(parts)
-        return [bytes(row) for row in rows.tolist()]
+    rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device)
+    if type(rows) is not torch.Tensor:
+        return [mine]  # in FakeTensorMode there are no values to exchange
+    for group in groups:
+        size = dist.get_world_size(group)
+        if size > 1:
+            parts = [torch.empty_like(rows) for _ in range(size)]
+            dist.all_gather(parts, rows, group=group)
+            rows = torch.cat(parts)
+    return [bytes(row) for row in rows.tolist()]

@@ -123,7 +123,7 @@ class MoE(nn.Module):
         mesh.agree("MoE", {**spoken(config), "dispatcher": type(dispatcher).__name__})
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh
-        self.everywhere = [mesh[role] for role in DENSE]
+        self.everywhere = [mesh[role] for role in DENSE if mesh[role].size > 1]
         self.experts = Experts(
             num_experts,
             config.width,

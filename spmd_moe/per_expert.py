@@ -19,6 +19,8 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import _is_torch_function_mode_enabled
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spmd_moe.activation import ACTIVATIONS
 from spmd_moe.errors import ShapeError, explain
@@ -41,8 +43,11 @@ def forward(
     call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
-    flat = _flat(call, sizes_e, compute, row_block)
-    y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*flat, keep)
+    if _followed(call.x_RD):
+        flat = _flat(call, sizes_e, compute, row_block)
+        y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*flat, keep)
+    else:
+        y_RD, *kept = _forward_loop(call, sizes_e.tolist(), compute, row_block, keep)
     return y_RD, _hidden(kept)
 
 
@@ -57,9 +62,20 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients in the order of `Needs`; `gate` and `up` are computed again if not kept."""
     given = [] if kept is None else [t for t in kept if t is not None]
-    flat = _flat(call, sizes_e, compute, row_block)
-    found = iter(torch.ops.spmd_moe.experts_backward.default(*flat, dy_RD, given, list(needs)))
+    if _followed(dy_RD):
+        flat = _flat(call, sizes_e, compute, row_block)
+        grads = torch.ops.spmd_moe.experts_backward.default(*flat, dy_RD, given, list(needs))
+    else:
+        grads = _backward_loop(call, sizes_e.tolist(), compute, row_block, dy_RD, given, needs)
+    found = iter(grads)
     return tuple(next(found) if need else None for need in needs)
+
+
+def _followed(x: Tensor) -> bool:
+    """Somebody follows operators: a compiler, a mode, a class of tensors. Where nobody does, the
+    loop is called as it is: by way of an operator takes as long as three small steps."""
+    watched = is_in_torch_dispatch_mode() or _is_torch_function_mode_enabled()
+    return torch.compiler.is_compiling() or watched or type(x) is not Tensor
 
 
 def _flat(call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int) -> tuple[object, ...]:
@@ -73,7 +89,7 @@ def _hidden(kept: Sequence[Tensor]) -> Hidden | None:
     return Hidden(kept[0], kept[1] if len(kept) > 1 else None)
 
 
-# ---- the operators ----
+# ---- the loops ----
 
 
 class Group(NamedTuple):
@@ -151,17 +167,9 @@ def _blocks(
 
 
 def _forward_loop(
-    x_RD: Tensor,
-    scores_R: Tensor | None,
-    weights: Sequence[Tensor | None],
-    sizes_e: Tensor,
-    activation: str,
-    compute: torch.dtype,
-    row_block: int,
-    keep: bool,
+    call: Call, sizes: list[int], compute: torch.dtype, row_block: int, keep: bool
 ) -> list[Tensor]:
-    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    hits = _hits(sizes_e.tolist(), x_RD)
+    hits = _hits(sizes, call.x_RD)
     y_RD, *kept = _empty_outputs(call, compute, keep)
     room = zip(*map(hits.split, (y_RD, *kept)), strict=True)
     for (y_nD, *kept_n), (block, part) in zip(
@@ -176,27 +184,22 @@ def _forward_loop(
 
 
 def _backward_loop(
-    x_RD: Tensor,
-    scores_R: Tensor | None,
-    weights: Sequence[Tensor | None],
-    sizes_e: Tensor,
-    activation: str,
+    call: Call,
+    sizes: list[int],
     compute: torch.dtype,
     row_block: int,
     dy_RD: Tensor,
     kept: Sequence[Tensor],
-    needs: Sequence[bool],
+    needs: Needs,
 ) -> list[Tensor]:
-    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    sizes, need = sizes_e.tolist(), Needs(*needs)
-    hits, starved = _hits(sizes, x_RD), [e for e, size in enumerate(sizes) if not size]
-    d_rows, d_weights = _gradients(call, need, lambda w: _of_weight(w, starved))
+    hits, starved = _hits(sizes, call.x_RD), [e for e, size in enumerate(sizes) if not size]
+    d_rows, d_weights = _gradients(call, needs, lambda w: _of_weight(w, starved))
     room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
     for (dx_nD, ds_n, dy_nD, *kept_n), (block, part) in zip(
         room, _blocks(call, hits, compute, row_block), strict=True
     ):
         hid = _hidden([as_dtype(t, compute) for t in kept_n]) or hidden(block, part)
-        found = gradients(block, part, hid, as_dtype(dy_nD, compute), need, Weights(*d_weights))
+        found = gradients(block, part, hid, as_dtype(dy_nD, compute), needs, Weights(*d_weights))
         for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
             if d_n is not None:
                 d_n.copy_(computed)
@@ -208,14 +211,13 @@ def _backward_loop(
 
 def _empty_outputs(call: Call, compute: torch.dtype, keep: bool) -> list[Tensor]:
     """Room for `y_RD` and, to be kept, `gate_RF` and `up_RF`, in the narrower of the two dtypes."""
-    assert call.w.w2_eDF is not None
-    x_RD, (_, D, F) = call.x_RD, call.w.w2_eDF.shape
-    y_RD = x_RD.new_empty(x_RD.shape[0], D)
+    assert call.w.w1_eFD is not None
+    x_RD, y_RD = call.x_RD, _empty(call.x_RD)
     if not keep:
         return [y_RD]
     dtype = min(compute, x_RD.dtype, key=lambda dtype: dtype.itemsize)
-    matmuls = 1 + call.activation.gated
-    return [y_RD, *(x_RD.new_empty(x_RD.shape[0], F, dtype=dtype) for _ in range(matmuls))]
+    R, F = x_RD.shape[0], call.w.w1_eFD.shape[1]
+    return [y_RD, *(x_RD.new_empty(R, F, dtype=dtype) for _ in range(1 + call.activation.gated))]
 
 
 def _empty(t: Tensor) -> Tensor:
@@ -261,6 +263,40 @@ def _gradients(
     return room[:2], room[2:]
 
 
+# ---- the same as operators ----
+
+
+def _forward_operator(
+    x_RD: Tensor,
+    scores_R: Tensor | None,
+    weights: Sequence[Tensor | None],
+    sizes_e: Tensor,
+    activation: str,
+    compute: torch.dtype,
+    row_block: int,
+    keep: bool,
+) -> list[Tensor]:
+    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
+    return _forward_loop(call, sizes_e.tolist(), compute, row_block, keep)
+
+
+def _backward_operator(
+    x_RD: Tensor,
+    scores_R: Tensor | None,
+    weights: Sequence[Tensor | None],
+    sizes_e: Tensor,
+    activation: str,
+    compute: torch.dtype,
+    row_block: int,
+    dy_RD: Tensor,
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
+    sizes = sizes_e.tolist()
+    return _backward_loop(call, sizes, compute, row_block, dy_RD, kept, Needs(*needs))
+
+
 def _forward_shapes(
     x_RD: Tensor,
     scores_R: Tensor | None,
@@ -292,10 +328,10 @@ def _backward_shapes(
     return [t for t in (*d_rows, *d_weights) if t is not None]
 
 
-for _name, _loop, _shapes in (
-    ("experts_forward", _forward_loop, _forward_shapes),
-    ("experts_backward", _backward_loop, _backward_shapes),
+for _name, _operator, _shapes in (
+    ("experts_forward", _forward_operator, _forward_shapes),
+    ("experts_backward", _backward_operator, _backward_shapes),
 ):
-    _LIBRARY.impl(_name, _loop, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _operator, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # it has no graph to keep
     torch.library.register_fake(f"spmd_moe::{_name}", _shapes)

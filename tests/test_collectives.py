@@ -109,10 +109,12 @@ def test_declare_sum_makes_a_p() -> None:
     with fake_world(2):
         group = dist.group.WORLD
         assert group is not None
-        x = torch.ones(2)
-        with set_current_mesh({"tp": MeshAxis.of(group)}), typecheck("strict"):
-            spmd_types.assert_type(x, {group: V})
-            assert get_local_type(declare_sum(x, group)) == {MeshAxis.of(group): P}
+        axis = MoEMesh.init("cpu", tp=2)[TP]
+        for over, on in ((group, group), (axis, axis.group)):
+            x = torch.ones(2)
+            with set_current_mesh({"tp": MeshAxis.of(on)}), typecheck("strict"):
+                spmd_types.assert_type(x, {on: V})
+                assert get_local_type(declare_sum(x, over)) == {MeshAxis.of(on): P}
 
 
 # --- exchange ---------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def no_host_reads() -> Iterator[None]:
             self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             name = func.name()
-            if any(read in name for read in READS) or "experts_forward" in name:
+            if any(read in name for read in READS):
                 raise HostReadError(name)
             return func(*args, **(kwargs or {}))
 
@@ -247,7 +247,7 @@ def test_the_other_dispatcher_reads_sizes() -> None:
         for read in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.nonzero, bool):
             with pytest.raises(HostReadError, match=r"tolist|item|nonzero|bool"):
                 read(torch.ones(1))
-        with pytest.raises(HostReadError, match="experts_forward"):
+        with pytest.raises(HostReadError, match="cpu"):
             made_alone(PerExpert())
 
 

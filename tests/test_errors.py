@@ -38,7 +38,7 @@ from spmd_moe import (
     redistribute,
 )
 from spmd_moe.activation import SWIGLU, Activation
-from spmd_moe.collectives import exchange
+from spmd_moe.collectives import declare_sum, exchange
 from spmd_moe.dispatch import AllToAll, FixedCapacity, Local
 from spmd_moe.experts import Experts, Keep
 from spmd_moe.init import init_weights
@@ -176,6 +176,7 @@ CASES: dict[str, Callable[[], object]] = {
     "move_shape_list": moved(x53, src=R, dst=S(0), shape=[2, 2, 1, 0]),
     "move_dtype_text": moved(x53, src=P, dst=R, dtype="float32"),
     "move_on_a_role": lambda: redistribute(x53, TP, src=P, dst=R),  # type: ignore[arg-type]  # wrong on purpose
+    "sum_on_a_name": lambda: declare_sum(x53, "ep"),  # type: ignore[arg-type]  # as below
     "move_on_a_name": lambda: redistribute(x53, "ep", src=P, dst=R),  # type: ignore[arg-type]  # wrong on purpose
     "mesh_device_type": lambda: MoEMesh.single("gpu"),
     "mesh_device_index": meshed(1, device_type="cuda:0"),
