@@ -1,8 +1,9 @@
-"""The experts one after another, or a few together, as two operators.
+"""The experts one after another, or a few together: two loops, and the same as two operators.
 
-The loop's length and its slices are data, so the row counts must be known on the host. Hidden in an
-operator, the loop is no concern of torch.compile (no graph break), of fake tensors (they ask for
-the shapes only), or of LocalTensorMode (it runs the operator once per rank, on that rank's counts).
+A loop's length and its slices are data, so the row counts must be known on the host. Hidden in an
+operator, a loop is no concern of torch.compile (no graph break), of fake tensors (they ask for the
+shapes only), or of LocalTensorMode (it runs the operator once per rank, on that rank's counts).
+Where nobody follows operators, the loop is called as it is.
 """
 
 # Shape letters in this file:
@@ -20,7 +21,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.overrides import _is_torch_function_mode_enabled
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from spmd_moe.activation import ACTIVATIONS
 from spmd_moe.errors import ShapeError, explain
@@ -72,10 +73,14 @@ def backward(
 
 
 def _followed(x: Tensor) -> bool:
-    """Somebody follows operators: a compiler, a mode, a class of tensors. Where nobody does, the
-    loop is called as it is: by way of an operator takes as long as three small steps."""
-    watched = is_in_torch_dispatch_mode() or _is_torch_function_mode_enabled()
-    return torch.compiler.is_compiling() or watched or type(x) is not Tensor
+    """Somebody follows operators: a compiler, a mode, a class of tensors. Otherwise an operator
+    would only cost: to call it takes as long as several of the small steps in it."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or _len_torch_dispatch_stack() > 0
+        or _is_torch_function_mode_enabled()
+    )
 
 
 def _flat(call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int) -> tuple[object, ...]:
