@@ -185,8 +185,9 @@ def declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     total = x
     for axis in axes:
         total = declare_sum(total, axis)
-    # A declaration is a view, and of views in a module's output FSDP warns.
-    return x if total is x else total.clone()
+    # A declaration is a view, and of views in a module's output FSDP warns; and backward needs `x`
+    # as it is, whatever a caller does with his.
+    return total.clone() if total is not x or torch.is_grad_enabled() else x
 
 
 # spmd: allow unknown - which axes is data

@@ -123,7 +123,7 @@ class MoE(nn.Module):
         mesh.agree("MoE", {**spoken(config), "dispatcher": type(dispatcher).__name__})
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh
-        self.everywhere = [mesh[role] for role in DENSE if mesh[role].size > 1]
+        self.data_axes = [mesh[role] for role in DENSE if mesh[role].size > 1]
         self.experts = Experts(
             num_experts,
             config.width,
@@ -194,7 +194,7 @@ class MoE(nn.Module):
         if arrived.dropped is not None:
             lost = lost + arrived.dropped
         # spmd: allow unknown - which axes is data
-        counts_E, dropped = (declared(n, self.everywhere) for n in (routing.counts_E, lost))
+        counts_E, dropped = (declared(n, self.data_axes) for n in (routing.counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
     # spmd: allow unknown - the caller's

@@ -3,7 +3,8 @@
 A loop's length and its slices are data, so the row counts must be known on the host. Hidden in an
 operator, a loop is no concern of torch.compile (no graph break), of fake tensors (they ask for the
 shapes only), or of LocalTensorMode (it runs the operator once per rank, on that rank's counts).
-Where nobody follows operators, the loop is called as it is.
+Where nobody follows operators the loop is called as it is: to call an operator takes as long as
+several of its small steps.
 """
 
 # Shape letters in this file:
@@ -20,12 +21,11 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.overrides import _is_torch_function_mode_enabled
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from spmd_moe.activation import ACTIVATIONS
 from spmd_moe.errors import ShapeError, explain
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
+from spmd_moe.followed import followed
 from spmd_moe.grouped import SomeExperts
 from spmd_moe.precision import as_dtype
 
@@ -44,7 +44,7 @@ def forward(
     call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
-    if _followed(call.x_RD):
+    if followed(*_values(call, sizes_e)):
         flat = _flat(call, sizes_e, compute, row_block)
         y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*flat, keep)
     else:
@@ -63,7 +63,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients in the order of `Needs`; `gate` and `up` are computed again if not kept."""
     given = [] if kept is None else [t for t in kept if t is not None]
-    if _followed(dy_RD):
+    if followed(dy_RD, *_values(call, sizes_e)):
         flat = _flat(call, sizes_e, compute, row_block)
         grads = torch.ops.spmd_moe.experts_backward.default(*flat, dy_RD, given, list(needs))
     else:
@@ -72,15 +72,10 @@ def backward(
     return tuple(next(found) if need else None for need in needs)
 
 
-def _followed(x: Tensor) -> bool:
-    """Somebody follows operators: a compiler, a mode, a class of tensors. Otherwise an operator
-    would only cost: to call it takes as long as several of the small steps in it."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or _len_torch_dispatch_stack() > 0
-        or _is_torch_function_mode_enabled()
-    )
+def _values(call: Call, sizes_e: Tensor) -> list[Tensor]:
+    """All tensors of a call."""
+    given = (sizes_e, call.x_RD, call.scores_R, *call.w)
+    return [t for t in given if t is not None]
 
 
 def _flat(call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ T = TypeVar("T", bound=Tensor)
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """What a sum over ranks should be taken in: float32, or the dtype of `x` if that is wider."""
+    """What a sum over ranks should be taken in: float32, or float64 if `x` is that."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from spmd_moe.activation import CLAMPED_SWIGLU, GELU, SQUARED_RELU, SWIGLU, Activation
 from spmd_moe.experts import Gather, Keep, experts_ffn
@@ -26,7 +25,6 @@ from spmd_moe.grouped import Matmul, PerExpert, TorchGroupedMM
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.router import Router, RouterConfig, Routing
 from tests.experts_oracle import WIDTH, Case, OneHot, weights_in
-from tests.operators import operators
 
 MIXED = (3, 0, 5, 1)
 WAYS: list[tuple[torch.dtype, Matmul | None]] = [
@@ -201,39 +199,6 @@ def test_the_operators_keep_their_promises(
     assert len(kept) == keep * (1 + activation.gated)
     needs = [t is not None for t in (given["x"], given["scores"], *w)]
     torch.library.opcheck(backward, (*flat, torch.ones_like(y), kept, needs), test_utils=checks)
-
-
-def test_who_follows_operators_sees_two() -> None:
-    """One forward and one backward, with the values of the loops, which plain tensors run."""
-    case = Case(SWIGLU, MIXED)
-    layer = case.layer(None)
-    plain = called(case, layer, layer, MIXED)
-    with operators() as ran:
-        seen = called(case, layer, layer, MIXED)
-    names = [name for name, _ in ran]
-    ours = ["spmd_moe::experts_forward", "spmd_moe::experts_backward"]
-    assert [name for name in names if name in ours] == ours and "aten::mm" not in names
-    assert plain.keys() == seen.keys()
-    assert all(t.any() and t.equal(seen[name]) for name, t in plain.items())
-
-
-def test_a_mode_of_functions_sees_the_operator() -> None:
-    """As a checker of types does, for which the operator is one step."""
-    names: list[str] = []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    case = Case(SWIGLU, MIXED)
-    given = case.leaves()
-    with torch.no_grad(), Watch():
-        case.layer(None)(given["x"], torch.tensor(MIXED), given["scores"])
-    assert "spmd_moe.experts_forward.default" in names
-    assert not [name for name in names if "method mm" in name]
 
 
 # --- router -----------------------------------------------------------------------------------

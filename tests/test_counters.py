@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from spmd_moe.check.threads import threaded
+from spmd_moe.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.init import init_weights
 from spmd_moe.losses import update_selection_bias
 from spmd_moe.mesh import MoEMesh
@@ -151,6 +152,24 @@ def test_a_second_backward_of_one_forward_counts_no_more() -> None:
     out.sum().backward(retain_graph=True)
     out.square().sum().backward()
     assert layer.router.seen_E.sum() == TOKENS * 2
+
+
+@pytest.mark.parametrize(
+    "dispatcher", [Local, lambda mesh: AllToAll(mesh, 8)], ids=["here", "sent"]
+)
+def test_whoever_adds_to_the_counts_adds_to_his_own(
+    dispatcher: Callable[[MoEMesh], Dispatcher[Any]],
+) -> None:
+    """They are handed out before backward counts, and before it needs them."""
+    mesh = MoEMesh.single()
+    layer = MoE(CONFIG, mesh, dispatcher(mesh))
+    init_weights(layer, mesh, seed=1, std=0.5)
+    out = layer(tokens(0))
+    counts_E = out.counts_E.clone()
+    out.counts_E.add_(1)
+    out.dropped.add_(1)
+    out.hidden.sum().backward()
+    assert counts_E.any() and layer.router.seen_E.equal(counts_E)
 
 
 def test_what_is_not_trained_on_is_not_counted() -> None:

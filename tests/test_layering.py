@@ -43,6 +43,7 @@ ORDER = [
     "dispatch.all_gather",
     "dispatch.fixed",
     "dispatch",
+    "followed",
     "activation",
     "grouped",
     "ffn",

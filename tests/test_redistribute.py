@@ -388,22 +388,6 @@ def test_every_pair_of_kinds_has_a_row_or_is_refused() -> None:
     assert len(moves_table().splitlines()) == 2 + len(MOVES)
 
 
-def test_one_rank_is_told_as_many_are() -> None:
-    """The same tensor comes back, but only where the call would be right on more ranks too."""
-    axis, x, nowhere = MoEMesh.single()[TP], torch.ones(5, 3), S(2)
-    for kind in KINDS:
-        assert redistribute(x, axis, src=kind, dst=kind) is x
-    assert redistribute(x, axis, src=I, dst=R) is x
-    with pytest.raises(ShapeError, match="names dim 2"):
-        redistribute(x, axis, src=nowhere, dst=nowhere)
-    with pytest.raises(PlacementError, match="is no kind"):
-        redistribute(x, axis, src=S, dst=S)  # type: ignore[arg-type]  # wrong on purpose
-    with pytest.raises(ShapeError, match="but shape says"):
-        redistribute(x, axis, src=S(0), dst=S(0), shape=ShardShape.even(4, 1))
-    with pytest.raises(PlacementError, match="no move"):
-        redistribute(x, axis, src=V, dst=R)
-
-
 def test_a_missing_shape_is_asked_for() -> None:
     with fake_world(4):
         axis = MoEMesh.init("cpu", tp=4)[TP]

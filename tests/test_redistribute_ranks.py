@@ -1,4 +1,5 @@
-"""The moves on real gloo processes: a spread of the sizes that `test_redistribute.py` simulates."""
+"""The moves on real gloo processes, a spread of the sizes that `test_redistribute.py` simulates;
+and on one rank alone."""
 
 from __future__ import annotations
 
@@ -13,7 +14,19 @@ import torch.distributed as dist
 from spmd_types import Shard
 from torch import Tensor
 
-from spmd_moe import TP, I, MoEMesh, P, R, S, ShardShape, redistribute
+from spmd_moe import (
+    TP,
+    I,
+    MoEMesh,
+    P,
+    PlacementError,
+    R,
+    S,
+    ShapeError,
+    ShardShape,
+    V,
+    redistribute,
+)
 from spmd_moe.collectives import MOVES
 from spmd_moe.placement import Kind
 from tests import moves_oracle as oracle
@@ -139,3 +152,19 @@ def test_a_call_in_a_world_of_one_costs_no_more_than_10_us_over_spmd_types() -> 
     """Median of many, the two in turn, so a busy machine slows both."""
     for kinds, ours, theirs in world_of_one(300):
         assert ours < theirs + 10e-6, kinds
+
+
+def test_one_rank_is_told_as_many_are() -> None:
+    """The same tensor comes back, but only where the call would be right on more ranks too."""
+    axis, x, nowhere = MoEMesh.single()[TP], torch.ones(5, 3), S(2)
+    for kind in KINDS:
+        assert redistribute(x, axis, src=kind, dst=kind) is x
+    assert redistribute(x, axis, src=I, dst=R) is x
+    with pytest.raises(ShapeError, match="names dim 2"):
+        redistribute(x, axis, src=nowhere, dst=nowhere)
+    with pytest.raises(PlacementError, match="is no kind"):
+        redistribute(x, axis, src=S, dst=S)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(ShapeError, match="but shape says"):
+        redistribute(x, axis, src=KINDS[3], dst=KINDS[3], shape=ShardShape.even(4, 1))
+    with pytest.raises(PlacementError, match="no move"):
+        redistribute(x, axis, src=V, dst=R)

@@ -229,7 +229,7 @@ class Observer(TorchFunctionMode):
             what = f"{name} takes {describe(x)}, which is {kind!r} on {label}"
             self._say("X1", "sum", lines, what,
                 "only parts of a sum may be added up; these are rows of different things",
-                "declare_sum(x, group)   # where x is made, if it is a part of a sum")  # fmt: skip
+                "declare_sum(x, axis)   # where x is made, if it is a part of a sum")  # fmt: skip
 
     def _even(self, name: str, args: Any, kwargs: Any) -> tuple[str, int] | None:
         """What a move of a shard without a shape says of the other ranks' rows.

@@ -250,9 +250,7 @@ _CURES = {
         "src=P, dst=R)   # of what is P there: an all-reduce",
         "src=P, dst=S(0))   # or a reduce-scatter",
     ],
-    "expected input type P": [
-        "declare_sum(t, group)   # where t is made, if it is a part of a sum"
-    ],
+    "expected input type P": ["declare_sum(t, axis)   # where t is made, if it is a part of a sum"],
 }
 
 

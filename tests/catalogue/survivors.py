@@ -6,7 +6,6 @@ _SAME = "INSIDE is S(0): the same program"
 _COUNTS = "R and I differ in their gradients alone, and numbers that the host reads have none"
 
 ARGUED: dict[str, str] = {
-    "router:forward:factor left out:1": "what is left is 0 wherever the forward goes on",
     "boundary:own_rows:dst=S(0):1": _SAME,
     "boundary:leave:src=S(0):1": _SAME,
     "boundary:_shape:dst=I:1": _COUNTS,
