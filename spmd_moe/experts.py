@@ -174,11 +174,12 @@ def experts_ffn(
     """The experts as a function. Not `exact`: rows past the counts' sum are there, and become 0."""
     assert w.w1_eFD is not None
     _check_dtype(x_RD, w.w1_eFD)
-    if isinstance(matmul, PerExpert):
-        counts_e = counts_e.cpu()  # its loop runs on the host
     # Settled here, and autocast left out of what follows: backward must compute as forward did.
-    said = matmul.compute if isinstance(matmul, PerExpert) else None
-    recipe = Recipe(activation, matmul, keep, exact, said or of_matmuls(x_RD))
+    compute = of_matmuls(x_RD)
+    if isinstance(matmul, PerExpert):
+        compute = matmul.compute or compute
+        counts_e = counts_e.cpu()  # its loop runs on the host
+    recipe = Recipe(activation, matmul, keep, exact, compute)
     token_R, row_TK = gather if gather is not None else (None, None)
     inputs = (x_RD, scores_R, *w)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

@@ -12,10 +12,10 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import _is_torch_function_mode_enabled
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 
-def followed(*tensors: Tensor) -> bool:
+def followed(*tensors: Tensor | None) -> bool:
     """By a compiler, a tracer, a mode, a transform of functions, or a class of tensors."""
     return (
         torch.compiler.is_compiling()

@@ -196,7 +196,7 @@ class AllExperts:
 
 
 @final
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SomeExperts:
     """A block of the rows of some experts, for plain matmuls; it finds their weights among all."""
 
@@ -206,8 +206,6 @@ class SomeExperts:
     row_block: int
     scratch: Tensor | None
     """Room for one weight in the dtype of the rows, where the weights have another."""
-    _cut: tuple[Tensor, Sequence[Tensor]] | None = None
-    """Rows that were cut last, and their parts: they often meet a second weight."""
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
         if room_RB is None or room_RB.dtype is not x_RA.dtype:
@@ -249,20 +247,18 @@ class SomeExperts:
             out_eB[e].copy_(dy_nB.sum(0))
         return out_eB
 
-    def _each(self, x_RA: Tensor, *rows: Tensor) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
+    def _each(self, *rows: Tensor) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
         """Each expert, and its rows of each tensor."""
         if len(self.experts) == 1:
-            return [(self.experts[0], (x_RA, *rows))]
-        if self._cut is None or self._cut[0] is not x_RA:
-            self._cut = x_RA, x_RA.split_with_sizes(self.parts)
-        views = zip(self._cut[1], *(t.split_with_sizes(self.parts) for t in rows), strict=True)
+            return [(self.experts[0], rows)]
+        views = zip(*(t.split_with_sizes(self.parts) for t in rows), strict=True)
         return zip(self.experts, views, strict=True)
 
     def _cast(self, w: Tensor) -> Tensor:
         return w if self.scratch is None else self.scratch.view(w.shape).copy_(w)
 
     def _product(self, x_nA: Tensor, w_AB: Tensor, y_nB: Tensor) -> None:
-        missing = -x_nA.shape[0] % self.row_block if self.row_block > 1 else 0
+        missing = -x_nA.shape[0] % self.row_block
         if missing:
             y_nB.copy_(torch.mm(fn.pad(x_nA, (0, 0, 0, missing)), w_AB)[: x_nA.shape[0]])
         else:

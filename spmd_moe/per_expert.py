@@ -17,7 +17,7 @@ import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -44,11 +44,11 @@ def forward(
     call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
-    if followed(*_values(call, sizes_e)):
-        flat = _flat(call, sizes_e, compute, row_block)
+    if followed(sizes_e, call.x_RD, call.scores_R, *call.w):
+        flat = _Flat.of(call, sizes_e, compute, row_block)
         y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*flat, keep)
     else:
-        y_RD, *kept = _forward_loop(call, sizes_e.tolist(), compute, row_block, keep)
+        y_RD, *kept = _forward_loop(call, sizes_e, compute, row_block, keep)
     return y_RD, _hidden(kept)
 
 
@@ -63,24 +63,13 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients in the order of `Needs`; `gate` and `up` are computed again if not kept."""
     given = [] if kept is None else [t for t in kept if t is not None]
-    if followed(dy_RD, *_values(call, sizes_e)):
-        flat = _flat(call, sizes_e, compute, row_block)
+    if followed(dy_RD, sizes_e, call.x_RD, call.scores_R, *call.w):
+        flat = _Flat.of(call, sizes_e, compute, row_block)
         grads = torch.ops.spmd_moe.experts_backward.default(*flat, dy_RD, given, list(needs))
     else:
-        grads = _backward_loop(call, sizes_e.tolist(), compute, row_block, dy_RD, given, needs)
+        grads = _backward_loop(call, sizes_e, compute, row_block, dy_RD, given, needs)
     found = iter(grads)
     return tuple(next(found) if need else None for need in needs)
-
-
-def _values(call: Call, sizes_e: Tensor) -> list[Tensor]:
-    """All tensors of a call."""
-    given = (sizes_e, call.x_RD, call.scores_R, *call.w)
-    return [t for t in given if t is not None]
-
-
-def _flat(call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int) -> tuple[object, ...]:
-    x_RD, scores_R, w, activation = call
-    return (x_RD, scores_R, list(w), sizes_e, activation.name, compute, row_block)
 
 
 def _hidden(kept: Sequence[Tensor]) -> Hidden | None:
@@ -167,9 +156,9 @@ def _blocks(
 
 
 def _forward_loop(
-    call: Call, sizes: list[int], compute: torch.dtype, row_block: int, keep: bool
+    call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int, keep: bool
 ) -> list[Tensor]:
-    hits = _hits(sizes, call.x_RD)
+    hits = _hits(sizes_e.tolist(), call.x_RD)
     y_RD, *kept = _empty_outputs(call, compute, keep)
     room = zip(*map(hits.split, (y_RD, *kept)), strict=True)
     for (y_nD, *kept_n), (block, part) in zip(
@@ -185,13 +174,14 @@ def _forward_loop(
 
 def _backward_loop(
     call: Call,
-    sizes: list[int],
+    sizes_e: Tensor,
     compute: torch.dtype,
     row_block: int,
     dy_RD: Tensor,
     kept: Sequence[Tensor],
     needs: Needs,
 ) -> list[Tensor]:
+    sizes = sizes_e.tolist()
     hits, starved = _hits(sizes, call.x_RD), [e for e, size in enumerate(sizes) if not size]
     d_rows, d_weights = _gradients(call, needs, lambda w: _of_weight(w, starved))
     room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
@@ -266,66 +256,53 @@ def _gradients(
 # ---- the same as operators ----
 
 
-def _forward_operator(
-    x_RD: Tensor,
-    scores_R: Tensor | None,
-    weights: Sequence[Tensor | None],
-    sizes_e: Tensor,
-    activation: str,
-    compute: torch.dtype,
-    row_block: int,
-    keep: bool,
-) -> list[Tensor]:
-    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    return _forward_loop(call, sizes_e.tolist(), compute, row_block, keep)
+class _Flat(NamedTuple):
+    """What both operators are given, as a schema can say it."""
+
+    x_RD: Tensor
+    scores_R: Tensor | None
+    weights: Sequence[Tensor | None]
+    sizes_e: Tensor
+    activation: str
+    compute: torch.dtype
+    row_block: int
+
+    @staticmethod
+    def of(call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int) -> _Flat:
+        x_RD, scores_R, w, activation = call
+        return _Flat(x_RD, scores_R, list(w), sizes_e, activation.name, compute, row_block)
+
+    def call(self) -> Call:
+        w = Weights(*self.weights)
+        return Call(self.x_RD, self.scores_R, w, ACTIVATIONS[self.activation])
 
 
-def _backward_operator(
-    x_RD: Tensor,
-    scores_R: Tensor | None,
-    weights: Sequence[Tensor | None],
-    sizes_e: Tensor,
-    activation: str,
-    compute: torch.dtype,
-    row_block: int,
-    dy_RD: Tensor,
-    kept: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    sizes = sizes_e.tolist()
-    return _backward_loop(call, sizes, compute, row_block, dy_RD, kept, Needs(*needs))
+def _forward_operator(*given: Any) -> list[Tensor]:
+    flat, (keep,) = _unpacked(given)
+    return _forward_loop(flat.call(), flat.sizes_e, flat.compute, flat.row_block, keep)
 
 
-def _forward_shapes(
-    x_RD: Tensor,
-    scores_R: Tensor | None,
-    weights: Sequence[Tensor | None],
-    sizes_e: Tensor,
-    activation: str,
-    compute: torch.dtype,
-    row_block: int,
-    keep: bool,
-) -> list[Tensor]:
-    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    return _empty_outputs(call, compute, keep)
+def _forward_shapes(*given: Any) -> list[Tensor]:
+    flat, (keep,) = _unpacked(given)
+    return _empty_outputs(flat.call(), flat.compute, keep)
 
 
-def _backward_shapes(
-    x_RD: Tensor,
-    scores_R: Tensor | None,
-    weights: Sequence[Tensor | None],
-    sizes_e: Tensor,
-    activation: str,
-    compute: torch.dtype,
-    row_block: int,
-    dy_RD: Tensor,
-    kept: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    call = Call(x_RD, scores_R, Weights(*weights), ACTIVATIONS[activation])
-    d_rows, d_weights = _gradients(call, Needs(*needs))
+def _backward_operator(*given: Any) -> list[Tensor]:
+    flat, (dy_RD, kept, needs) = _unpacked(given)
+    how = (flat.compute, flat.row_block)
+    return _backward_loop(flat.call(), flat.sizes_e, *how, dy_RD, kept, Needs(*needs))
+
+
+def _backward_shapes(*given: Any) -> list[Tensor]:
+    flat, (_dy_RD, _kept, needs) = _unpacked(given)
+    d_rows, d_weights = _gradients(flat.call(), Needs(*needs))
     return [t for t in (*d_rows, *d_weights) if t is not None]
+
+
+def _unpacked(given: tuple[Any, ...]) -> tuple[_Flat, tuple[Any, ...]]:
+    """What both operators are given, and what is one's own."""
+    shared = len(_Flat._fields)
+    return _Flat(*given[:shared]), given[shared:]
 
 
 for _name, _operator, _shapes in (

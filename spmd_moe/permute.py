@@ -63,7 +63,7 @@ def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
         slot_N = slot_N.narrow(0, ids.shape[0] - rows, rows)
     row = torch.full_like(ids, slot_N.shape[0])
     row.scatter_(0, slot_N, torch.arange(slot_N.shape[0], device=ids.device))
-    return Slots(slot_N, slot_N.floor_divide(k), row.view_as(expert_ids_TK), complete)
+    return Slots(slot_N, slot_N // k, row.view_as(expert_ids_TK), complete)
 
 
 def expert_major(counts_Se: GatheredRows, rows: int) -> GatheredRows:

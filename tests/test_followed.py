@@ -48,13 +48,13 @@ def gradients() -> list[Tensor]:
 
 def test_plain_tensors_run_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    flat = per_expert._flat
+    flat = per_expert._Flat.of
 
-    def watched(*call: Any) -> tuple[object, ...]:
+    def watched(*call: Any) -> per_expert._Flat:
         called.append("operator")
         return flat(*call)
 
-    monkeypatch.setattr(per_expert, "_flat", watched)
+    monkeypatch.setattr(per_expert._Flat, "of", watched)
     plain = gradients()
     assert called == []
     with operators() as ran:
@@ -83,16 +83,17 @@ def test_a_mode_of_functions_sees_the_operator() -> None:
     assert not [name for name in names if "method mm" in name]
 
 
-@pytest.mark.parametrize("fake", ["x", "weights"])
+@pytest.mark.parametrize("fake", ["weights", "counts"])
 def test_tensors_of_a_class_need_no_mode(fake: str) -> None:
+    """Of any argument: beside it, the rows may be plain."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    x, w = rows(), WEIGHTS
-    if fake == "x":
-        x = mode.from_tensor(x)
+    counts, w = COUNTS, WEIGHTS
+    if fake == "counts":
+        counts = mode.from_tensor(counts)
     else:
         w = Weights(*(None if t is None else mode.from_tensor(t) for t in w))
-    y = output(x, weights=w)
-    assert isinstance(y, FakeTensor) and y.shape == x.shape
+    y = output(rows(), counts, w)
+    assert isinstance(y, FakeTensor) and y.shape == rows().shape
 
 
 def test_a_traced_graph_has_the_operator() -> None:

@@ -1,5 +1,7 @@
-"""The moves on real gloo processes, a spread of the sizes that `test_redistribute.py` simulates;
-and on one rank alone."""
+"""The moves on real gloo processes, of a spread of sizes, and on one rank alone.
+
+`test_redistribute.py` simulates every size.
+"""
 
 from __future__ import annotations
 
