@@ -15,7 +15,7 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, final
 
@@ -117,7 +117,7 @@ def choose_matmul(
         return Masked() if fixed else PerExpert()
     if fixed:
         return Masked()
-    if device.type == "cpu" and dtype in _WIDENED_ON_THIS_CPU:
+    if dtype in _WIDENED_ON_THIS_CPU and device.type == "cpu":
         return PerExpert(compute=torch.float32)
     return PerExpert()
 
@@ -210,26 +210,25 @@ class SomeExperts:
     def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
         if room_RB is None or room_RB.dtype is not x_RA.dtype:
             room_RB = x_RA.new_empty(x_RA.shape[0], w_eBA.shape[1])
-        w_eAB = w_eBA.mT  # once: a view takes a twentieth of a product with one row
-        for e, (x_nA, y_nB) in self._each(x_RA, room_RB):
-            w_AB = w_eAB[e] if self.scratch is None else self._cast(w_eBA[e]).t()
-            self._product(x_nA, w_AB, y_nB)
+        plain, mm = self.scratch is None, self._product()
+        for w, (x_nA, y_nB) in self._each(w_eBA.mT if plain else w_eBA, x_RA, room_RB):
+            mm(x_nA, w if plain else self._cast(w).t(), out=y_nB)
         return room_RB
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
         y_RB = x_RA.new_empty(x_RA.shape[0], w_eAB.shape[2]) if onto is None else onto
-        for e, (x_nA, y_nB) in self._each(x_RA, y_RB):
-            w_AB = self._cast(w_eAB[e])
+        mm = self._product()
+        for w_AB, (x_nA, y_nB) in self._each(w_eAB, x_RA, y_RB):
+            w_AB = self._cast(w_AB)
             if onto is None:
-                self._product(x_nA, w_AB, y_nB)
+                mm(x_nA, w_AB, out=y_nB)
             else:
                 y_nB.addmm_(x_nA, w_AB)
         return y_RB
 
     def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
         assert out_eBA is not None
-        for e, (dy_nB, x_nA) in self._each(dy_RB, x_RA):
-            out_BA = out_eBA[e]
+        for out_BA, (dy_nB, x_nA) in self._each(out_eBA, dy_RB, x_RA):
             if self.scratch is None:
                 torch.mm(dy_nB.t(), x_nA, out=out_BA)
             else:
@@ -237,29 +236,35 @@ class SomeExperts:
         return out_eBA
 
     def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
-        for e, (y_nB,) in self._each(y_RB):
-            y_nB.add_(b_eB[e])
+        for b_B, (y_nB,) in self._each(b_eB, y_RB):
+            y_nB.add_(b_B)
         return y_RB
 
     def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
         assert out_eB is not None
-        for e, (dy_nB,) in self._each(dy_RB):
-            out_eB[e].copy_(dy_nB.sum(0))
+        for out_B, (dy_nB,) in self._each(out_eB, dy_RB):
+            out_B.copy_(dy_nB.sum(0))
         return out_eB
 
-    def _each(self, *rows: Tensor) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
-        """Each expert, and its rows of each tensor."""
-        if len(self.experts) == 1:
-            return [(self.experts[0], rows)]
-        views = zip(*(t.split_with_sizes(self.parts) for t in rows), strict=True)
-        return zip(self.experts, views, strict=True)
+    def _each(self, t_e: Tensor, *rows: Tensor) -> Iterable[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Of each expert its part of `t_e`, and its rows of each tensor.
+
+        All views are made first: after a product, whose weight has filled the caches, one takes
+        four times as long.
+        """
+        mine = [t_e[e] for e in self.experts]
+        if len(mine) == 1:
+            return [(mine[0], rows)]
+        views = zip(*[t.split_with_sizes(self.parts) for t in rows], strict=True)
+        return zip(mine, views, strict=True)
 
     def _cast(self, w: Tensor) -> Tensor:
         return w if self.scratch is None else self.scratch.view(w.shape).copy_(w)
 
-    def _product(self, x_nA: Tensor, w_AB: Tensor, y_nB: Tensor) -> None:
+    def _product(self) -> Callable[..., Tensor]:
+        return torch.mm if self.row_block == 1 else self._in_blocks
+
+    def _in_blocks(self, x_nA: Tensor, w_AB: Tensor, *, out: Tensor) -> Tensor:
         missing = -x_nA.shape[0] % self.row_block
-        if missing:
-            y_nB.copy_(torch.mm(fn.pad(x_nA, (0, 0, 0, missing)), w_AB)[: x_nA.shape[0]])
-        else:
-            torch.mm(x_nA, w_AB, out=y_nB)
+        padded = fn.pad(x_nA, (0, 0, 0, missing)) if missing else x_nA
+        return out.copy_(torch.mm(padded, w_AB)[: x_nA.shape[0]])

@@ -62,11 +62,12 @@ def redistribute(
     try:
         if shape is not None or dtype is not None or grad_dtype is not None:
             _check_types(shape, dtype, grad_dtype)
-        if ranks == 1 and src is dst and shape is None:  # most calls: a plan would be half of them
-            _known_dim(src, x.shape)
-            return x
+        if ranks == 1 and shape is None:  # most calls, of which a plan would be half
+            _check_move(src, dst, x.ndim)
+            _check_grad_dtype(x, src, dst, grad_dtype)
+            return x  # all kinds are the same thing on one rank
         step = _step_for(x, group, ranks, src, dst, shape)
-        _check_grad_dtype(x, step, grad_dtype)
+        _check_grad_dtype(x, step.src, step.dst, grad_dtype)
     except _RefusalError as refused:
         raise refused.error(
             explain(
@@ -77,7 +78,7 @@ def redistribute(
             )
         ) from None
     if ranks == 1:
-        return x  # all kinds are the same thing on one rank
+        return x
     if step.src == step.dst:
         kept: Tensor = convert(x, group, src=step.src, dst=step.dst)  # seen by the checker
         return kept
@@ -89,9 +90,9 @@ def plan(
     src: Kind, dst: Kind, local: tuple[int, ...], rank: int, ranks: int, shape: Shape | None
 ) -> Step:
     """The step from `src` to `dst` for a tensor that has the shape `local` on `rank` of `ranks`."""
-    src, dst = _known_dim(src, local), _known_dim(dst, local)
-    if src != dst and (letter(src), letter(dst)) not in MOVES:
-        raise _no_such_move(src, dst)
+    dims = len(local)
+    _check_move(src, dst, dims)
+    src, dst = _from_first(src, dims), _from_first(dst, dims)
     before, after = _shapes_of_each_side(src, dst, shape)
     if isinstance(src, Shard):
         before = _shape_before(src, local[src.dim], rank, ranks, before)
@@ -159,9 +160,23 @@ def _check_types(shape: object, *dtypes: object) -> None:
             )
 
 
-def _known_dim(kind: Kind, local: tuple[int, ...]) -> Kind:
+def _from_first(kind: Kind, dims: int) -> Kind:
+    """The kind, its dim counted from the first."""
+    return Shard(kind.dim % dims) if isinstance(kind, Shard) else kind
+
+
+def _check_move(src: Kind, dst: Kind, dims: int) -> None:
+    _check_kind(src, dims)
+    if src is dst:
+        return
+    _check_kind(dst, dims)
+    if src != dst and (letter(src), letter(dst)) not in MOVES:
+        raise _no_such_move(src, dst)
+
+
+def _check_kind(kind: Kind, dims: int) -> None:
     if isinstance(kind, PerMeshAxisLocalSpmdType):
-        return kind
+        return
     if not isinstance(kind, Shard):
         raise _RefusalError(
             PlacementError,
@@ -169,14 +184,13 @@ def _known_dim(kind: Kind, local: tuple[int, ...]) -> Kind:
             "the kinds are R, I, V, P and S(dim)",
             ["S(0)" if kind is Shard else "src=R, dst=S(0)"],
         )
-    if -len(local) <= kind.dim < len(local):
-        return Shard(kind.dim % len(local))
-    raise _RefusalError(
-        ShapeError,
-        f"{kind!r} names dim {kind.dim}, but there are {len(local)} dims",
-        "a dim that is not there cannot be sharded",
-        [f"S({dim})" for dim in range(len(local))],
-    )
+    if not -dims <= kind.dim < dims:
+        raise _RefusalError(
+            ShapeError,
+            f"{kind!r} names dim {kind.dim}, but there are {dims} dims",
+            "a dim that is not there cannot be sharded",
+            [f"S({dim})" for dim in range(dims)],
+        )
 
 
 def _no_such_move(src: Kind, dst: Kind) -> _RefusalError:
@@ -263,11 +277,14 @@ def _check_ranks(shape: ShardShape, ranks: int) -> None:
         )
 
 
-def _check_grad_dtype(x: Tensor, step: Step, grad_dtype: Dtype) -> None:
+def _check_grad_dtype(x: Tensor, src: Kind, dst: Kind, grad_dtype: Dtype) -> None:
     """A sum in low precision must be somebody's decision, also where only backward takes it."""
     if grad_dtype is not None or not x.requires_grad or x.dtype.itemsize >= 4:
         return
-    if step.src == step.dst or not torch.is_grad_enabled() or not step.backward().row.sums:
+    if src == dst or not torch.is_grad_enabled():
+        return
+    step = Step(src, dst)
+    if not step.backward().row.sums:
         return
     raise _RefusalError(
         DtypeError,

@@ -10,8 +10,8 @@ python tests/bench_layer.py --experts 8 --top-k 2 --width 256 --hidden 512
 
 forward   without gradients, the layer in eval mode
 training  forward and backward, gradients of tokens and of all weights, the layer in train mode
-error     in training, against the same in float64: the largest, over the output and all gradients,
-          of |difference| / |reference|; ours must not be larger than the loop's
+error     in training, against the same in float64: |difference| / |reference|, of the output or
+          the gradient where ours is the worst beside the loop's; it must not be larger
 """
 
 # Shape letters in this file:
@@ -188,16 +188,15 @@ def measure(pair: Pair, row: Row, seconds: float) -> dict[str, float]:
         return turns(dict(functions), seconds)
 
 
-def errors(pair: Pair) -> tuple[float, float, bool]:
-    """Of ours and of the loop, the largest; and whether ours is nowhere the larger."""
+def errors(pair: Pair) -> tuple[float, float]:
+    """Ours and the loop's, of the tensor for which ours is the largest beside the loop's."""
     reference = pair.reference()
 
     def of(name: str) -> list[float]:
         found = pair.results(pair.functions()[name])
         return [distance(a, b) for a, b in zip(found, reference, strict=True)]
 
-    ours, loop = of("ours"), of("loop")
-    return max(ours), max(loop), all(a <= b for a, b in zip(ours, loop, strict=True))
+    return max(zip(of("ours"), of("loop"), strict=True), key=lambda pair: pair[0] / pair[1])
 
 
 def distance(found: Tensor, reference: Tensor) -> float:
@@ -236,9 +235,9 @@ def show(
         print(f"{line}{row.target:>7.2f}  {verdict(met):<8}", end="", flush=True)
         missed += not met
         if row.training and row.dtype is BFLOAT16:
-            ours, loop, met = errors(pair)
-            missed += not met
-            print(f"error {ours:.1e}, loop {loop:.1e}  {verdict(met)}", end="")
+            ours, loop = errors(pair)
+            missed += ours > loop
+            print(f"error {ours:.2e}, loop {loop:.2e}  {verdict(ours <= loop)}", end="")
         print(flush=True)
     return ratios, missed
 
