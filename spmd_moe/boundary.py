@@ -54,7 +54,6 @@ class Boundary:
                     )
                 )
         self.tp, self.src, self.dst = tp, src, dst
-        self.alone = tp.size == 1  # whatever the kinds, nothing moves
         # The model around the layer computes the same on every rank of tp.
         self.whole = src != INSIDE
         self.same_rows = self.whole == (dst != INSIDE)
@@ -73,17 +72,13 @@ class Boundary:
     def own_rows(self, x: Tensor, frame: Frame, dims: int = 0) -> Tokens:
         """This rank's rows of what has, for each of the caller's tokens, a row of so many dims."""
         rows = _rows(x, dims)
-        if self.alone:
-            return rows
         return redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
 
     # spmd: allow unknown - the caller's
     def leave(self, y_TD: Tokens, frame: Frame) -> Tensor:
-        y = y_TD
-        if not self.alone:
-            y = redistribute(
-                y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=wide(y_TD)
-            )
+        y = redistribute(
+            y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=wide(y_TD)
+        )
         return y.view(*frame.lead, y.shape[-1]) if self.same_rows and len(frame.lead) > 1 else y
 
     # spmd: allow unknown - the caller's

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
+from spmd_moe.settings import whole_numbers
+
 
 class GroupedMatmul(Protocol):
     """The seam: all experts at once. `ends_e` int32, on the device: where each expert's rows end.
@@ -96,6 +98,9 @@ class PerExpert:
 
     compute: torch.dtype | None = None
     row_block: int = 1
+
+    def __post_init__(self) -> None:
+        whole_numbers("PerExpert", row_block=self.row_block)
 
 
 Matmul: TypeAlias = GroupedMatmul | PerExpert
@@ -266,5 +271,7 @@ class SomeExperts:
 
     def _in_blocks(self, x_nA: Tensor, w_AB: Tensor, *, out: Tensor) -> Tensor:
         missing = -x_nA.shape[0] % self.row_block
-        padded = fn.pad(x_nA, (0, 0, 0, missing)) if missing else x_nA
+        if not missing:
+            return torch.mm(x_nA, w_AB, out=out)
+        padded = fn.pad(x_nA, (0, 0, 0, missing))
         return out.copy_(torch.mm(padded, w_AB)[: x_nA.shape[0]])

@@ -62,7 +62,7 @@ def redistribute(
     try:
         if shape is not None or dtype is not None or grad_dtype is not None:
             _check_types(shape, dtype, grad_dtype)
-        if ranks == 1 and shape is None:  # most calls, of which a plan would be half
+        if ranks == 1 and shape is None:  # most calls: a plan would be half of one
             _check_move(src, dst, x.ndim)
             _check_grad_dtype(x, src, dst, grad_dtype)
             return x  # all kinds are the same thing on one rank

@@ -10,8 +10,8 @@ python tests/bench_layer.py --experts 8 --top-k 2 --width 256 --hidden 512
 
 forward   without gradients, the layer in eval mode
 training  forward and backward, gradients of tokens and of all weights, the layer in train mode
-error     in training, against the same in float64: |difference| / |reference|, of the output or
-          the gradient where ours is the worst beside the loop's; it must not be larger
+error     in training, against the same in float64: |difference| / |reference|, the largest of the
+          output and all gradients; or of those where ours is above the loop's: there must be none
 """
 
 # Shape letters in this file:
@@ -189,14 +189,17 @@ def measure(pair: Pair, row: Row, seconds: float) -> dict[str, float]:
 
 
 def errors(pair: Pair) -> tuple[float, float]:
-    """Ours and the loop's, of the tensor for which ours is the largest beside the loop's."""
+    """Ours and the loop's, where ours is the largest: among the tensors where it is above the
+    loop's, if there are any."""
     reference = pair.reference()
 
     def of(name: str) -> list[float]:
         found = pair.results(pair.functions()[name])
         return [distance(a, b) for a, b in zip(found, reference, strict=True)]
 
-    return max(zip(of("ours"), of("loop"), strict=True), key=lambda pair: pair[0] / pair[1])
+    found = list(zip(of("ours"), of("loop"), strict=True))
+    above = [(ours, loop) for ours, loop in found if not ours <= loop]  # or NaN
+    return max(above or found)
 
 
 def distance(found: Tensor, reference: Tensor) -> float:
@@ -236,7 +239,7 @@ def show(
         missed += not met
         if row.training and row.dtype is BFLOAT16:
             ours, loop = errors(pair)
-            missed += ours > loop
+            missed += not ours <= loop
             print(f"error {ours:.2e}, loop {loop:.2e}  {verdict(ours <= loop)}", end="")
         print(flush=True)
     return ratios, missed

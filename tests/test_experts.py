@@ -26,6 +26,7 @@ from spmd_moe.activation import (
     clamped_swiglu,
 )
 from spmd_moe.check.threads import threaded
+from spmd_moe.errors import ConfigError
 from spmd_moe.experts import Experts, Gather, Keep, Weigh, experts_ffn
 from spmd_moe.ffn import Weights
 from spmd_moe.grouped import Matmul, PerExpert, TorchGroupedMM, choose_matmul
@@ -361,6 +362,11 @@ def test_repeats_are_bitwise_equal(matmul: Matmul) -> None:
     case = Case(SWIGLU, MIXED, bias=True, dtype=torch.float32)
     first, second = case.by_layer(matmul), case.by_layer(matmul)
     assert all(t.any() and torch.equal(t, second[name]) for name, t in first.items())
+
+
+def test_a_block_of_no_rows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="PerExpert: row_block is 0; it must be an integer of 1"):
+        PerExpert(row_block=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
