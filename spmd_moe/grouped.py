@@ -105,6 +105,9 @@ class PerExpert:
 
 Matmul: TypeAlias = GroupedMatmul | PerExpert
 
+# Made once: every call of the layer chooses.
+_AS_THEY_ARE, _IN_FLOAT32 = PerExpert(), PerExpert(compute=torch.float32)
+
 
 def choose_matmul(
     dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], fixed: bool = False
@@ -119,12 +122,12 @@ def choose_matmul(
         newer = torch.cuda.get_device_capability(device)[0] >= oldest
         if dtype is torch.bfloat16 and aligned and newer:
             return TorchGroupedMM()
-        return Masked() if fixed else PerExpert()
+        return Masked() if fixed else _AS_THEY_ARE
     if fixed:
         return Masked()
-    if dtype in _WIDENED_ON_THIS_CPU and device.type == "cpu":
-        return PerExpert(compute=torch.float32)
-    return PerExpert()
+    if device.type == "cpu" and dtype in _WIDENED_ON_THIS_CPU:
+        return _IN_FLOAT32
+    return _AS_THEY_ARE
 
 
 def _widened_on_this_cpu() -> frozenset[torch.dtype]:

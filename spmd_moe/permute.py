@@ -58,14 +58,12 @@ def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
     k = expert_ids_TK.shape[1]
     ids = expert_ids_TK.flatten()
     slot_N = ids.argsort(stable=True)
-    if complete:
-        row = inverse(slot_N)
-    else:  # -1 comes first
+    if not complete:  # -1 comes first
         rows = host_ints((ids >= 0).sum(0, keepdim=True))[0]
         slot_N = slot_N.narrow(0, ids.shape[0] - rows, rows)
-        row = torch.full_like(ids, rows)
-        row.scatter_(0, slot_N, torch.arange(rows, device=ids.device))
-    return Slots(slot_N, slot_N.floor_divide(k), row.view_as(expert_ids_TK), complete)
+    row = torch.full_like(ids, slot_N.shape[0])
+    row.scatter_(0, slot_N, torch.arange(slot_N.shape[0], device=ids.device))
+    return Slots(slot_N, slot_N // k, row.view_as(expert_ids_TK), complete)
 
 
 def expert_major(counts_Se: GatheredRows, rows: int) -> GatheredRows:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spmd_moe import (
     TP,
+    DtypeError,
     I,
     MoEMesh,
     P,
@@ -164,9 +165,13 @@ def test_one_rank_is_told_as_many_are() -> None:
     assert redistribute(x, axis, src=I, dst=R) is x
     with pytest.raises(ShapeError, match="names dim 2"):
         redistribute(x, axis, src=nowhere, dst=nowhere)
+    with pytest.raises(ShapeError, match="names dim 2"):
+        redistribute(x, axis, src=R, dst=nowhere)
+    with pytest.raises(DtypeError, match="would be summed over the ranks in bf16"):
+        redistribute(x.bfloat16().requires_grad_(), axis, src=I, dst=R)
     with pytest.raises(PlacementError, match="is no kind"):
         redistribute(x, axis, src=S, dst=S)  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ShapeError, match="but shape says"):
-        redistribute(x, axis, src=KINDS[3], dst=KINDS[3], shape=ShardShape.even(4, 1))
+        redistribute(x, axis, src=S(0), dst=S(0), shape=ShardShape.even(4, 1))
     with pytest.raises(PlacementError, match="no move"):
         redistribute(x, axis, src=V, dst=R)
