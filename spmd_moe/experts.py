@@ -207,7 +207,7 @@ def _forward(
     recipe: Recipe, call: Call, counts_e: Tensor, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     compute, matmul = recipe.compute, recipe.matmul
-    with not_cast(call.x_RD.device.type):
+    with not_cast(call.x_RD):
         if isinstance(matmul, PerExpert):
             return per_expert.forward(call, counts_e, compute, matmul.row_block, keep=keep)
         cast = call.cast(compute)
@@ -222,7 +222,7 @@ def _backward(
     recipe: Recipe, call: Call, counts_e: Tensor, dy_RD: Tensor, kept: Hidden | None, needs: Needs
 ) -> tuple[Tensor | None, ...]:
     compute, matmul = recipe.compute, recipe.matmul
-    with not_cast(dy_RD.device.type):
+    with not_cast(dy_RD):
         if isinstance(matmul, PerExpert):
             how = (compute, matmul.row_block)
             return per_expert.backward(call, counts_e, *how, dy_RD, kept, needs)

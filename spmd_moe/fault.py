@@ -21,8 +21,8 @@ from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Tokens
 
-# Marks of several ranks may be added up, and still tell the two apart.
-_NOT_FINITE, _NO_SUCH_EXPERT = 1, 1 << 32
+# A mark counts both kinds of fault, and so do marks of several ranks when they are added up.
+_ID = 1 << 40  # an id of no expert; a score counts 1
 _TOLD = 8  # ranks that a message names
 
 
@@ -32,13 +32,18 @@ def unset(*shape: int) -> nn.Parameter:
 
 
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
-    """0, or False, where all is well; it stays on the device."""
+    """How many scores are not finite, and how many ids wrong; it stays on the device."""
     # Only NaN and infinity less themselves are not 0; times 0, a compiler takes them for 0 too.
-    found = (logits_TE - logits_TE).any()
+    found = (logits_TE - logits_TE).count_nonzero()
     if expert_ids_TK is None:
         return found
     wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= logits_TE.shape[1])
-    return found * _NOT_FINITE + wrong_TK.any() * _NO_SUCH_EXPERT
+    return found + wrong_TK.sum() * _ID
+
+
+def once(marked: Tokens) -> Tokens:
+    """The mark with 1 for each kind of fault: added up over ranks, it counts ranks."""
+    return (marked % _ID).clamp(max=1) + (marked // _ID).clamp(max=1) * _ID
 
 
 def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
@@ -53,19 +58,19 @@ def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
 
 def check(marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int) -> None:
     """Raise if any mark is set. They stand in the order of the ranks of `axes`, the last in turn;
-    where that is fewer than `ranks`, each is the sum of several."""
+    where that is fewer than `ranks`, each is the sum of several, which were marked `once`."""
     if any(marks):
-        everywhere = sum(m % _NO_SUCH_EXPERT for m in marks) == ranks
-        raise _error(marks, axes, ranks, num_experts, unset=everywhere)
+        raise _error(marks, axes, ranks, num_experts)
 
 
 def _error(
-    marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int, unset: bool
+    marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int, unset: bool = True
 ) -> RoutingError:
-    scores = [m % _NO_SUCH_EXPERT for m in marks]
+    each = ranks // len(marks)  # ranks that a mark speaks of
+    scores = [min(m % _ID, each) for m in marks]
     if any(scores):
         fixes = ["assert x.isfinite().all()   # before the layer, to find where they begin"]
-        if unset:
+        if unset and sum(scores) == ranks:
             fixes.insert(0, "init_weights(layer, mesh, seed=0)   # if nobody has set the weights")
         return RoutingError(
             explain(
@@ -75,7 +80,7 @@ def _error(
                 fixes=fixes,
             )
         )
-    ids = [m // _NO_SUCH_EXPERT for m in marks]
+    ids = [min(m // _ID, each) for m in marks]
     return RoutingError(
         explain(
             "Router",

@@ -106,6 +106,7 @@ class PerExpert:
 Matmul: TypeAlias = GroupedMatmul | PerExpert
 
 # Made once: every call of the layer chooses.
+_CPU = torch.device("cpu")
 _AS_THEY_ARE, _IN_FLOAT32 = PerExpert(), PerExpert(compute=torch.float32)
 
 
@@ -116,18 +117,17 @@ def choose_matmul(
 
     `fixed`: the host must not wait. Before compute capability 9, torch's grouped_mm does.
     """
+    if device == _CPU:
+        if fixed:
+            return Masked()
+        return _IN_FLOAT32 if dtype in _WIDENED_ON_THIS_CPU else _AS_THEY_ARE
     if device.type == "cuda":
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
         oldest = 9 if fixed else 8
         newer = torch.cuda.get_device_capability(device)[0] >= oldest
         if dtype is torch.bfloat16 and aligned and newer:
             return TorchGroupedMM()
-        return Masked() if fixed else _AS_THEY_ARE
-    if fixed:
-        return Masked()
-    if device.type == "cpu" and dtype in _WIDENED_ON_THIS_CPU:
-        return _IN_FLOAT32
-    return _AS_THEY_ARE
+    return Masked() if fixed else _AS_THEY_ARE
 
 
 def _widened_on_this_cpu() -> frozenset[torch.dtype]:

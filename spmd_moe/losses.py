@@ -111,7 +111,7 @@ def loss_terms(
         axes, num_experts = [mesh[CP], mesh[TP]], probs_TE.shape[1]
         # A product, not an index_add: that would add in any order.
         member_BT = group_T == torch.arange(groups, device=group_T.device).unsqueeze(1)
-        with not_cast(probs_TE.device.type):
+        with not_cast(probs_TE):
             prob_sums_BE = member_BT.to(probs_TE.dtype) @ probs_TE
             tokens_B = member_BT.to(valid_T.dtype) @ valid_T
         ids = torch.where(ids_TK < 0, ids_TK, ids_TK + num_experts * group_T.unsqueeze(1))

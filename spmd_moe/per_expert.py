@@ -92,24 +92,44 @@ class _Hits(NamedTuple):
     """The experts that have rows, and where those are."""
 
     groups: list[Group]
-    parts: list[int]
-    """Rows of each group, and at last the rows that belong to none."""
+    rows: list[int]
+    """Of each group; and at last, where there are any, those of no expert."""
+    rest: int
+    """How many belong to no expert."""
 
-    def split(self, t: Tensor | None) -> Sequence[Tensor | None]:
-        """One view for each group; Nones of None."""
-        if t is None or self.parts == [t.shape[0], 0]:
-            return [t] * len(self.groups)
-        return cast(Sequence[Tensor], t.split_with_sizes(self.parts)[:-1])  # torch does not type it
+    def each(
+        self, call: Call, compute: torch.dtype, row_block: int, *others: Tensor | None
+    ) -> Iterator[tuple[SomeExperts, Call, list[Any]]]:
+        """Each group, its part of the call in the dtype of the matmuls, and of the other rows."""
+        w1_eFD = call.w.w1_eFD
+        assert w1_eFD is not None
+        scratch = None
+        if compute is not w1_eFD.dtype:
+            scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
+        # All views are made first: after a product, whose weight has filled the caches, one takes
+        # four times as long.
+        views = map(self._split, (call.x_RD, call.scores_R, *others))
+        for group, x_nD, scores_n, *others_n in zip(self.groups, *views, strict=False):
+            part = Call(as_dtype(x_nD, compute), scores_n, call.w, call.activation)
+            yield SomeExperts(group.experts, group.parts, row_block, scratch), part, others_n
+
+    def _split(self, t: Tensor | None) -> Sequence[Any]:
+        """One view for each group, of None a None; then perhaps one of the rest."""
+        if t is None or len(self.rows) == 1:
+            return [t] * len(self.rows)
+        return cast(Sequence[Tensor], t.split_with_sizes(self.rows))  # torch does not type it
 
     def zero_the_rest(self, t: Tensor) -> Tensor:
         """Zeros in the rows that belong to no expert."""
-        if self.parts[-1]:
-            t.narrow(0, t.shape[0] - self.parts[-1], self.parts[-1]).zero_()
+        if self.rest:
+            t.narrow(0, t.shape[0] - self.rest, self.rest).zero_()
         return t
 
 
 def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
-    rest = x_RD.shape[0] - sum(sizes)
+    groups = grouped(sizes)
+    rows = [sum(group.parts) for group in groups]
+    rest = x_RD.shape[0] - sum(rows)
     if rest < 0:
         raise ShapeError(
             explain(
@@ -119,8 +139,7 @@ def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
                 fixes=["count the rows that this rank received, after the exchange"],
             )
         )
-    groups = grouped(sizes)
-    return _Hits(groups, [sum(group.parts) for group in groups] + [rest])
+    return _Hits(groups, [*rows, rest] if rest else rows, rest)
 
 
 def grouped(sizes: Sequence[int]) -> list[Group]:
@@ -129,30 +148,16 @@ def grouped(sizes: Sequence[int]) -> list[Group]:
     groups: list[Group] = []
     left = 0  # rows that still go with the last group
     for e, size in enumerate(sizes):
+        if not size:
+            continue
         if size > left:
             groups.append(Group([], []))
             left = max(TOGETHER, size)
-        if size:
-            groups[-1].experts.append(e)
-            groups[-1].parts.append(size)
-            left -= size
+        group = groups[-1]
+        group.experts.append(e)
+        group.parts.append(size)
+        left -= size
     return groups
-
-
-def _blocks(
-    call: Call, hits: _Hits, compute: torch.dtype, row_block: int
-) -> Iterator[tuple[SomeExperts, Call]]:
-    """Each group, with its part of the call in the dtype of the matmuls."""
-    w1_eFD = call.w.w1_eFD
-    assert w1_eFD is not None
-    scratch = None
-    if compute is not w1_eFD.dtype:
-        scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
-    x_n, scores_n = hits.split(call.x_RD), hits.split(call.scores_R)
-    for group, x_nD, scores in zip(hits.groups, x_n, scores_n, strict=True):
-        assert x_nD is not None
-        part = Call(as_dtype(x_nD, compute), scores, call.w, call.activation)
-        yield SomeExperts(*group, row_block, scratch), part
 
 
 def _forward_loop(
@@ -160,10 +165,7 @@ def _forward_loop(
 ) -> list[Tensor]:
     hits = _hits(sizes_e.tolist(), call.x_RD)
     y_RD, *kept = _empty_outputs(call, compute, keep)
-    room = zip(*map(hits.split, (y_RD, *kept)), strict=True)
-    for (y_nD, *kept_n), (block, part) in zip(
-        room, _blocks(call, hits, compute, row_block), strict=True
-    ):
+    for block, part, (y_nD, *kept_n) in hits.each(call, compute, row_block, y_RD, *kept):
         hid = hidden(block, part, _hidden(kept_n))
         y = output(block, part, hid, y_nD)
         for place, computed in (*zip(kept_n, hid, strict=False), (y_nD, y)):
@@ -184,9 +186,8 @@ def _backward_loop(
     sizes = sizes_e.tolist()
     hits, starved = _hits(sizes, call.x_RD), [e for e, size in enumerate(sizes) if not size]
     d_rows, d_weights = _gradients(call, needs, lambda w: _of_weight(w, starved))
-    room = zip(*map(hits.split, (*d_rows, dy_RD, *kept)), strict=True)
-    for (dx_nD, ds_n, dy_nD, *kept_n), (block, part) in zip(
-        room, _blocks(call, hits, compute, row_block), strict=True
+    for block, part, (dx_nD, ds_n, dy_nD, *kept_n) in hits.each(
+        call, compute, row_block, *d_rows, dy_RD, *kept
     ):
         hid = _hidden([as_dtype(t, compute) for t in kept_n]) or hidden(block, part)
         found = gradients(block, part, hid, as_dtype(dy_nD, compute), needs, Weights(*d_weights))

@@ -59,11 +59,13 @@ def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
     ids = expert_ids_TK.flatten()
     slot_N = ids.argsort(stable=True)
     if not complete:  # -1 comes first
-        rows = host_ints((ids >= 0).sum(0, keepdim=True))[0]
-        slot_N = slot_N.narrow(0, ids.shape[0] - rows, rows)
-    row = torch.full_like(ids, slot_N.shape[0])
-    row.scatter_(0, slot_N, torch.arange(slot_N.shape[0], device=ids.device))
-    return Slots(slot_N, slot_N // k, row.view_as(expert_ids_TK), complete)
+        none = host_ints((ids < 0).sum(0, keepdim=True))[0]
+        slot_N = slot_N.narrow(0, none, ids.shape[0] - none)
+    rows = slot_N.shape[0]
+    row = torch.empty_like(ids) if complete else torch.full_like(ids, rows)
+    row.scatter_(0, slot_N, torch.arange(rows, device=ids.device))
+    token_N = torch.floor_divide(slot_N, k)  # the sign for it goes a longer way to the same
+    return Slots(slot_N, token_N, row.view_as(expert_ids_TK), complete)
 
 
 def expert_major(counts_Se: GatheredRows, rows: int) -> GatheredRows:

@@ -26,14 +26,18 @@ def of_matmuls(x: Tensor) -> torch.dtype:
 
     Backward runs when autocast has ended, so who writes his own has to remember it.
     """
-    device = x.device.type
-    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype is torch.float64 or not _under_autocast(x):
         return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
-def not_cast(device_type: str) -> AbstractContextManager[object]:
+def not_cast(x: Tensor) -> AbstractContextManager[object]:
     """Autocast stays out of what has a dtype of its own: choices and sums depend on small bits."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if _under_autocast(x):
+        return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def _under_autocast(x: Tensor) -> bool:
+    # The string of a device's type is made anew each time, and takes as long as two small steps.
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

@@ -137,7 +137,7 @@ class Routing:
     probs_TE: Tokens  # the scores as shares of 1, for the balance loss
     counts_E: Tokens  # int64: how many of this rank's choices fell on each expert
     dropped: Tokens  # int64: how many, of tokens that are not masked, fell on none
-    fault: Tokens  # bool or int64: not 0 where scores or ids are unusable; see fault.py
+    fault: Tokens  # int64: not 0 where scores or ids are unusable; see fault.py
     complete: bool  # every choice has an expert
 
 
@@ -176,7 +176,7 @@ class Router(nn.Module):
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
-        with not_cast(x_TD.device.type):
+        with not_cast(x_TD):
             x_TD, weight_ED = as_dtype(x_TD, config.dtype), as_dtype(weight_ED, config.dtype)
             logits_TE = F.linear(x_TD, weight_ED)
         scores_TE = self.score.of_logits(logits_TE)
@@ -184,7 +184,7 @@ class Router(nn.Module):
         if expert_ids_TK is None:
             marked = fault.mark(logits_TE, None)
             ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config), mask_T)
-            dropped = torch.zeros_like(marked, dtype=torch.int64)
+            dropped = torch.zeros_like(marked)
         else:
             given_TK = _of_tokens(expert_ids_TK, mask_T)
             marked = fault.mark(logits_TE, given_TK)
@@ -238,7 +238,7 @@ def count(expert_ids_TK: T, num_experts: int, complete: bool = False) -> T:
 
 
 def _bins(numbers: T, how_many: int) -> T:
-    none = torch.zeros(how_many, dtype=torch.int64, device=numbers.device)
+    none = numbers.new_zeros(how_many)
     return cast(T, none.scatter_add(0, numbers, torch.ones_like(numbers)))
 
 

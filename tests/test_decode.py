@@ -166,7 +166,7 @@ def test_masked_tokens_take_no_room() -> None:
 
 # --- nothing is read by the host ------------------------------------------------------------------
 
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave.Tensor")
+READS = ("_local_scalar_dense", "::nonzero", "masked_select", "unique", "repeat_interleave.Tensor")
 METHODS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 
 

@@ -49,11 +49,11 @@ def made(
 
 
 def faulty(fault: str) -> tuple[Tensor, Tensor]:
-    """Tokens and ids, one of which is wrong on the last rank only."""
+    """Tokens and ids, which are wrong on the last rank only: a number, or all ids of a token."""
     x, ids = torch.ones(3, 6), torch.zeros(3, 2, dtype=torch.int64)
     if dist.get_rank() == dist.get_world_size() - 1:
         if fault.startswith("id"):
-            ids[1, 1] = int(fault.removeprefix("id "))
+            ids[1] = int(fault.removeprefix("id "))
         else:
             x[1, 1] = float(fault)
     return x, ids

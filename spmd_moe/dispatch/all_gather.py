@@ -84,7 +84,7 @@ class AllGather:
     def _count(self, expert_ids_tK: Rows, marked: Rows) -> list[ShardShape]:
         """How many tokens each rank has; along ep, how many all ranks of its etp group have."""
         tokens = torch.ones_like(expert_ids_tK.select(1, 0)).sum(0, keepdim=True)
-        told = torch.stack([tokens, marked.view(1)], 1)
+        told = torch.stack([tokens, fault.once(marked).view(1)], 1)
         shapes, marks = [], [0]
         for axis in self.axes:
             per_rank = redistribute(told, axis, src=S(0), dst=R)
