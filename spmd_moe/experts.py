@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from spmd_moe import per_expert
 from spmd_moe.activation import Activation
 from spmd_moe.collectives import declare_sum
-from spmd_moe.errors import DtypeError, describe, explain
+from spmd_moe.errors import DtypeError, ShapeError, describe, explain, some
 from spmd_moe.fault import unset
 from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import AllExperts, Matmul, PerExpert, choose_matmul
@@ -181,6 +181,8 @@ def experts_ffn(
         counts_e = counts_e.cpu()  # its loop runs on the host
     recipe = Recipe(activation, matmul, keep, exact, compute)
     token_R, row_TK = gather if gather is not None else (None, None)
+    if scores_R is not None:
+        _check_scores(scores_R, x_RD if token_R is None else token_R)
     inputs = (x_RD, scores_R, *w)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         apply: Callable[..., Tensor] = _ExpertsFFN.apply
@@ -198,6 +200,19 @@ def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
                 f"rows are {describe(x_RD)}, w1 is {describe(w1_eFD)}",
                 why="a cast that nobody wrote would change the precision of the layer",
                 fixes=[f"x.to({w1_eFD.dtype})"],
+            )
+        )
+
+
+# spmd: allow unknown - a kernel: the same for rows of whatever kind
+def _check_scores(scores_R: Tensor, rows: Tensor) -> None:
+    if scores_R.shape[0] != rows.shape[0]:
+        raise ShapeError(
+            explain(
+                "Experts",
+                f"scores_R is {describe(scores_R)}, for {some(rows.shape[0], 'row')}",
+                why="every row is multiplied by a weight of its own",
+                fixes=["send the weights the way that the rows are sent"],
             )
         )
 

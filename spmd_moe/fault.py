@@ -21,8 +21,8 @@ from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Tokens
 
-# A mark counts both kinds of fault, and so do marks of several ranks when they are added up.
-_ID = 1 << 40  # an id of no expert; a score counts 1
+# A rank's mark: how many of its scores are not finite, and this on top if any of its ids is wrong.
+_WRONG_ID = 1 << 40
 _TOLD = 8  # ranks that a message names
 
 
@@ -32,18 +32,19 @@ def unset(*shape: int) -> nn.Parameter:
 
 
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
-    """How many scores are not finite, and how many ids wrong; it stays on the device."""
+    """0 where all is well; it stays on the device."""
     # Only NaN and infinity less themselves are not 0; times 0, a compiler takes them for 0 too.
     found = (logits_TE - logits_TE).count_nonzero()
     if expert_ids_TK is None:
         return found
     wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= logits_TE.shape[1])
-    return found + wrong_TK.sum() * _ID
+    return found + wrong_TK.any() * _WRONG_ID
 
 
 def once(marked: Tokens) -> Tokens:
-    """The mark with 1 for each kind of fault: added up over ranks, it counts ranks."""
-    return (marked % _ID).clamp(max=1) + (marked // _ID).clamp(max=1) * _ID
+    """A mark that says 1 of many scores, so that added up over ranks it counts ranks."""
+    found = marked % _WRONG_ID
+    return marked - found + found.clamp(max=1)
 
 
 def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
@@ -52,8 +53,8 @@ def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
     if marked.is_cpu and not torch.compiler.is_compiling():
         (marks,) = host_ints(marked.view(1))
         if marks:
-            unset = bool(logits_TE.isnan().all())
-            raise _error([marks], [], 1, logits_TE.shape[1], unset)
+            may_be_unset = bool(logits_TE.isnan().all())
+            raise _error([marks], [], 1, logits_TE.shape[1], may_be_unset)
 
 
 def check(marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int) -> None:
@@ -64,13 +65,17 @@ def check(marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: i
 
 
 def _error(
-    marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int, unset: bool = True
+    marks: Sequence[int],
+    axes: Sequence[Axis],
+    ranks: int,
+    num_experts: int,
+    may_be_unset: bool = True,
 ) -> RoutingError:
     each = ranks // len(marks)  # ranks that a mark speaks of
-    scores = [min(m % _ID, each) for m in marks]
+    scores = [min(m % _WRONG_ID, each) for m in marks]
     if any(scores):
         fixes = ["assert x.isfinite().all()   # before the layer, to find where they begin"]
-        if unset and sum(scores) == ranks:
+        if may_be_unset and sum(scores) == ranks:
             fixes.insert(0, "init_weights(layer, mesh, seed=0)   # if nobody has set the weights")
         return RoutingError(
             explain(
@@ -80,7 +85,7 @@ def _error(
                 fixes=fixes,
             )
         )
-    ids = [min(m // _ID, each) for m in marks]
+    ids = [m // _WRONG_ID for m in marks]
     return RoutingError(
         explain(
             "Router",

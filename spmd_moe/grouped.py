@@ -117,17 +117,19 @@ def choose_matmul(
 
     `fixed`: the host must not wait. Before compute capability 9, torch's grouped_mm does.
     """
-    if device == _CPU:
-        if fixed:
-            return Masked()
-        return _IN_FLOAT32 if dtype in _WIDENED_ON_THIS_CPU else _AS_THEY_ARE
-    if device.type == "cuda":
+    # Only of other devices than the usual: their type is a string, made anew whenever it is asked.
+    if device != _CPU and device.type == "cuda":
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
         oldest = 9 if fixed else 8
         newer = torch.cuda.get_device_capability(device)[0] >= oldest
         if dtype is torch.bfloat16 and aligned and newer:
             return TorchGroupedMM()
-    return Masked() if fixed else _AS_THEY_ARE
+        return Masked() if fixed else _AS_THEY_ARE
+    if fixed:
+        return Masked()
+    if dtype in _WIDENED_ON_THIS_CPU and device.type == "cpu":
+        return _IN_FLOAT32
+    return _AS_THEY_ARE
 
 
 def _widened_on_this_cpu() -> frozenset[torch.dtype]:

@@ -106,16 +106,16 @@ class _Hits(NamedTuple):
         scratch = None
         if compute is not w1_eFD.dtype:
             scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
-        # All views are made first: after a product, whose weight has filled the caches, one takes
-        # four times as long.
+        # All views are made before the first product; `SomeExperts` says why.
         views = map(self._split, (call.x_RD, call.scores_R, *others))
+        # Not strict: the rest comes last, and belongs to no group.
         for group, x_nD, scores_n, *others_n in zip(self.groups, *views, strict=False):
             part = Call(as_dtype(x_nD, compute), scores_n, call.w, call.activation)
             yield SomeExperts(group.experts, group.parts, row_block, scratch), part, others_n
 
     def _split(self, t: Tensor | None) -> Sequence[Any]:
         """One view for each group, of None a None; then perhaps one of the rest."""
-        if t is None or len(self.rows) == 1:
+        if t is None or self.rows == [t.shape[0]]:
             return [t] * len(self.rows)
         return cast(Sequence[Tensor], t.split_with_sizes(self.rows))  # torch does not type it
 

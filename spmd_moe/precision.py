@@ -39,5 +39,5 @@ def not_cast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _under_autocast(x: Tensor) -> bool:
-    # The string of a device's type is made anew each time, and takes as long as two small steps.
+    # A device's type is a string, made anew whenever it is asked: as long as two small steps.
     return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as fn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from spmd_moe import (
     SWIGLU,
@@ -22,6 +23,7 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.grouped import Masked, Matmul, TorchGroupedMM
+from spmd_moe.precision import of_matmuls
 from tests.bench_layer import grad_of
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
@@ -72,6 +74,13 @@ def test_it_is_what_the_matmul_can_be_told() -> None:
         wide = results(Keep.ACTIVATIONS, PerExpert(torch.float32, rows), torch.bfloat16)
         plain = results(Keep.ACTIVATIONS, PerExpert(row_block=rows), None)
         assert all(torch.equal(a, b) for a, b in zip(wide, plain, strict=True))
+
+
+def test_each_device_has_an_autocast_of_its_own() -> None:
+    mode = FakeTensorMode()
+    on_cpu, on_cuda = (FakeTensor(mode, torch.ones(2, device="meta"), d) for d in ("cpu", "cuda:0"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert of_matmuls(on_cpu) is torch.bfloat16 and of_matmuls(on_cuda) is torch.float32
 
 
 def test_autocast_stays_out_of_activations() -> None:

@@ -122,12 +122,15 @@ def called(*args: torch.Tensor | None) -> Callable[[], object]:
     return act
 
 
-def experts(rows: int, *counts: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+def experts(
+    rows: int, *counts: int, dtype: torch.dtype = torch.float32, scores: int | None = None
+) -> Callable[[], object]:
     def act() -> object:
         layer = Experts(
             2, 4, 8, MoEMesh.single(), activation=SWIGLU, bias=False, keep=Keep.ACTIVATIONS
         )
-        return layer(torch.ones(rows, 4, dtype=dtype), torch.tensor(counts))
+        scores_R = None if scores is None else torch.ones(scores)
+        return layer(torch.ones(rows, 4, dtype=dtype), torch.tensor(counts), scores_R)
 
     return act
 
@@ -230,6 +233,7 @@ CASES: dict[str, Callable[[], object]] = {
     "fixed_rows_to_count": lambda: _fixed_on_two(),
     "activation_name_twice": lambda: Activation("swiglu", False, lambda gate, up: gate),
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
+    "experts_scores": experts(3, 1, 2, scores=1),  # of one row: it would be broadcast
     "experts_counts": experts(3, 1, 3),
     "moe_width": called(torch.ones(3, 5)),
     "moe_list": called([1.0, 2.0]),  # type: ignore[arg-type]  # wrong on purpose

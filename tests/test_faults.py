@@ -114,11 +114,12 @@ def test_both_faults_at_once_are_counted_apart() -> None:
 
 
 @pytest.mark.parametrize("ranks_of_nan", [1, 4])
-def test_init_weights_is_offered_where_it_can_help(ranks_of_nan: int) -> None:
+@pytest.mark.parametrize("way", [(AllToAll, 4, 1, 4, 1), (AllGather, 2, 2, 2, 2)], ids=str)
+def test_init_weights_is_offered_where_it_can_help(way: Any, ranks_of_nan: int) -> None:
     """Weights that nobody set are NaN on all ranks; NaN on some ranks is in their tokens."""
 
     def offered() -> bool:
-        layer, _ = made(AllToAll, 4, 1, 4, 1)
+        layer, _ = made(*way)
         x = torch.ones(1, 6) * (torch.nan if dist.get_rank() < ranks_of_nan else 1)
         with pytest.raises(RoutingError) as error:
             layer(x)
