@@ -41,12 +41,6 @@ def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
     return found + wrong_TK.any() * _WRONG_ID
 
 
-def once(marked: Tokens) -> Tokens:
-    """A mark that says 1 of many scores, so that added up over ranks it counts ranks."""
-    found = marked % _WRONG_ID
-    return marked - found + found.clamp(max=1)
-
-
 def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
     """For a rank that exchanges nothing. Left out where the read would be the only one: it would
     wait for a device, or break a compiled graph in two."""
@@ -54,42 +48,37 @@ def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
         (marks,) = host_ints(marked.view(1))
         if marks:
             may_be_unset = bool(logits_TE.isnan().all())
-            raise _error([marks], [], 1, logits_TE.shape[1], may_be_unset)
+            raise _error([marks], [], logits_TE.shape[1], may_be_unset)
 
 
-def check(marks: Sequence[int], axes: Sequence[Axis], ranks: int, num_experts: int) -> None:
-    """Raise if any mark is set. They stand in the order of the ranks of `axes`, the last in turn;
-    where that is fewer than `ranks`, each is the sum of several, which were marked `once`."""
+def check(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) -> None:
+    """Raise if any rank has a mark. They stand in the order of the ranks of `axes`, the last in
+    turn."""
     if any(marks):
-        raise _error(marks, axes, ranks, num_experts)
+        raise _error(marks, axes, num_experts)
 
 
 def _error(
-    marks: Sequence[int],
-    axes: Sequence[Axis],
-    ranks: int,
-    num_experts: int,
-    may_be_unset: bool = True,
+    marks: Sequence[int], axes: Sequence[Axis], num_experts: int, may_be_unset: bool = True
 ) -> RoutingError:
-    each = ranks // len(marks)  # ranks that a mark speaks of
-    scores = [min(m % _WRONG_ID, each) for m in marks]
+    scores = [m % _WRONG_ID > 0 for m in marks]
     if any(scores):
         fixes = ["assert x.isfinite().all()   # before the layer, to find where they begin"]
-        if may_be_unset and sum(scores) == ranks:
+        if may_be_unset and all(scores):
             fixes.insert(0, "init_weights(layer, mesh, seed=0)   # if nobody has set the weights")
         return RoutingError(
             explain(
                 "Router",
-                f"scores are NaN or infinite on {_who(scores, axes, ranks)}",
+                f"scores are NaN or infinite on {_who(scores, axes)}",
                 why="such a token has no best expert, and its gradient would spoil all weights",
                 fixes=fixes,
             )
         )
-    ids = [m // _WRONG_ID for m in marks]
+    ids = [m >= _WRONG_ID for m in marks]
     return RoutingError(
         explain(
             "Router",
-            f"expert_ids name experts that do not exist on {_who(ids, axes, ranks)}",
+            f"expert_ids name experts that do not exist on {_who(ids, axes)}",
             why=f"ids of {num_experts} experts are 0 to {num_experts - 1}, and -1 is no expert",
             fixes=[
                 f"expert_ids = expert_ids.where(expert_ids < {num_experts}, -1).clamp(min=-1)"
@@ -99,12 +88,12 @@ def _error(
     )
 
 
-def _who(counts: Sequence[int], axes: Sequence[Axis], ranks: int) -> str:
+def _who(at_fault: Sequence[bool], axes: Sequence[Axis]) -> str:
     """How many ranks, and where they stand on the axes: `1 of 4 ranks (ep 3)`."""
-    text = f"{sum(counts)} of {some(ranks, 'rank')}"
-    if sum(counts) == ranks:
+    text = f"{sum(at_fault)} of {some(len(at_fault), 'rank')}"
+    if all(at_fault):
         return text
     places = product(*([f"{axis.name} {rank}" for rank in range(axis.size)] for axis in axes))
-    found = [" ".join(place) for count, place in zip(counts, places, strict=True) if count]
+    found = [" ".join(place) for at, place in zip(at_fault, places, strict=True) if at]
     more = f" and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
     return f"{text} ({', '.join(found[:_TOLD])}{more})"

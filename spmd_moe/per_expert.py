@@ -92,10 +92,8 @@ class _Hits(NamedTuple):
     """The experts that have rows, and where those are."""
 
     groups: list[Group]
-    rows: list[int]
-    """Of each group; and at last, where there are any, those of no expert."""
-    rest: int
-    """How many belong to no expert."""
+    parts: list[int]
+    """Rows of each group, and at last the rows that belong to none."""
 
     def each(
         self, call: Call, compute: torch.dtype, row_block: int, *others: Tensor | None
@@ -108,28 +106,27 @@ class _Hits(NamedTuple):
             scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
         # All views are made before the first product; `SomeExperts` says why.
         views = map(self._split, (call.x_RD, call.scores_R, *others))
-        # Not strict: the rest comes last, and belongs to no group.
-        for group, x_nD, scores_n, *others_n in zip(self.groups, *views, strict=False):
+        for group, x_nD, scores_n, *others_n in zip(self.groups, *views, strict=True):
             part = Call(as_dtype(x_nD, compute), scores_n, call.w, call.activation)
             yield SomeExperts(group.experts, group.parts, row_block, scratch), part, others_n
 
     def _split(self, t: Tensor | None) -> Sequence[Any]:
-        """One view for each group, of None a None; then perhaps one of the rest."""
-        if t is None or self.rows == [t.shape[0]]:
-            return [t] * len(self.rows)
-        return cast(Sequence[Tensor], t.split_with_sizes(self.rows))  # torch does not type it
+        """One view for each group; Nones of None."""
+        if t is None or self.parts == [t.shape[0], 0]:
+            return [t] * len(self.groups)
+        return cast(Sequence[Tensor], t.split_with_sizes(self.parts)[:-1])  # torch does not type it
 
     def zero_the_rest(self, t: Tensor) -> Tensor:
         """Zeros in the rows that belong to no expert."""
-        if self.rest:
-            t.narrow(0, t.shape[0] - self.rest, self.rest).zero_()
+        if self.parts[-1]:
+            t.narrow(0, t.shape[0] - self.parts[-1], self.parts[-1]).zero_()
         return t
 
 
 def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
     groups = grouped(sizes)
-    rows = [sum(group.parts) for group in groups]
-    rest = x_RD.shape[0] - sum(rows)
+    parts = [sum(group.parts) for group in groups]
+    rest = x_RD.shape[0] - sum(parts)
     if rest < 0:
         raise ShapeError(
             explain(
@@ -139,7 +136,7 @@ def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
                 fixes=["count the rows that this rank received, after the exchange"],
             )
         )
-    return _Hits(groups, [*rows, rest] if rest else rows, rest)
+    return _Hits(groups, [*parts, rest])
 
 
 def grouped(sizes: Sequence[int]) -> list[Group]:

@@ -137,7 +137,7 @@ class Routing:
     probs_TE: Tokens  # the scores as shares of 1, for the balance loss
     counts_E: Tokens  # int64: how many of this rank's choices fell on each expert
     dropped: Tokens  # int64: how many, of tokens that are not masked, fell on none
-    fault: Tokens  # int64: not 0 where scores or ids are unusable; to be added up after fault.once
+    fault: Tokens  # int64: not 0 where scores or ids are unusable; see fault.py
     complete: bool  # every choice has an expert
 
 

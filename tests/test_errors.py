@@ -266,7 +266,7 @@ CASES: dict[str, Callable[[], object]] = {
 def _scores_of_ranks() -> None:
     with fake_world(4):
         mesh = MoEMesh.init("cpu", tp=4, ep=2, etp=2)
-        fault.check([0, 1, 0, 1], (mesh[ETP], mesh[EP]), 4, 8)
+        fault.check([0, 1, 0, 1], (mesh[ETP], mesh[EP]), 8)
 
 
 def _layer() -> MoE:

@@ -84,17 +84,17 @@ class AllGather:
     def _count(self, expert_ids_tK: Rows, marked: Rows) -> list[ShardShape]:
         """How many tokens each rank has; along ep, how many all ranks of its etp group have."""
         tokens = torch.ones_like(expert_ids_tK.select(1, 0)).sum(0, keepdim=True)
-        told = torch.stack([tokens, fault.once(marked).view(1)], 1)
+        told = torch.stack([tokens, marked.view(1)], 1)  # and then the marks of all ranks so far
         shapes, marks = [], [0]
         for axis in self.axes:
             per_rank = redistribute(told, axis, src=S(0), dst=R)
             ints = host_ints(per_rank.t().flatten())
             rows, marks = ints[: axis.size], ints[axis.size :]
             shapes.append(ShardShape.ragged(rows))
+            here, seen = per_rank.narrow(1, 0, 1), per_rank.narrow(1, 1, told.shape[1] - 1)
             # spmd: allow branch - with each round it is whole on one more axis
-            told = per_rank.sum(0, keepdim=True)
-        etp, ep = self.axes  # of etp only the sum is left
-        fault.check(marks, [ep], etp.size * ep.size, self.num_experts)
+            told = torch.cat([here.sum(0), seen.flatten()]).unsqueeze(0)
+        fault.check(marks, self.axes, self.num_experts)
         return shapes
 
     def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:

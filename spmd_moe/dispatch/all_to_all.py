@@ -98,7 +98,7 @@ class AllToAll:
         told_S = torch.cat([marks_S1.flatten(), sent_S, got_S, counts_Se.sum(1)])
         ints, all_ranks = host_ints(told_S), from_all.shape[0]
         marks, rows = ints[:all_ranks], ints[all_ranks:]
-        fault.check(marks, (self.etp, self.ep), all_ranks, self.num_experts)
+        fault.check(marks, (self.etp, self.ep), self.num_experts)
         sends, receives, *by_peer = (rows[i : i + ranks] for i in range(0, len(rows), ranks))
         gathered = ShardShape.ragged([sum(peer) for peer in by_peer])
         return Counted(sends, receives, gathered, counts_Se)
