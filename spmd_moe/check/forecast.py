@@ -252,9 +252,11 @@ class _Forecast:
     def _all_gather(self) -> Iterator[Collective]:
         width, choices, integer = self.config.width, self.config.router.top_k, torch.int64
         axes = self._gather_shapes()
+        marks = 1  # of the ranks so far: what is wrong with their scores or ids
         for role, _ in axes:
             what = "how many tokens each rank has"
-            yield from self._one("forward", what, "all_gather", role, (1, 2), integer)
+            yield from self._one("forward", what, "all_gather", role, (1, 1 + marks), integer)
+            marks *= self.layout.sizes[role]
         gathers: list[tuple[str, list[int], torch.dtype]] = [("choices", [choices], integer)]
         gathers.append(("tokens", [width], self.dtype))
         if self.early:
