@@ -239,10 +239,12 @@ class SomeExperts:
     def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
         assert out_eBA is not None
         for out_BA, (dy_nB, x_nA) in self._each(out_eBA, dy_RB, x_RA):
+            # Of one row there is nothing to add up, and each times each takes half of a matmul.
+            product = torch.mul if dy_nB.shape[0] == 1 else torch.mm
             if self.scratch is None:
-                torch.mm(dy_nB.t(), x_nA, out=out_BA)
+                product(dy_nB.t(), x_nA, out=out_BA)
             else:
-                out_BA.copy_(torch.mm(dy_nB.t(), x_nA, out=self.scratch.view(out_BA.shape)))
+                out_BA.copy_(product(dy_nB.t(), x_nA, out=self.scratch.view(out_BA.shape)))
         return out_eBA
 
     def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
