@@ -79,7 +79,10 @@ class Boundary:
         y = redistribute(
             y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=wide(y_TD)
         )
-        return y.view(*frame.lead, y.shape[-1]) if self.same_rows and len(frame.lead) > 1 else y
+        if self.same_rows and len(frame.lead) > 1:
+            y = y.view(*frame.lead, y.shape[-1])
+        # Not a view: to add to one in place would lose the hook by which FSDP gathers for backward.
+        return y.clone() if y.requires_grad else y
 
     # spmd: allow unknown - the caller's
     def _shape(self, x_TD: Tensor) -> ShardShape | None:

@@ -131,11 +131,8 @@ class Experts(nn.Module):
 
         `padded`: shapes are fixed, and rows past the counts' sum are no expert's; they become 0.
         """
-        w1_eFD = self.w1_eFD
-        w = Weights(w1_eFD, self.w3_eFD, self.w2_eDF, self.b1_eF, self.b3_eF)
-        # Not chosen in the constructor: weights may still move or be cast (meta device, FSDP).
-        matmul = self.matmul or choose_matmul(w1_eFD.dtype, x_RD.device, w1_eFD.shape[1:], padded)
-        activation, exact = self.activation, not padded
+        w = Weights(self.w1_eFD, self.w3_eFD, self.w2_eDF, self.b1_eF, self.b3_eF)
+        activation, matmul, exact = self.activation, self.matmul, not padded
         part_RD: Rows = experts_ffn(
             x_RD, counts_e, w, scores_R, gather, activation, matmul, self.keep, exact
         )
@@ -167,7 +164,7 @@ def experts_ffn(
     scores_R: Tensor | None,
     gather: Gather | None,
     activation: Activation,
-    matmul: Matmul,
+    matmul: Matmul | None,
     keep: Keep = Keep.ACTIVATIONS,
     exact: bool = True,
 ) -> Tensor:
@@ -175,7 +172,10 @@ def experts_ffn(
     assert w.w1_eFD is not None
     _check_dtype(x_RD, w.w1_eFD)
     # Settled here, and autocast left out of what follows: backward must compute as forward did.
+    # Not in a constructor: weights may still move or be cast (meta device, FSDP).
     compute = of_matmuls(x_RD)
+    if matmul is None:
+        matmul = choose_matmul(compute, x_RD.device, w.w1_eFD.shape[1:], fixed=not exact)
     if isinstance(matmul, PerExpert):
         compute = matmul.compute or compute
         counts_e = counts_e.cpu()  # its loop runs on the host

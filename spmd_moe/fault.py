@@ -20,6 +20,7 @@ from spmd_moe.errors import RoutingError, explain, some
 from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Tokens
+from spmd_moe.ranks import largest
 
 # A rank's mark: how many of its scores are not finite, and this on top if any of its ids is wrong.
 _WRONG_ID = 1 << 40
@@ -45,10 +46,10 @@ def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
     """For a rank that exchanges nothing. Left out where the read would be the only one: it would
     wait for a device, or break a compiled graph in two."""
     if marked.is_cpu and not torch.compiler.is_compiling():
-        (marks,) = host_ints(marked.view(1))
-        if marks:
-            may_be_unset = bool(logits_TE.isnan().all())
-            raise _error([marks], [], logits_TE.shape[1], may_be_unset)
+        (found,) = host_ints(largest(marked).view(1))
+        if found:
+            all_scores = found % _WRONG_ID == logits_TE.numel()
+            raise _error([found], [], logits_TE.shape[1], may_be_unset=all_scores)
 
 
 def check(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) -> None:

@@ -113,7 +113,7 @@ _AS_THEY_ARE, _IN_FLOAT32 = PerExpert(), PerExpert(compute=torch.float32)
 def choose_matmul(
     dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], fixed: bool = False
 ) -> Matmul:
-    """What suits weights of this dtype, on this device, with rows of these widths.
+    """What suits matmuls in this dtype, on this device, with rows of these widths.
 
     `fixed`: the host must not wait. Before compute capability 9, torch's grouped_mm does.
     """

@@ -1,7 +1,7 @@
 """Work of each rank on its own numbers: here, or for every rank that one process simulates.
 
 Under torch's LocalTensorMode a LocalTensor holds the tensors of all ranks. What depends on the rank
-cannot be said once for all of them, so it goes through these two functions.
+cannot be said once for all of them, so it goes through these functions.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ def ints_by_rank(
     rows = {r: run(place[r], t) for r, t in x._local_tensors.items()}
     columns = ({r: row[k] for r, row in rows.items()} for k in range(group.size()))
     return [cast(int, torch.SymInt(LocalIntNode(column))) for column in columns]
+
+
+def largest(x: Tensor) -> Tensor:
+    """`x`, one number: of all ranks that one process simulates, the largest, and so one for all."""
+    if not isinstance(x, LocalTensor):
+        return x
+    worst = max(x._local_tensors.values(), key=int)
+    return _simulation().rank_map(lambda rank: worst)
 
 
 def _simulation() -> LocalTensorMode:

@@ -41,7 +41,7 @@ class RouterConfig:
     `score` is a softmax over all experts or over the chosen ones, a sigmoid, or the root of a
     softplus. `groups` splits the experts; a token may use `groups_kept` of the groups, ranked by
     the sum of the best `group_best` scores in each. `balanced` gives experts in turn, whatever the
-    scores say, for benchmarks.
+    scores say, for benchmarks; each rank begins at another expert.
     """
 
     num_experts: int
@@ -153,8 +153,10 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.tp = config, mesh[TP]
         self.score = SCORES[config.score]
-        self.choose = _in_turn if config.balanced else _best
-        self.jitter = _Jitter(config.jitter, mesh)
+        place, places = _place(mesh)
+        first = first_in_turn(place, places, config.num_experts)
+        self.choose = _in_turn(first) if config.balanced else _best
+        self.jitter = _Jitter(config.jitter, place)
         self.weight_ED = unset(config.num_experts, width)
         self.register_buffer("bias_E", torch.zeros(config.num_experts))
         self.register_buffer("seen_E", torch.zeros(config.num_experts, dtype=torch.int64))
@@ -202,6 +204,14 @@ class Router(nn.Module):
         )
 
 
+def _place(mesh: MoEMesh) -> tuple[int, int]:
+    """This rank's number among all that have tokens of their own, and how many these are."""
+    place, places = 0, 1
+    for axis in (mesh[role] for role in DENSE):
+        place, places = place * axis.size + axis.rank, places * axis.size
+    return place, places
+
+
 def _of_tokens(expert_ids_TK: Tokens, mask_T: Tokens | None) -> Tokens:
     """No expert for what is padding, whatever stands there."""
     return expert_ids_TK if mask_T is None else expert_ids_TK.masked_fill(~mask_T.unsqueeze(1), -1)
@@ -244,6 +254,8 @@ def _bins(numbers: T, how_many: int) -> T:
 
 # --- choices ----------------------------------------------------------------------------------
 
+Choose: TypeAlias = Callable[[Tokens, Whole, RouterConfig], Tokens]
+
 
 def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
     """The experts of highest biased score, among the groups of highest biased score."""
@@ -263,11 +275,19 @@ def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
     return grouped.masked_fill(dropped.unsqueeze(2), -math.inf).flatten(1)
 
 
-def _in_turn(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
-    # Counted out of the scores, so that the choices are of the kind that these are.
-    token_T = torch.ones_like(scores_TE.select(1, 0), dtype=torch.int64).cumsum(0) - 1
-    choice_K = torch.arange(config.top_k, device=scores_TE.device)
-    return (token_T.unsqueeze(1) * config.top_k + choice_K) % config.num_experts
+def _in_turn(first: int) -> Choose:
+    def choose(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
+        # Counted out of the scores, so that the choices are of the kind that these are.
+        token_T = torch.ones_like(scores_TE.select(1, 0), dtype=torch.int64).cumsum(0) - 1
+        choice_K = torch.arange(first, first + config.top_k, device=scores_TE.device)
+        return (token_T.unsqueeze(1) * config.top_k + choice_K) % config.num_experts
+
+    return choose
+
+
+def first_in_turn(place: int, places: int, num_experts: int) -> int:
+    """The expert that a rank begins with, so that ranks with few tokens together use all."""
+    return num_experts * place // places
 
 
 # --- scores -----------------------------------------------------------------------------------
@@ -319,10 +339,8 @@ class _Jitter:
     restores: a forward that is computed again sees the same noise.
     """
 
-    def __init__(self, amount: float, mesh: MoEMesh) -> None:
-        self.amount, self.stream = amount, 0
-        for axis in (mesh[role] for role in DENSE):
-            self.stream = self.stream * axis.size + axis.rank
+    def __init__(self, amount: float, stream: int) -> None:
+        self.amount, self.stream = amount, stream
 
     def __call__(self, x_TD: Tokens) -> Tokens:
         if not self.amount:

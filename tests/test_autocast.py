@@ -40,7 +40,7 @@ def test_autocast_takes_tokens_of_the_layers_dtype(dtype: torch.dtype) -> None:
 
 
 def results(
-    keep: Keep, matmul: Matmul, dtype: torch.dtype | None, activation: Activation = SWIGLU
+    keep: Keep, matmul: Matmul | None, dtype: torch.dtype | None, activation: Activation = SWIGLU
 ) -> list[Tensor]:
     """Outputs and gradients of a float32 layer; backward runs when autocast, if any, has ended."""
     mesh, x = MoEMesh.single(), torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
@@ -74,6 +74,19 @@ def test_it_is_what_the_matmul_can_be_told() -> None:
         wide = results(Keep.ACTIVATIONS, PerExpert(torch.float32, rows), torch.bfloat16)
         plain = results(Keep.ACTIVATIONS, PerExpert(row_block=rows), None)
         assert all(torch.equal(a, b) for a, b in zip(wide, plain, strict=True))
+
+
+def test_the_matmul_is_chosen_for_the_dtype_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a layer in that dtype: a kernel for all experts, or float32, where that is quicker."""
+    told = results(Keep.ACTIVATIONS, TorchGroupedMM(), torch.bfloat16)
+    chosen = {torch.bfloat16: TorchGroupedMM(), torch.float32: PerExpert()}
+    monkeypatch.setattr("spmd_moe.experts.choose_matmul", lambda dtype, *_, **__: chosen[dtype])
+    asked = results(Keep.ACTIVATIONS, None, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(asked, told, strict=True))
+    plain = results(Keep.ACTIVATIONS, PerExpert(), None)
+    without = results(Keep.ACTIVATIONS, None, None)
+    assert all(torch.equal(a, b) for a, b in zip(without, plain, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(asked, plain, strict=True))
 
 
 def test_each_device_has_an_autocast_of_its_own() -> None:

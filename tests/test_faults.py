@@ -30,6 +30,7 @@ from spmd_moe import (
 from spmd_moe.check.threads import threaded
 from spmd_moe.fault import check, mark
 from spmd_moe.router import Router
+from tests.simulate import simulated
 from tests.workers import run
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
@@ -206,6 +207,19 @@ def test_balanced_choices_have_full_entropy() -> None:
     init_weights(layer, mesh, seed=0)
     load = expert_load(layer(torch.randn(8, 6)), mesh)
     assert load.max_over_mean == 1 and load.entropy.item() == pytest.approx(1)
+
+
+def test_one_of_many_simulated_ranks() -> None:
+    """Where all ranks are one process, what one of them sees ends them all."""
+    with simulated(2) as mode:
+        mesh = MoEMesh.init("cpu", dp=2)
+        layer = MoE(CONFIG, mesh)
+        init_weights(layer, mesh, seed=0)
+        x = mode.rank_map(lambda rank: torch.full((3, 6), math.nan if rank else 1.0))
+        with pytest.raises(RoutingError, match="scores are NaN or infinite"):
+            layer(x)
+        x = mode.rank_map(lambda rank: torch.full((3, 6), 1.0 + rank))
+        assert layer(x).counts_E.sum() == 3 * CONFIG.router.top_k
 
 
 # --- jitter -------------------------------------------------------------------------------------

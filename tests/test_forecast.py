@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from spmd_moe.check.trace import Configuration, Trace, standing, trace
 from spmd_moe.check.world import Issued
 from spmd_moe.dispatch import AllGather, AllToAll
 from spmd_moe.placement import CP, DENSE, DP, EXPERT, TP, I, Placement, R, S, V
+from spmd_moe.router import first_in_turn
 from spmd_moe.shard import ShardShape
 
 PLAIN = MoEConfig(16, 24, RouterConfig(12, 2, balanced=True))
@@ -72,6 +73,19 @@ def traced(
         return trace(target, configuration, {"spmd_moe"}, here), planned
 
 
+@pytest.fixture
+def mirrors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """The plan of a world in which all ranks are like one, and so begin with its expert too."""
+
+    def like(rank: int) -> None:
+        def first(place: int, places: int, num_experts: int) -> int:
+            return first_in_turn(rank, places, num_experts)
+
+        monkeypatch.setattr("spmd_moe.check.forecast.first_in_turn", first)
+
+    return like
+
+
 def said(layout: Layout, rank: int, when: str, issued: Issued) -> tuple[Any, ...]:
     roles = [r for r in (*DENSE, *EXPERT) if tuple(group(layout, rank, r)) == issued.group]
     return when, issued.op, roles, issued.shape, issued.dtype
@@ -80,7 +94,11 @@ def said(layout: Layout, rank: int, when: str, issued: Issued) -> tuple[Any, ...
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
 @pytest.mark.parametrize(("config", "layout", "dtype"), CASES, ids=str)
 def test_the_forecast_is_what_happens(
-    config: str, layout: Layout, dtype: torch.dtype, dispatcher: str
+    config: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    dispatcher: str,
+    mirrors: Callable[[int], None],
 ) -> None:
     # All ranks have what this one has; a whole on tp is therefore one that divides.
     some = [(6 * layout.tp, 0), (layout.tp, layout.world - 1), (0, 0)]
@@ -88,6 +106,7 @@ def test_the_forecast_is_what_happens(
         some += [(5, layout.world - 1), (1, 0)]
     for tokens, rank in some:
         made = DISPATCHERS[dispatcher]
+        mirrors(rank)
         run, planned = traced(CONFIGS[config], made, Configuration(layout, tokens, rank), dtype)
         assert [str(f) for f in run.findings] == []
         happened = [said(layout, rank, "forward", i) for i in run.forward]

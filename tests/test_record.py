@@ -14,14 +14,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_map,
+    tree_unflatten,
+)
 from torch.utils.checkpoint import checkpoint
 
+from spmd_moe.check.threads import threaded
 from spmd_moe.init import init_weights
 from spmd_moe.losses import LossTerms, Totals, balance_loss, totals, z_loss
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig, MoEOutput
-from spmd_moe.placement import DP
+from spmd_moe.placement import DP, I, Kind, R, S
 from spmd_moe.router import RouterConfig
 from tests.workers import run
 
@@ -102,6 +109,26 @@ def test_the_record_without_losses_is_a_tree() -> None:
     init_weights(layer, layer.mesh, seed=0)
     out = tree_map(torch.zeros_like, layer(tokens()))
     assert out.losses is None and out.counts_E.tolist() == [0] * 4
+
+
+def views(src: Kind, dst: Kind, shape: Sequence[int], training: bool) -> list[str]:
+    """What is a view of another tensor, of all that a layer on two ranks returns."""
+    mesh = MoEMesh.init("cpu", tp=2)
+    layer = MoE(replace(CONFIG, src=src, dst=dst), mesh).train(training)
+    init_weights(layer, mesh, seed=0)
+    leaves, _ = tree_flatten_with_path(layer(torch.ones(*shape, CONFIG.width)))
+    return [keystr(path) for path, leaf in leaves if isinstance(leaf, Tensor) and leaf._is_view()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("dst", [S(0), R, I], ids=str)
+@pytest.mark.parametrize("src", [S(0), R, I], ids=str)
+def test_nothing_in_it_is_a_view(
+    src: Kind, dst: Kind, shape: Sequence[int], training: bool
+) -> None:
+    """FSDP warns of those: to add to one in place loses the hook that gathers for backward."""
+    assert threaded(2, views, src, dst, shape, training) == [[], []]
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from spmd_moe.dispatch import AllGather, AllToAll, Local
 from spmd_moe.experts import Weigh
 from spmd_moe.moe import MoE, MoEConfig
 from spmd_moe.placement import DENSE, EP, ETP, EXPERT, TP, I, R, Role
+from spmd_moe.router import first_in_turn
 from spmd_moe.shard import ShardShape
 
 When = Literal["forward", "backward"]
@@ -281,7 +282,8 @@ class _Forecast:
         """How many of a rank's choices, made in turn, fall on each expert."""
         experts = self.config.router.num_experts
         full, rest = divmod(self.tokens_r[rank] * self.config.router.top_k, experts)
-        return [full + (expert < rest) for expert in range(experts)]
+        first = first_in_turn(rank, self.layout.world, experts)
+        return [full + ((expert - first) % experts < rest) for expert in range(experts)]
 
     def _arriving(self, rank: int) -> int:
         """Rows that the ranks of its ep group send to a rank."""

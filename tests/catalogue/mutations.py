@@ -41,7 +41,7 @@ PAGE = Path(__file__).parent / "MUTATIONS.md"
 PASSED = "-"
 # Which tests know best what a file computes.
 TESTS_OF = {
-    "router": "router_jitter router errors losses",
+    "router": "router_ranks router errors losses",
     "boundary": "misuse layer",
     "losses": "losses counters errors",
     "load": "faults",

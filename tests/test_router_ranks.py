@@ -1,7 +1,8 @@
-"""The router's noise on its inputs: of each rank its own, the same again, in training alone."""
+"""How the routers of ranks differ: in their noise, and in where they begin with experts in turn."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -36,3 +37,17 @@ def test_noise_is_in_training_alone() -> None:
     assert torch.equal(noisy, (router.jitter(x_TD) @ router.weight_ED.T))
     plain = router.eval()(x_TD).logits_TE
     assert torch.equal(plain, x_TD @ router.weight_ED.T) and (plain - noisy).abs().min() > 0
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 1), (8, 2), (24, 3), (4, 1)])
+def test_forced_balance_of_ranks_with_one_token_each(experts: int, top_k: int) -> None:
+    """As in decoding: all ranks together use every expert that they can, none more than others."""
+    counts_E = torch.zeros(experts, dtype=torch.int64)
+    for rank in range(8):
+        with fake_world(8, rank):
+            mesh = MoEMesh.init("cpu", dp=2, cp=2, tp=2, ep=4)
+            router = Router(RouterConfig(experts, top_k, balanced=True), WIDTH, mesh)
+            with torch.no_grad():
+                router.weight_ED.fill_(1)
+            counts_E += router(torch.ones(1, WIDTH)).counts_E
+    assert counts_E.tolist() == [8 * top_k // experts] * experts
