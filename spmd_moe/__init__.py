@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spmd_moe.checkpoint import save_checkpoint as save_checkpoint
     from spmd_moe.collectives import Dtype as Dtype
     from spmd_moe.collectives import declare_sum as declare_sum
+    from spmd_moe.collectives import exchange as exchange
     from spmd_moe.declare import declare as declare
     from spmd_moe.dispatch import AllGather as AllGather
     from spmd_moe.dispatch import AllToAll as AllToAll
@@ -37,9 +38,12 @@ if TYPE_CHECKING:
     from spmd_moe.experts import Experts as Experts
     from spmd_moe.experts import Keep as Keep
     from spmd_moe.experts import Weigh as Weigh
+    from spmd_moe.fault import check_marks as check_marks
     from spmd_moe.grouped import GroupedMatmul as GroupedMatmul
+    from spmd_moe.grouped import Masked as Masked
     from spmd_moe.grouped import Matmul as Matmul
     from spmd_moe.grouped import PerExpert as PerExpert
+    from spmd_moe.grouped import TorchGroupedMM as TorchGroupedMM
     from spmd_moe.init import init_weights as init_weights
     from spmd_moe.load import Load as Load
     from spmd_moe.load import expert_load as expert_load
@@ -117,12 +121,13 @@ else:
         "activation": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
         "checkpoint": "latest_checkpoint load_checkpoint save_checkpoint",
         "declare": "declare",
-        "collectives": "Dtype declare_sum",
+        "collectives": "Dtype declare_sum exchange",
         "dispatch": "AllGather AllToAll Arrived Dispatcher FixedCapacity Local",
         "errors": "CheckpointError ConfigError DtypeError GradientError MeshError "
         "PlacementError RoutingError SanitizerError ShapeError SpmdMoeError",
         "experts": "Experts Keep Weigh",
-        "grouped": "GroupedMatmul Matmul PerExpert",
+        "fault": "check_marks",
+        "grouped": "GroupedMatmul Masked Matmul PerExpert TorchGroupedMM",
         "init": "init_weights",
         "load": "Load expert_load",
         "losses": "BatchTotals GroupSums GroupTotals LossTerms Sums Totals balance_loss totals "

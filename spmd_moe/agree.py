@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed._local_tensor import local_tensor_mode
 
 from spmd_moe.errors import MeshError, explain
 from spmd_moe.host import said_by_all
+from spmd_moe.ranks import simulating
 
 _LONG = 120  # letters of a setting that a message has room for
 
@@ -25,7 +25,7 @@ def agree(
 
     Digests are exchanged first. Where they differ, so do the settings, which are then told.
     """
-    if local_tensor_mode() is not None:
+    if simulating():
         return  # all simulated ranks run this very call
     text = "\n".join(map(_line, settings.items())).encode()
     digests = said_by_all(hashlib.sha256(text).digest(), groups, device_type)

@@ -8,7 +8,7 @@ second derivatives work. The typing rule for spmd_types' checker stands in the s
 A shape gives the rows per rank of a sharded dim; None means the same on all ranks. Padding exists
 between `_pad` or `_spread` before a collective and the trim after it, and nowhere else.
 
-What a program computes with moves between ranks in this file alone: `agree.py` exchanges settings,
+What a program computes with moves between ranks in this file alone: `host.py` exchanges settings,
 and how whole models are stored is torch's. Functional collectives throughout, so one path serves
 gloo, NCCL, fake groups, simulated ranks and torch.compile; a result waits when it is first used.
 """
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from spmd_moe.errors import MeshError, explain
+from spmd_moe.followed import unheard
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Kind, P, Role, V
 from spmd_moe.ranks import by_rank, ints_by_rank
@@ -92,8 +93,7 @@ class Move(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype, grad_dtype: Dtype
     ) -> Tensor:
         ctx.back = group, step.backward(), grad_dtype, dtype
-        y = step.row.run(x if dtype is None else x.to(dtype), group, step)
-        return y if dtype is None else y.to(x.dtype)
+        return _moved(x, group, step, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +108,14 @@ def move(
     x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype = None, grad_dtype: Dtype = None
 ) -> Tensor:
     """`Move`, with types."""
+    if unheard():
+        return _moved(x, group, step, dtype)
     return cast(Tensor, Move.apply(x, group, step, dtype, grad_dtype))  # type: ignore[no-untyped-call]  # torch does not type apply
+
+
+def _moved(x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype) -> Tensor:
+    y = step.row.run(x if dtype is None else x.to(dtype), group, step)
+    return y if dtype is None else y.to(x.dtype)
 
 
 class Exchange(torch.autograd.Function):
@@ -124,7 +131,7 @@ class Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]
     ) -> Tensor:
         ctx.back = group, sends, receives
-        return _awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group))
+        return _exchanged(x, group, receives, sends)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,7 +157,12 @@ def exchange(
     """Rows of `x`, cut by `sends`, to the ranks of the group; see `Exchange`."""
     if group.size() == 1:
         return x
-    return cast(Tensor, Exchange.apply(x, group, list(receives), list(sends)))  # type: ignore[no-untyped-call]  # as above
+    run = _exchanged if unheard() else Exchange.apply
+    return cast(Tensor, run(x, group, list(receives), list(sends)))
+
+
+def _exchanged(x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]) -> Tensor:
+    return _awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group))
 
 
 def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:
@@ -160,7 +172,7 @@ def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:
     places of its own and leaves the others zero.
     """
     group, ranks = ranks_of("declare_sum", axis)
-    if ranks == 1:
+    if ranks == 1 or unheard():
         return x
     declared: Tensor = reinterpret(x, group, src=V, dst=P)
     return declared
@@ -321,7 +333,8 @@ def _awaitable(result: Tensor) -> Tensor:
 
 
 def _waited(result: Tensor) -> Tensor:
-    """A gradient that is there: it may become a `.grad`, which others read without the dispatcher.
+    """A gradient that is there: it may become a `.grad`, which optimizers read past torch's own
+    dispatcher, where a waiting tensor would wait.
 
     A sum, a view or a copy hands its gradient on as it is, so any gradient may end up there.
     """

@@ -226,7 +226,7 @@ def _forward(
         if isinstance(matmul, PerExpert):
             return per_expert.forward(call, counts_e, compute, matmul.row_block, keep=keep)
         cast = call.cast(compute)
-        block = AllExperts(matmul, counts_e, cast.x_RD)
+        block = AllExperts(matmul, counts_e)
         hid = hidden(block, cast)
         y_RD = as_dtype(output(block, cast, hid), call.x_RD.dtype)
         return y_RD if recipe.exact else block.zero_past_the_end(y_RD), hid if keep else None
@@ -242,7 +242,7 @@ def _backward(
             how = (compute, matmul.row_block)
             return per_expert.backward(call, counts_e, *how, dy_RD, kept, needs)
         cast = call.cast(compute)
-        block = AllExperts(matmul, counts_e, cast.x_RD)
+        block = AllExperts(matmul, counts_e)
         hid = kept if kept is not None else hidden(block, cast)
         dy_RD = as_dtype(dy_RD.contiguous(), cast.x_RD.dtype)
         dx_RD, ds_R, *dw = gradients(block, cast, hid, dy_RD, needs, Weights())

@@ -52,9 +52,9 @@ def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
             raise _error([found], [], logits_TE.shape[1], may_be_unset=all_scores)
 
 
-def check(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) -> None:
-    """Raise if any rank has a mark. They stand in the order of the ranks of `axes`, the last in
-    turn."""
+def check_marks(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) -> None:
+    """Raise if any rank has a mark, its `Routing.fault`. They stand in the order of the ranks of
+    `axes`, the last in turn."""
     if any(marks):
         raise _error(marks, axes, num_experts)
 

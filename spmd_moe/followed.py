@@ -1,6 +1,6 @@
-"""Does somebody follow operators, or do tensors simply have values here?
+"""Does somebody follow what is computed, or do tensors simply have values here?
 
-torch has no public question for it. What is private to torch is asked in this file alone.
+torch has no public questions for it. These are asked in this file alone.
 """
 
 from __future__ import annotations
@@ -25,3 +25,14 @@ def followed(*tensors: Tensor | None) -> bool:
         or _get_tracing_state() is not None
         or peek_interpreter_stack() is not None
     )
+
+
+def unheard() -> bool:
+    """No autograd, and no mode of functions, as spmd_types' checker is one.
+
+    Then an `autograd.Function` has nobody to tell, and its kernel is called as it is. A compiler
+    needs no function either: it follows the kernel.
+    """
+    if torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or not _is_torch_function_mode_enabled()

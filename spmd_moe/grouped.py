@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe.settings import whole_numbers
+from spmd_moe.errors import ConfigError, explain
+from spmd_moe.settings import a_thing, whole_numbers
 
 
 class GroupedMatmul(Protocol):
@@ -76,9 +77,19 @@ class Masked:
 
 def _members(x_RA: Tensor, ends_e: Tensor) -> Sequence[Tensor]:
     """Of each expert, a column that is True in its rows."""
-    row_R = torch.ones_like(x_RA.select(1, 0), dtype=torch.int32).cumsum(0).sub_(1)
-    expert_R = torch.searchsorted(ends_e, row_R, right=True)
+    expert_R = _expert_of_rows(x_RA, ends_e)
     return [(expert_R == expert).unsqueeze(1) for expert in range(ends_e.shape[0])]
+
+
+def _expert_of_rows(x_RA: Tensor, ends_e: Tensor) -> Tensor:
+    """The expert of each row; past the last end, one that is not there."""
+    return torch.searchsorted(ends_e, _row_numbers(x_RA), right=True)
+
+
+def _row_numbers(x_R: Tensor) -> Tensor:
+    # Not arange: made from x, the numbers have a type for a checker that follows types.
+    column_R = x_R if x_R.ndim == 1 else x_R.select(1, 0)
+    return torch.ones_like(column_R, dtype=torch.int32).cumsum(0).sub_(1)
 
 
 @final
@@ -104,6 +115,24 @@ class PerExpert:
 
 
 Matmul: TypeAlias = GroupedMatmul | PerExpert
+
+
+def check_matmul(where: str, matmul: object) -> None:
+    """One of the two, or None, which leaves the choice to `choose_matmul`."""
+    if matmul is None or isinstance(matmul, PerExpert):
+        return
+    methods = (getattr(matmul, name, None) for name in ("rows", "outer"))
+    if isinstance(matmul, type) or not all(map(callable, methods)):
+        raise ConfigError(
+            explain(
+                where,
+                f"matmul is {a_thing(matmul)}; it must be a PerExpert, or an object with the "
+                "methods rows and outer",
+                why="the experts multiply by it, forward and backward",
+                fixes=["matmul=PerExpert(row_block=4)", "matmul=None   # what suits the device"],
+            )
+        )
+
 
 # Made once: every call of the layer chooses.
 _CPU = torch.device("cpu")
@@ -173,11 +202,9 @@ class Block(Protocol):
 class AllExperts:
     """A block of all experts' rows, for a grouped matmul."""
 
-    def __init__(self, matmul: GroupedMatmul, counts_e: Tensor, x_RD: Tensor) -> None:
+    def __init__(self, matmul: GroupedMatmul, counts_e: Tensor) -> None:
         self._matmul = matmul
         self._ends_e = counts_e.cumsum(0).to(torch.int32)
-        # Not arange: made from x, the row numbers have a type for a checker that follows types.
-        self._row_R = torch.ones_like(x_RD.select(1, 0), dtype=torch.int32).cumsum(0).sub_(1)
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
         return self._matmul.rows(x_RA, w_eBA.transpose(1, 2), self._ends_e)
@@ -190,7 +217,7 @@ class AllExperts:
         return self._matmul.outer(dy_RB, x_RA, self._ends_e)
 
     def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
-        expert_R = torch.searchsorted(self._ends_e, self._row_R, right=True)
+        expert_R = _expert_of_rows(y_RB, self._ends_e)
         return y_RB.add_(b_eB.index_select(0, expert_R.clamp(max=b_eB.shape[0] - 1)))
 
     def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
@@ -201,7 +228,7 @@ class AllExperts:
 
     def zero_past_the_end(self, y_R: Tensor) -> Tensor:
         """Zeros in the rows that belong to no expert; `y_R` is used up, and may have more dims."""
-        past_R = self._row_R >= self._ends_e[-1]
+        past_R = _row_numbers(y_R) >= self._ends_e[-1]
         return y_R.masked_fill_(past_R.view(-1, *[1] * (y_R.dim() - 1)), 0)
 
 

@@ -19,10 +19,11 @@ from torch.export import register_dataclass
 from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.boundary import INSIDE, Boundary, Frame
 from spmd_moe.combine import combine
-from spmd_moe.dispatch import AllToAll, Dispatcher, FixedCapacity, Local
+from spmd_moe.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.dispatch.protocol import check_dispatcher
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.experts import Experts, Keep, Weigh
+from spmd_moe.grouped import Matmul, check_matmul
 from spmd_moe.inputs import check_inputs
 from spmd_moe.losses import LossTerms, count_in_backward, declared, loss_terms, reduce_on_tp
 from spmd_moe.mesh import MoEMesh, check_mesh
@@ -110,17 +111,26 @@ class MoE(nn.Module):
 
     Every rank of the mesh builds it, with the same config: ranks that differ are told so. Its
     weights are NaN until `init_weights` or a checkpoint sets them. Without a `dispatcher`, the
-    layer takes `Local` where a rank has all experts whole, else `AllToAll`. All ranks of the ep and
-    etp groups call the layer together, each with tokens of its own, which may be none.
+    layer takes `Local` where a rank has all experts whole, else `AllToAll`; without a `matmul` for
+    its experts, what suits dtype and device. All ranks of the ep and etp groups call the layer
+    together, each with tokens of its own, which may be none.
     """
 
     def __init__(
-        self, config: MoEConfig, mesh: MoEMesh, dispatcher: Dispatcher[Any] | None = None
+        self,
+        config: MoEConfig,
+        mesh: MoEMesh,
+        dispatcher: Dispatcher[Any] | None = None,
+        *,
+        matmul: Matmul | None = None,
     ) -> None:
         super().__init__()
         instance("MoE", "config", config, MoEConfig, "MoEConfig(width=64, hidden=128, router=...)")
         check_mesh("MoE", mesh)
-        mesh.agree("MoE", {**spoken(config), "dispatcher": type(dispatcher).__name__})
+        made_for = getattr(dispatcher, "num_experts", None)
+        parts = {"dispatcher": type(dispatcher).__name__, "matmul": type(matmul).__name__}
+        mesh.agree("MoE", {**spoken(config), **parts, "dispatcher.num_experts": made_for})
+        check_matmul("MoE", matmul)
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh
         self.data_axes = [mesh[role] for role in DENSE if mesh[role].size > 1]
@@ -132,6 +142,7 @@ class MoE(nn.Module):
             activation=config.activation,
             bias=config.bias,
             keep=config.keep,
+            matmul=matmul,
         )
         self.router = Router(config.router, config.width, mesh)
         if dispatcher is None:
@@ -147,12 +158,13 @@ class MoE(nn.Module):
             mesh[TP], config.src, config.dst, count_rows=shared is not None and shared.sharded
         )
         self.weigh_in_combine = config.weigh is Weigh.IN_COMBINE
-        self.fixed = isinstance(dispatcher, FixedCapacity)
+        self.fixed = getattr(dispatcher, "fixed_shapes", False)
         if self.fixed and self.boundary.must_count:
+            name = type(dispatcher).__name__
             raise ConfigError(
                 explain(
                     "MoE",
-                    f"FixedCapacity, and tokens that are S(0) on {mesh[TP]} and are gathered there",
+                    f"{name}, and tokens that are S(0) on {mesh[TP]} and are gathered there",
                     why="such ranks tell each other their numbers of rows, and the host reads them",
                     fixes=["src=R   # the layer then shares the rows out, evenly"],
                 )

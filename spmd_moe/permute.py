@@ -23,6 +23,7 @@ import torch.nn.functional as fn
 from spmd_types import rules
 from torch import Tensor
 
+from spmd_moe.followed import unheard
 from spmd_moe.host import host_ints
 from spmd_moe.placement import GatheredRows, Tokens
 from spmd_moe.precision import as_dtype, wide
@@ -134,73 +135,24 @@ class _Fold(torch.autograd.Function):
         return _typed(x_ND, row_TK)
 
 
-class _Reorder(torch.autograd.Function):
-    """Rows in another order. Backward is the same with the inverse order."""
+class _Take(torch.autograd.Function):
+    """Rows by an index. Backward is the same with the index of the way back.
+
+    `ends`: whether each of the two may point past the last row, where it finds zeros.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> Tensor:
-        ctx.save_for_backward(order_R, back_R)
-        return x_RD.index_select(0, order_R)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        order_R, back_R = ctx.saved_tensors
-        return _call(_Reorder, grad, back_R, order_R), None, None
-
-    @staticmethod
-    def spmd_typecheck(*, x_RD: Tensor, order_R: Tensor, back_R: Tensor) -> object:
-        rules.ignore(back_R)
-        return _typed(x_RD, order_R)
-
-
-class _ToSlots(torch.autograd.Function):
-    """Rows to their slots; zeros in slots that have no row. Backward is `_FromSlots`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, slot_N: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_N, row_TK)
-        return fn.pad(x_ND, [0, 0, 0, 1]).index_select(0, row_TK.flatten())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _call(_FromSlots, grad, *ctx.saved_tensors), None, None
-
-    @staticmethod
-    def spmd_typecheck(*, x_ND: Tensor, row_TK: Tensor, slot_N: Tensor) -> object:
-        rules.ignore(slot_N)
-        return _typed(x_ND, row_TK)
-
-
-class _FromSlots(torch.autograd.Function):
-    """The rows of the slots that have one. Backward is `_ToSlots`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slot_N: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(slot_N, row_TK)
-        return x.index_select(0, slot_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _call(_ToSlots, grad, *ctx.saved_tensors), None, None
-
-    @staticmethod
-    def spmd_typecheck(*, x: Tensor, slot_N: Tensor, row_TK: Tensor) -> object:
-        rules.ignore(row_TK)
-        return _typed(x, slot_N)
-
-
-class _Place(torch.autograd.Function):
-    """Rows by an index, or zeros. Backward is the same with the index of the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, back: Tensor, ends: tuple[bool, bool]
+    ) -> Tensor:
         ctx.save_for_backward(index, back)
-        return _placed(x, index)
+        ctx.ends = ends
+        return _taken(x, index, ends[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, back = ctx.saved_tensors
-        return _call(_Place, grad, back, index), None, None
+        return _take(grad, back, index, ctx.ends[::-1]), None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor, index: Tensor, back: Tensor) -> object:
@@ -210,14 +162,14 @@ class _Place(torch.autograd.Function):
 
 def spread(x_TD: T, slots: Slots) -> T:
     """The rows: each token once for every expert that it chose, sorted by expert."""
-    if not torch.is_grad_enabled():  # no backward: nothing to set up, nothing to keep
+    if unheard():
         return cast(T, x_TD.index_select(0, slots.token_N))
-    return cast(T, _Spread.apply(x_TD, slots.token_N, slots.row_TK, slots.complete))  # type: ignore[no-untyped-call]  # torch
+    return cast(T, _call(_Spread, x_TD, slots.token_N, slots.row_TK, slots.complete))
 
 
 def fold(x_ND: Tokens, slots: Slots) -> Tokens:
     """The sum of each token's rows, in the order of its choices."""
-    if not torch.is_grad_enabled():
+    if unheard():
         return _added(x_ND, slots.row_TK, slots.complete)
     return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.complete)
 
@@ -229,29 +181,33 @@ def take_scores(scores_TK: T, slots: Slots) -> T:
 
 def to_slots(x_ND: T, slots: Slots) -> T:
     """Every slot's row, [T*K, D]: zeros where a slot has none."""
-    return cast(T, _ToSlots.apply(x_ND, slots.slot_N, slots.row_TK))  # type: ignore[no-untyped-call]  # torch
+    return _take(x_ND, slots.row_TK.flatten(), slots.slot_N, (not slots.complete, False))
 
 
 def from_slots(x: T, slots: Slots) -> T:
     """The rows of those slots that have one; the inverse of `to_slots`."""
-    return cast(T, _FromSlots.apply(x, slots.slot_N, slots.row_TK))  # type: ignore[no-untyped-call]  # torch
+    return _take(x, slots.slot_N, slots.row_TK.flatten(), (False, not slots.complete))
 
 
 def reorder(x_RD: T, order_R: Tensor, back_R: Tensor) -> T:
     """Rows of `x_RD`, of whatever kind, in `order_R`, whose inverse is `back_R`."""
-    return cast(T, _Reorder.apply(x_RD, order_R, back_R))  # type: ignore[no-untyped-call]  # torch
+    return _take(x_RD, order_R, back_R, (False, False))
 
 
 def place(x: T, index: Tensor, back: Tensor) -> T:
     """Rows by an index; zeros where it points past the last one. `back` is where each row went,
     past the end for one that went nowhere: the index of backward."""
-    if not torch.is_grad_enabled():
-        return cast(T, _placed(x, index))
-    return cast(T, _call(_Place, x, index, back))
+    return _take(x, index, back, (True, True))
 
 
-def _placed(x: Tensor, index: Tensor) -> Tensor:
-    return fn.pad(x, [0, 0, 0, 1]).index_select(0, index)
+def _take(x: T, index: Tensor, back: Tensor, ends: tuple[bool, bool]) -> T:
+    if unheard():
+        return cast(T, _taken(x, index, ends[0]))
+    return cast(T, _call(_Take, x, index, back, ends))
+
+
+def _taken(x: Tensor, index: Tensor, zeros_at_the_end: bool) -> Tensor:
+    return (_with_zeros(x) if zeros_at_the_end else x).index_select(0, index)
 
 
 def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
@@ -267,9 +223,12 @@ def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
 
 
 def _added(x_ND: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
-    if not complete:  # a slot without an expert reads this row of zeros
-        x_ND = fn.pad(x_ND, [0, 0, 0, 1])
-    return add_rows(x_ND, row_TK)
+    return add_rows(x_ND if complete else _with_zeros(x_ND), row_TK)
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    """A row of zeros at the end, for whom nothing else is meant."""
+    return fn.pad(x, [0, 0] * (x.ndim - 1) + [0, 1])
 
 
 def _typed(x: Tensor, index: Tensor) -> object:

@@ -1,7 +1,7 @@
 """Work of each rank on its own numbers: here, or for every rank that one process simulates.
 
 Under torch's LocalTensorMode a LocalTensor holds the tensors of all ranks. What depends on the rank
-cannot be said once for all of them, so it goes through these functions.
+cannot be said once for all of them, so it goes through these functions, and no other file asks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,22 @@ from torch.distributed._local_tensor import (
     local_tensor_mode,
 )
 from torch.distributed._local_tensor._c10d import _prepare_collective_groups
+
+
+def simulating() -> bool:
+    return local_tensor_mode() is not None
+
+
+def of_many(x: Tensor) -> bool:
+    """It holds the tensors of all ranks that this process simulates."""
+    return isinstance(x, LocalTensor)
+
+
+def shapes_by_place(x: Tensor, group: ProcessGroup) -> list[tuple[int, tuple[int, ...]]]:
+    """Of a tensor of many ranks: each one's place in its group, and the shape that it has."""
+    place = places(group)
+    local = cast(LocalTensor, x)._local_tensors
+    return [(place[r], tuple(t.shape)) for r, t in local.items()]
 
 
 def by_rank(group: ProcessGroup, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

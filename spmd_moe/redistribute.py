@@ -14,7 +14,6 @@ import torch.distributed as dist
 from spmd_types import PerMeshAxisLocalSpmdType, Shard, convert
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._local_tensor import LocalTensor
 
 from spmd_moe.collectives import MOVES, Dtype, Step, letter, move, ranks_of
 from spmd_moe.errors import (
@@ -26,9 +25,10 @@ from spmd_moe.errors import (
     explain,
     short_dtype,
 )
+from spmd_moe.followed import unheard
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Kind
-from spmd_moe.ranks import places
+from spmd_moe.ranks import of_many, shapes_by_place
 from spmd_moe.settings import a_thing
 from spmd_moe.shard import ShardShape
 
@@ -57,7 +57,7 @@ def redistribute(
     where `x` is below float32. The result has the dtype of `x`.
     """
     group, ranks = ranks_of("redistribute", axis)
-    if ranks == 1 and isinstance(x, LocalTensor):
+    if ranks == 1 and of_many(x):
         return x  # rows per rank may be another list on every simulated rank: nothing to plan by
     try:
         if shape is not None or dtype is not None or grad_dtype is not None:
@@ -77,7 +77,7 @@ def redistribute(
                 fixes=refused.fixes,
             )
         ) from None
-    if ranks == 1:
+    if ranks == 1 or (step.src == step.dst and unheard()):
         return x
     if step.src == step.dst:
         kept: Tensor = convert(x, group, src=step.src, dst=step.dst)  # seen by the checker
@@ -131,9 +131,9 @@ class _RefusalError(Exception):
 def _step_for(
     x: Tensor, group: ProcessGroup, ranks: int, src: Kind, dst: Kind, shape: Shape | None
 ) -> Step:
-    if isinstance(x, LocalTensor):  # one process plans for every rank it simulates
-        at, local = places(group), x._local_tensors
-        steps = [plan(src, dst, tuple(t.shape), at[r], ranks, shape) for r, t in local.items()]
+    if of_many(x):  # one process plans for every rank it simulates
+        each = shapes_by_place(x, group)
+        steps = [plan(src, dst, local, rank, ranks, shape) for rank, local in each]
         return steps[0]
     rank = 0 if ranks == 1 else dist.get_rank(group)
     # The compiler sees through the cache, and warns of it.

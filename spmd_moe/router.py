@@ -82,12 +82,8 @@ class RouterConfig:
                 "groups are equal in size",
                 f"groups={min(divisors, key=lambda d: abs(d - g))}",
             )
-        if self.group_best not in (1, 2):
-            _refuse(
-                f"group_best is {self.group_best}",
-                "a group is as good as its best expert or its best two",
-                "group_best=2",
-            )
+        two = "a group is as good as its best expert or its best two"
+        one_of(where, "group_best", best, (2, 1), two)
         if kept > g:
             _refuse(
                 f"groups_kept is {kept}, of {g} groups",
@@ -155,7 +151,7 @@ class Router(nn.Module):
         self.score = SCORES[config.score]
         place, places = _place(mesh)
         first = first_in_turn(place, places, config.num_experts)
-        self.choose = _in_turn(first) if config.balanced else _best
+        self.choose: Choose = _InTurn(first) if config.balanced else _best
         self.jitter = _Jitter(config.jitter, place)
         self.weight_ED = unset(config.num_experts, width)
         self.register_buffer("bias_E", torch.zeros(config.num_experts))
@@ -275,14 +271,18 @@ def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
     return grouped.masked_fill(dropped.unsqueeze(2), -math.inf).flatten(1)
 
 
-def _in_turn(first: int) -> Choose:
-    def choose(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
+@final
+class _InTurn:
+    """Experts in turn, whatever the scores say."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __call__(self, scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
         # Counted out of the scores, so that the choices are of the kind that these are.
         token_T = torch.ones_like(scores_TE.select(1, 0), dtype=torch.int64).cumsum(0) - 1
-        choice_K = torch.arange(first, first + config.top_k, device=scores_TE.device)
+        choice_K = torch.arange(self.first, self.first + config.top_k, device=scores_TE.device)
         return (token_T.unsqueeze(1) * config.top_k + choice_K) % config.num_experts
-
-    return choose
 
 
 def first_in_turn(place: int, places: int, num_experts: int) -> int:

@@ -65,14 +65,14 @@ def share(where: str, what: str, total: int, ranks: Ranks) -> int:
     )
 
 
-def one_of(where: str, name: str, value: object, known: Iterable[object]) -> None:
+def one_of(where: str, name: str, value: object, known: Iterable[object], why: str = "") -> None:
     names = list(known)
     if value not in names:
         raise ConfigError(
             explain(
                 where,
                 f"{name} is {value!r}",
-                why=f"it is one of {', '.join(map(repr, names))}",
+                why=why or f"it is one of {', '.join(map(repr, names))}",
                 fixes=[f"{name}={names[0]!r}"],
             )
         )

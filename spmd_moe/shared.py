@@ -4,8 +4,8 @@ Whole on every rank of tp, each rank computes its own tokens. Sharded on the hid
 computes its share of the sum for the tokens of all ranks, and one reduce-scatter adds the shares.
 """
 
-# Shape letters in this file (a small letter is this rank's share of the capital):
-#   T  tokens of this rank    D  model width    F  hidden width    f  hidden width on this rank
+# Shape letters in this file:
+#   T  tokens    D  model width    F  hidden width, on this rank
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class ReplicatedShared(nn.Module):
 class ShardedShared(nn.Module):
     """Every rank has a share of the hidden dim."""
 
-    w1_fD: HiddenInWeight
-    w3_fD: HiddenInWeight | None
-    w2_Df: HiddenOutWeight
+    w1_FD: HiddenInWeight
+    w3_FD: HiddenInWeight | None
+    w2_DF: HiddenOutWeight
     gate_1D: SharedWeight | None
 
     def __init__(
@@ -82,20 +82,20 @@ class ShardedShared(nn.Module):
     ) -> None:
         super().__init__()
         self.tp, self.activation = mesh[TP], activation
-        f = share("ShardedShared", "hidden", hidden, self.tp)
-        self.w1_fD = unset(f, width)
-        self.w3_fD = unset(f, width) if activation.gated else None
-        self.w2_Df = unset(width, f)
+        F = share("ShardedShared", "hidden", hidden, self.tp)
+        self.w1_FD = unset(F, width)
+        self.w3_FD = unset(F, width) if activation.gated else None
+        self.w2_DF = unset(width, F)
         self.gate_1D = unset(1, width) if gated else None
 
     def forward(self, x_TD: Tokens, shape: ShardShape | None) -> Tokens:
         all_TD: GatheredTokens = redistribute(
             x_TD, self.tp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x_TD)
         )
-        gate_Tf = fn.linear(all_TD, self.w1_fD)
-        up_Tf = None if self.w3_fD is None else fn.linear(all_TD, self.w3_fD)
-        h_Tf: Tokens = self.activation.forward(gate_Tf, up_Tf)
-        part_TD = fn.linear(h_Tf, self.w2_Df)
+        gate_TF = fn.linear(all_TD, self.w1_FD)
+        up_TF = None if self.w3_FD is None else fn.linear(all_TD, self.w3_FD)
+        h_TF: Tokens = self.activation.forward(gate_TF, up_TF)
+        part_TD = fn.linear(h_TF, self.w2_DF)
         part_TD = declare_sum(part_TD, self.tp)  # each rank has summed over its hidden share
         y_TD = redistribute(part_TD, self.tp, src=P, dst=S(0), shape=shape, dtype=wide(part_TD))
         return _gate(y_TD, x_TD, self.gate_1D, self.tp)

@@ -25,8 +25,6 @@ DISPATCHERS: dict[str, Callable[[MoEMesh, int], Any]] = {
     "all_gather": AllGather,
     "fixed": lambda mesh, num_experts: FixedCapacity(mesh, num_experts, 40),
 }
-# The oracle has one shared expert; the layer has two ways to place it.
-SHARED = {"w1_fD": "w1_FD", "w3_fD": "w3_FD", "w2_Df": "w2_DF"}
 
 
 def build(case: Case) -> MoE:
@@ -91,12 +89,8 @@ def forward_typed(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
 def wanted(case: Case) -> dict[str, Tensor]:
     """What one process computes: output, counts, gradients of the input and of every weight."""
     weights = {name: t.requires_grad_() for name, t in case.weights().items()}
-    named = {}
-    for name, weight in weights.items():
-        module, _, own = name.partition(".")
-        named[f"{module}.{SHARED.get(own, own)}"] = weight
     x = torch.cat([case.rows("x", r) for r in range(case.layout.world)]).requires_grad_()
-    y, counts = oracle.moe(x, named, case.config.router, case.whole_mask(), case.whole_ids())
+    y, counts = oracle.moe(x, weights, case.config.router, case.whole_mask(), case.whole_ids())
     g = torch.cat([case.rows("g", r) for r in range(case.layout.world)])
     inputs = {"x": x, **weights}
     gradients = torch.autograd.grad(

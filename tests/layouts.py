@@ -223,11 +223,8 @@ class Case:
             shapes |= {"experts.b1_eF": (e, c.hidden), "experts.b3_eF": (e, c.hidden)}
             shapes["experts.b2_eD"] = (e, c.width)
         if c.shared is not None:
-            names = ("w1_fD", "w3_fD", "w2_Df") if c.shared.sharded else ("w1_FD", "w3_FD", "w2_DF")
             wide = (c.shared.hidden, c.width)
-            shapes |= {
-                f"shared.{n}": s for n, s in zip(names, (wide, wide, wide[::-1]), strict=True)
-            }
+            shapes |= {"shared.w1_FD": wide, "shared.w3_FD": wide, "shared.w2_DF": wide[::-1]}
             if c.shared.gated:
                 shapes["shared.gate_1D"] = (1, c.width)
         return {name: self.draw(name, 0, *shape) * 0.5 for name, shape in shapes.items()}

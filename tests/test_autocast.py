@@ -44,9 +44,9 @@ def results(
 ) -> list[Tensor]:
     """Outputs and gradients of a float32 layer; backward runs when autocast, if any, has ended."""
     mesh, x = MoEMesh.single(), torch.randn(9, 8, generator=torch.Generator().manual_seed(0))
-    layer = MoE(MoEConfig(8, 16, RouterConfig(8, 2), activation=activation, keep=keep), mesh)
+    config = MoEConfig(8, 16, RouterConfig(8, 2), activation=activation, keep=keep)
+    layer = MoE(config, mesh, matmul=matmul)
     init_weights(layer, mesh, seed=0)
-    layer.experts.matmul = matmul
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         hidden = layer(x).hidden
     hidden.square().sum().backward()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import CodeType
 from typing import Any
 
@@ -12,7 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, SharedConfig, Weigh, init_weights
+from spmd_moe import (
+    TP,
+    AllGather,
+    AllToAll,
+    FixedCapacity,
+    Kind,
+    MoE,
+    MoEConfig,
+    MoEMesh,
+    R,
+    RouterConfig,
+    S,
+    SharedConfig,
+    Weigh,
+    init_weights,
+)
 from spmd_moe.check.threads import threaded
 from tests.bench_layer import FLOAT32, Pair, Row, Sizes, measure
 from tests.operators import operators
@@ -70,6 +86,47 @@ def test_decode_tells_autograd_nothing(
     with torch.no_grad():
         told, y = bookkeeping(monkeypatch, layer, x, mask)
     assert told == [] and y.grad_fn is None and not y.requires_grad
+
+
+DISPATCHERS: dict[str, Callable[[MoEMesh], Any]] = {
+    "all_to_all": lambda mesh: AllToAll(mesh, 4),
+    "all_gather": lambda mesh: AllGather(mesh, 4),
+    "fixed": lambda mesh: FixedCapacity(mesh, 4, 12),
+}
+
+
+def decoded(dispatcher: str, name: str, src: Kind, held: list[Tensor]) -> Tensor:
+    """What a rank gets; every one of four has all tokens, or a part."""
+    mesh = MoEMesh.init("cpu", dp=2, tp=2, ep=2, etp=2)
+    layer = MoE(replace(CONFIGS[name], src=src), mesh, DISPATCHERS[dispatcher](mesh)).eval()
+    init_weights(layer, mesh, seed=0)
+    hidden: Tensor = layer(held[mesh[TP].rank]).hidden
+    return hidden + 0  # waited for
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def test_decode_on_many_ranks_tells_autograd_nothing(
+    dispatcher: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives what training gives."""
+    src = R if dispatcher == "fixed" else S(0)
+    held = [torch.randn(3, 16)] * 2 if src is R else [torch.randn(n, 16) for n in (3, 1)]
+    want = threaded(4, decoded, dispatcher, name, src, held)
+    told: list[str] = []
+
+    def noted(cls: type, *args: Any, **kwargs: Any) -> Any:
+        told.append(cls.__name__)
+        return apply(cls, *args, **kwargs)
+
+    apply = vars(torch.autograd.Function)["apply"].__func__
+    monkeypatch.setattr(torch.autograd.Function, "apply", classmethod(noted))
+    got = threaded(4, torch.no_grad()(decoded), dispatcher, name, src, held)
+    assert told == []
+    for a, b in zip(want, got, strict=True):
+        assert torch.equal(a, b) and a.requires_grad and not b.requires_grad and a.any()
+    threaded(4, decoded, dispatcher, name, src, held)
+    assert {"Exchange", "Move"} & set(told)
 
 
 def test_decode_gives_what_training_gives() -> None:

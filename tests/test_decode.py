@@ -36,7 +36,7 @@ from spmd_moe.check.signatures import signatures
 from spmd_moe.check.threads import threaded
 from spmd_moe.experts import experts_ffn
 from spmd_moe.ffn import Weights
-from spmd_moe.grouped import Masked, PerExpert, TorchGroupedMM, choose_matmul
+from spmd_moe.grouped import Masked, Matmul, PerExpert, TorchGroupedMM, choose_matmul
 from tests.grid import VARIANTS, case, layouts
 from tests.layer_runs import DISPATCHERS, build, compare, run_rank
 from tests.layouts import Case, Layout
@@ -201,17 +201,16 @@ def no_host_reads() -> Iterator[None]:
         yield
 
 
-def made(fixed: bool, **degrees: int) -> tuple[MoE, Tensor, Tensor]:
+def made(fixed: bool, matmul: Matmul | None = None, **degrees: int) -> tuple[MoE, Tensor, Tensor]:
     mesh = MoEMesh.init("cpu", **degrees)
     chosen: Dispatcher[Any] = FixedCapacity(mesh, 4, 8) if fixed else AllToAll(mesh, 4)
-    layer = MoE(replace(CONFIG, bias=True), mesh, chosen).eval()
+    layer = MoE(replace(CONFIG, bias=True), mesh, chosen, matmul=matmul).eval()
     init_weights(layer, mesh, seed=0)
     return layer, torch.ones(4, 8), torch.tensor([True, False, True, True])
 
 
 def watched(fixed: bool, masked: bool, matmul: Masked | None = None) -> str:
-    layer, x, mask = made(fixed, dp=2, tp=2, ep=2, etp=2)
-    layer.experts.matmul = matmul
+    layer, x, mask = made(fixed, matmul, dp=2, tp=2, ep=2, etp=2)
     x = x.clone().requires_grad_()
     try:
         with no_host_reads():
@@ -322,9 +321,8 @@ class Spoiling:
 
 def test_rows_of_no_expert_become_zero() -> None:
     mesh = MoEMesh.single()
-    layer = MoE(replace(CONFIG, bias=True), mesh)
+    layer = MoE(replace(CONFIG, bias=True), mesh, matmul=Spoiling())
     init_weights(layer, mesh, seed=0, std=0.5)
-    layer.experts.matmul = Spoiling()
     x = torch.ones(6, 8, requires_grad=True)
     y = layer.experts(x, torch.tensor([1, 0, 2, 0]), padded=True)
     y.sum().backward()
@@ -335,10 +333,10 @@ def test_rows_of_no_expert_become_zero() -> None:
 
 def with_grouped_mm() -> float:
     """How far torch's grouped matmul is from the masked one; neither reads anything."""
-    layer, x, mask = made(True, dp=2, tp=2, ep=2, etp=2)
-    init_weights(layer, layer.mesh, seed=0, std=0.5)
     results = []
-    for layer.experts.matmul in (Masked(), TorchGroupedMM()):
+    for matmul in (Masked(), TorchGroupedMM()):
+        layer, x, mask = made(True, matmul, dp=2, tp=2, ep=2, etp=2)
+        init_weights(layer, layer.mesh, seed=0, std=0.5)
         with no_host_reads(), torch.no_grad():
             results.append(layer(x, mask).hidden)
     assert results[0].any()

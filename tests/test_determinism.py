@@ -33,9 +33,8 @@ def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
 def layer(dtype: torch.dtype, weigh: Weigh, matmul: PerExpert | None) -> MoE:
     mesh = MoEMesh.single()
     config = MoEConfig(WIDTH, 96, RouterConfig(8, 2), weigh=weigh)
-    made = MoE(config, mesh)
+    made = MoE(config, mesh, matmul=matmul)
     init_weights(made, mesh, seed=0, std=0.1)
-    made.experts.matmul = matmul
     return made.to(dtype).eval()
 
 

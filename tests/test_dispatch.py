@@ -14,10 +14,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import pytest
 import torch
@@ -25,22 +24,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmd_moe.check.threads import threaded
-from spmd_moe.collectives import exchange
 from spmd_moe.combine import combine
-from spmd_moe.dispatch import Arrived, Dispatcher
-from spmd_moe.dispatch.all_to_all import pack, unpack
+from spmd_moe.dispatch import Dispatcher
+from spmd_moe.dispatch.pack import pack, unpack
 from spmd_moe.mesh import MoEMesh
-from spmd_moe.moe import MoEConfig
-from spmd_moe.permute import Slots, spread
-from spmd_moe.placement import EDP, EP, ETP, R, S
-from spmd_moe.redistribute import redistribute
-from spmd_moe.router import RouterConfig, Routing
-from tests.layer_runs import DISPATCHERS, compare, run_rank, wanted
-from tests.layouts import Case, Layout, gradient, meaning, part
+from spmd_moe.permute import spread
+from spmd_moe.placement import EDP, EP, ETP
+from tests.layouts import Layout, gradient, meaning, part
 from tests.operators import Operator, operators
 from tests.routings import (
     EMPTY,
-    LAYOUTS,
     MAKE,
     PAIRS,
     ROUTINGS,
@@ -284,83 +277,6 @@ def test_all_gather_sends_the_same_whatever_the_routing() -> None:
     there = [f"{gather} of counts", f"{gather} of counts", f"{gather} of rows"]
     back, backward = [f"{scatter} of rows"], [f"{gather} of rows", f"{scatter} of rows"]
     assert runs == [[(there, back, backward)] * 4] * 2
-
-
-# --- a fourth dispatcher, as somebody else would write it -------------------------------------
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Padding:
-    """Where rows stand in buffers that have the same room for every pair of ranks."""
-
-    room: int
-    sent_N: Tensor
-    got_R: Tensor  # expert-major
-
-
-@final
-class Padded:
-    """Exchanges of equal size: as much for every rank as the fullest pair of them needs."""
-
-    def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
-        self.ep, self.share = mesh[EP], num_experts // mesh[EP].size
-
-    def dispatch(
-        self, x_TD: Tensor, scores_TK: Tensor | None, routing: Routing, slots: Slots
-    ) -> tuple[Arrived, Padding]:
-        ranks, me = self.ep.size, self.ep.rank
-        counts_SE = redistribute(routing.counts_E.unsqueeze(0), self.ep, src=S(0), dst=R)
-        counts = counts_SE.view(ranks, ranks, self.share)  # from rank, to rank, expert
-        pairs, table = counts.sum(2).tolist(), counts[:, me].tolist()
-        room = max(map(max, pairs))
-        arrived = [e for row in table for e, n in enumerate(row) for _ in range(n)]
-        got = [s * room + i for s in range(ranks) for i in range(pairs[s][me])]
-        order = sorted(range(len(arrived)), key=lambda r: arrived[r])
-        sent_N = [r * room + i for r in range(ranks) for i in range(pairs[me][r])]
-        at = (torch.tensor(rows).long() for rows in (sent_N, [got[r] for r in order]))
-        state = Padding(room, *at)
-        rows_RD = self._send(spread(x_TD, slots), state.sent_N, state.got_R, room)
-        scores_R = None
-        if scores_TK is not None:
-            scores_N1 = scores_TK.flatten()[slots.slot_N].unsqueeze(1)
-            scores_R = self._send(scores_N1, state.sent_N, state.got_R, room).squeeze(1)
-        return Arrived(rows_RD, scores_R, counts[:, me].sum(0)), state
-
-    def collect(self, y_RD: Tensor, state: Padding) -> Tensor:
-        return self._send(y_RD, state.got_R, state.sent_N, state.room)
-
-    def _send(self, rows: Tensor, at: Tensor, then: Tensor, room: int) -> Tensor:
-        equal = [room] * self.ep.size
-        buffer = rows.new_zeros(room * self.ep.size, rows.shape[1]).index_copy(0, at, rows)
-        return exchange(buffer, self.ep.group, receives=equal, sends=equal).index_select(0, then)
-
-
-@pytest.mark.parametrize("layout", [lay for lay in LAYOUTS if lay.etp == 1], ids=str)
-def test_a_dispatcher_from_outside_the_package(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The layer takes it as it takes its own, and computes the same: what the oracle computes."""
-    used: list[int] = []
-
-    def make(mesh: MoEMesh, num_experts: int) -> Dispatcher[Padding]:
-        used.append(mesh[EP].rank)
-        return Padded(mesh, num_experts)
-
-    monkeypatch.setitem(DISPATCHERS, "padded", make)
-    config = MoEConfig(width=6, hidden=8, router=RouterConfig(E, 2, dtype=torch.float64))
-    tokens = (5, 3, 0, 4)[: layout.world]
-    results = {}
-    for name in ("padded", ""):
-        case = Case(layout, config, tokens, dispatcher=name)
-        results[name] = threaded(layout.world, run_rank, case)
-        compare(case, results[name])
-        whole = wanted(case)
-        assert all(whole[n].any() for n in ("out", "router.weight_ED", "experts.w2_eDF"))
-    assert len(used) == layout.world
-    for ours, theirs in zip(results[""], results["padded"], strict=True):
-        for what in ours:
-            torch.testing.assert_close(ours[what], theirs[what], rtol=1e-12, atol=1e-12)
 
 
 # --- states are typed -------------------------------------------------------------------------

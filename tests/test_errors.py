@@ -12,6 +12,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import spmd_types
@@ -41,6 +42,7 @@ from spmd_moe.activation import SWIGLU, Activation
 from spmd_moe.collectives import declare_sum, exchange
 from spmd_moe.dispatch import AllToAll, FixedCapacity, Local
 from spmd_moe.experts import Experts, Keep
+from spmd_moe.grouped import PerExpert
 from spmd_moe.init import init_weights
 from spmd_moe.load import expert_load
 from spmd_moe.losses import Totals, totals, update_selection_bias
@@ -212,6 +214,7 @@ CASES: dict[str, Callable[[], object]] = {
     "config_activation": built(activation="swiglu"),
     "moe_without_mesh": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), None),  # type: ignore[arg-type]  # wrong on purpose
     "dispatcher_without_mesh": lambda: AllToAll(None, 8),  # type: ignore[arg-type]  # wrong on purpose
+    "matmul_class": lambda: _layer(matmul=PerExpert),
     "dispatcher_class": dispatched(lambda mesh: AllToAll),
     "dispatcher_of_other_experts": dispatched(lambda mesh: AllToAll(mesh, 16)),
     "dispatcher_of_other_mesh": dispatched(lambda mesh: Local(MoEMesh.single())),
@@ -266,11 +269,11 @@ CASES: dict[str, Callable[[], object]] = {
 def _scores_of_ranks() -> None:
     with fake_world(4):
         mesh = MoEMesh.init("cpu", tp=4, ep=2, etp=2)
-        fault.check([0, 1, 0, 1], (mesh[ETP], mesh[EP]), 8)
+        fault.check_marks([0, 1, 0, 1], (mesh[ETP], mesh[EP]), 8)
 
 
-def _layer() -> MoE:
-    return MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
+def _layer(**given: Any) -> MoE:
+    return MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single(), **given)
 
 
 def _initialised(pick: Callable[[MoE], tuple[torch.nn.Module, MoEMesh]]) -> None:

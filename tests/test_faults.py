@@ -28,7 +28,7 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.check.threads import threaded
-from spmd_moe.fault import check, mark
+from spmd_moe.fault import check_marks, mark
 from spmd_moe.router import Router
 from tests.simulate import simulated
 from tests.workers import run
@@ -133,7 +133,7 @@ def test_many_ranks_are_named_in_part() -> None:
     with pytest.raises(
         RoutingError, match=r"on 63 of 64 ranks \(north 1, .* north 8 and 55 more\)"
     ):
-        check([0] + [1] * 63, [axis], num_experts=64)
+        check_marks([0] + [1] * 63, [axis], num_experts=64)
 
 
 def test_large_scores_are_no_fault_although_their_sum_is() -> None:

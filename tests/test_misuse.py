@@ -71,6 +71,21 @@ def other_dispatcher() -> None:
     MoE(CONFIG, mesh, made)
 
 
+def other_number() -> None:
+    AllToAll(mesh_of_four(), 8 if dist.get_rank() else 16)
+
+
+def other_number_of_ones_own() -> None:
+    mesh = mesh_of_four()
+    made: Any = Local(MoEMesh.single())
+    made.num_experts = 8 if dist.get_rank() else 16
+    MoE(CONFIG, mesh, made)
+
+
+def no_room_on_one() -> None:
+    FixedCapacity(mesh_of_four(), 8, min(dist.get_rank(), 2))
+
+
 def other_seed() -> None:
     layer = MoE(CONFIG, mesh_of_four())
     init_weights(layer, layer.mesh, seed=dist.get_rank() // 2, std=0.5)
@@ -87,6 +102,13 @@ DIFFERING = {
     "router.top_k=1 on ranks [0, 2] | router.top_k=2 on ranks [1, 3].",
     other_dispatcher: "MoE: the ranks were called with different settings: "
     "dispatcher=AllToAll on ranks [0, 1, 2] | dispatcher=AllGather on ranks [3].",
+    other_number: "AllToAll: the ranks were called with different settings: "
+    "num_experts=16 on ranks [0] | num_experts=8 on ranks [1, 2, 3].",
+    other_number_of_ones_own: "MoE: the ranks were called with different settings: "
+    "dispatcher.num_experts=16 on ranks [0] | dispatcher.num_experts=8 on ranks [1, 2, 3].",
+    no_room_on_one: "FixedCapacity: the ranks were called with different settings: "
+    "rows_per_rank=0 on ranks [0] | rows_per_rank=1 on ranks [1] | "
+    "rows_per_rank=2 on ranks [2, 3].",
     other_seed: "init_weights: the ranks were called with different settings: "
     "seed=0 on ranks [0, 1] | seed=1 on ranks [2, 3].",
     at_the_end_of_much: "job: the ranks were called with different settings: "
@@ -105,7 +127,7 @@ def test_processes_that_differ_are_told() -> None:
 
 
 def test_ranks_that_agree_exchange_once_per_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One digest along each dense axis that has ranks, for the layer and for its weights."""
+    """One digest along each dense axis that has ranks: for layer, dispatcher and weights."""
     calls: list[int] = []
     gather = dist.all_gather
 
@@ -117,7 +139,7 @@ def test_ranks_that_agree_exchange_once_per_axis(monkeypatch: pytest.MonkeyPatch
         mesh = mesh_of_four()
         monkeypatch.setattr(dist, "all_gather", noted)
         init_weights(MoE(CONFIG, mesh), mesh, seed=0)
-    assert calls == [32, 64] * 2
+    assert calls == [32, 64] * 3
 
 
 def test_one_process_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

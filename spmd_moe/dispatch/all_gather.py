@@ -53,6 +53,7 @@ class AllGather:
     ) -> tuple[Arrived, Gathered]:
         return self._arrive(x_tD, scores_tK, routing.expert_ids_TK, routing.fault, slots)
 
+    # Only for its signature, as is said in protocol.py: rows are of the expert mesh from here on.
     def _arrive(
         self, x_tD: Rows, scores_tK: Rows | None, expert_ids_tK: Rows, marked: Rows, own: Slots
     ) -> tuple[Arrived, Gathered]:
@@ -94,7 +95,7 @@ class AllGather:
             here, seen = per_rank.narrow(1, 0, 1), per_rank.narrow(1, 1, told.shape[1] - 1)
             # spmd: allow branch - with each round it is whole on one more axis
             told = torch.cat([here.sum(0), seen.flatten()]).unsqueeze(0)
-        fault.check(marks, self.axes, self.num_experts)
+        fault.check_marks(marks, self.axes, self.num_experts)
         return shapes
 
     def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:

@@ -13,14 +13,13 @@ the answer, for which it waits; where all slots have experts, it waits for the d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
-from spmd_types import register_local_autograd_function
-from torch import Tensor
 
 from spmd_moe import fault
 from spmd_moe.collectives import exchange
+from spmd_moe.dispatch.pack import pack, unpack
 from spmd_moe.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.host import host_ints
 from spmd_moe.mesh import MoEMesh
@@ -98,7 +97,7 @@ class AllToAll:
         told_S = torch.cat([marks_S1.flatten(), sent_S, got_S, counts_Se.sum(1)])
         ints, all_ranks = host_ints(told_S), from_all.shape[0]
         marks, rows = ints[:all_ranks], ints[all_ranks:]
-        fault.check(marks, (self.etp, self.ep), self.num_experts)
+        fault.check_marks(marks, (self.etp, self.ep), self.num_experts)
         sends, receives, *by_peer = (rows[i : i + ranks] for i in range(0, len(rows), ranks))
         gathered = ShardShape.ragged([sum(peer) for peer in by_peer])
         return Counted(sends, receives, gathered, counts_Se)
@@ -119,49 +118,3 @@ class AllToAll:
 
     def _gather(self, x: Rows, shape: ShardShape) -> GatheredRows:
         return redistribute(x, self.etp, src=S(0), dst=R, shape=shape, grad_dtype=wide(x))
-
-
-# --- a row and its weight as one row, so that they travel together ----------------------------
-
-
-def pack(x_ND: Tokens, scores_N: Tokens) -> Tokens:
-    """Rows with the bits of their weights behind them."""
-    packed: Tokens = _Pack.apply(x_ND, scores_N)  # type: ignore[no-untyped-call]  # torch
-    return packed
-
-
-def unpack(packed: Rows, width: int, dtype: torch.dtype) -> tuple[Rows, Rows]:
-    parts: tuple[Rows, Rows] = _Unpack.apply(packed, width, dtype)  # type: ignore[no-untyped-call]  # torch
-    return parts
-
-
-@register_local_autograd_function
-class _Pack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, scores_N: Tensor) -> Tensor:
-        ctx.back = x_ND.shape[1], scores_N.dtype
-        # A score in a row of wider numbers is widened, in one of narrower ones it is cut in parts.
-        wide = scores_N.to(torch.promote_types(x_ND.dtype, scores_N.dtype))
-        parts = wide.itemsize // x_ND.itemsize
-        bits = wide.contiguous().view(x_ND.dtype).view(x_ND.shape[0], parts)
-        return torch.cat([x_ND, bits], 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return unpack(grad, *ctx.back)
-
-
-@register_local_autograd_function
-class _Unpack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(packed.dtype, dtype)
-        bits = packed.narrow(1, width, packed.shape[1] - width)
-        # Not contiguous(): one row, or none, is that already, and may begin within a wider number.
-        bits = bits.clone(memory_format=torch.contiguous_format)
-        scores = bits.view(wide).view(packed.shape[0]).to(dtype)
-        return packed.narrow(1, 0, width).contiguous(), scores
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
-        return pack(grad, grad_scores), None, None

@@ -24,7 +24,7 @@ from typing import final
 import torch
 
 from spmd_moe.collectives import exchange
-from spmd_moe.dispatch.all_to_all import pack, unpack
+from spmd_moe.dispatch.pack import pack, unpack
 from spmd_moe.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh
@@ -51,12 +51,15 @@ class InBuffers:
 class FixedCapacity:
     """The dispatcher of static shapes, for decoding. `rows_per_rank` is the same on all ranks."""
 
+    fixed_shapes = True
+
     def __init__(self, mesh: MoEMesh, num_experts: int, rows_per_rank: int) -> None:
-        self.num_local = experts_of_a_rank("FixedCapacity", mesh, num_experts)
+        where = "FixedCapacity"
+        self.num_local = experts_of_a_rank(where, mesh, num_experts, rows_per_rank=rows_per_rank)
         if not is_whole(rows_per_rank):
             raise ConfigError(
                 explain(
-                    "FixedCapacity",
+                    where,
                     f"rows_per_rank is {rows_per_rank!r}; it must be an integer of 1 or more",
                     why="it is the number of rows that one rank can send to another",
                     fixes=["rows_per_rank=tokens * top_k   # what a rank has: all rows find room"],
@@ -65,7 +68,6 @@ class FixedCapacity:
         self.ep, self.etp = mesh[EP], mesh[ETP]
         self.num_experts, self.axes = num_experts, (self.ep, self.etp)
         self.room = rows_per_rank
-        mesh.agree("FixedCapacity", {"rows_per_rank": rows_per_rank})
 
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
@@ -107,6 +109,7 @@ class FixedCapacity:
         )
         return arrived, order_R, back_R
 
+    # Only for its signature, as is said in protocol.py: rows are of the dense mesh from here on.
     def _take_out(self, y_BD: Tokens, place_N: Tokens, row_B: Tokens) -> Tokens:
         return place(y_BD, place_N, row_B)
 

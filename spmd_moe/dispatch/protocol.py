@@ -10,6 +10,9 @@ order: rank j of ep has experts j*e to (j+1)*e - 1.
 
 Rows come R on etp, since each rank of etp has a slice of every expert's hidden dim and needs all
 rows, and go back P on etp, since each then has a part of the sum over the hidden dim.
+
+A call is where a tensor changes its presentation: V on dp, cp and tp is V on edp, ep and etp. So
+there are methods that stand only for their signature.
 """
 
 # Shape letters in this file:
@@ -45,18 +48,33 @@ class Arrived:
 
 
 class Dispatcher(Protocol[State]):
+    """What it has to do. What the layer reads besides, if it is there, compared with its own:
+
+    `num_experts`     of how many experts it is
+    `axes`            the axes ep and etp that it is built on
+    `fixed_shapes`    True: the host reads no size, so every slot has a row, also one without expert
+
+    Scores that are NaN on one rank must end the call on all that wait for it: `routing.fault` goes
+    along with the counts, and the numbers that come from all ranks go to `check_marks`.
+    """
+
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, State]:
-        """Rows and, if given, scores of this rank's slots to the ranks that have their experts."""
+        """Rows of this rank's slots, and their scores, to the ranks that have their experts.
+
+        `scores_TK` is None where `combine` weighs; those of `routing` are not for here.
+        """
 
     def collect(self, y_RD: RowSums, state: State) -> Tokens:
         """The experts' rows back to the slots they came from: [N, D] in the order of `slots`."""
 
 
-def experts_of_a_rank(where: str, mesh: MoEMesh, num_experts: int) -> int:
-    """How many experts each rank of ep has. What a dispatcher is made of is refused here."""
+def experts_of_a_rank(where: str, mesh: MoEMesh, num_experts: int, **settings: object) -> int:
+    """How many experts each rank of ep has. Refuses what no dispatcher can be built of."""
     check_mesh(where, mesh)
+    # First of all, so that what is wrong on one rank is told on every rank.
+    mesh.agree(where, {"num_experts": num_experts, **settings})
     whole_numbers(where, num_experts=num_experts)
     return share(where, "num_experts", num_experts, mesh[EP])
 
