@@ -70,7 +70,7 @@ class Boundary:
 
     # spmd: allow unknown - the caller's
     def own_rows(self, x: Tensor, frame: Frame, dims: int = 0) -> Tokens:
-        """This rank's rows of what has, for each of the caller's tokens, a row of so many dims."""
+        """This rank's rows of what goes with the caller's tokens; a token's row has `dims` dims."""
         rows = _rows(x, dims)
         return redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
 

@@ -30,7 +30,7 @@ class ShapeError(SpmdMoeError, ValueError):
 
 
 class DtypeError(SpmdMoeError, ValueError):
-    """A precision that nobody chose."""
+    """A dtype that does not fit, or a precision that nobody chose."""
 
 
 class ConfigError(SpmdMoeError, ValueError):

@@ -75,8 +75,8 @@ class Recipe(NamedTuple):
     activation: Activation
     matmul: Matmul
     keep: Keep
-    exact: bool
-    """The counts are known to sum to R, so no row is past the last end."""
+    padded: bool
+    """Behind the rows of all experts there may be rows of none."""
     compute: torch.dtype
     """What rows and weights are taken to for the matmuls."""
 
@@ -132,9 +132,9 @@ class Experts(nn.Module):
         `padded`: shapes are fixed, and rows past the counts' sum are no expert's; they become 0.
         """
         w = Weights(self.w1_eFD, self.w3_eFD, self.w2_eDF, self.b1_eF, self.b3_eF)
-        activation, matmul, exact = self.activation, self.matmul, not padded
+        activation, matmul = self.activation, self.matmul
         part_RD: Rows = experts_ffn(
-            x_RD, counts_e, w, scores_R, gather, activation, matmul, self.keep, exact
+            x_RD, counts_e, w, scores_R, gather, activation, matmul, self.keep, padded
         )
         y_RD = declare_sum(part_RD, self.etp)  # each rank of etp has summed over its slice
         if self.b2_eD is None:
@@ -166,20 +166,20 @@ def experts_ffn(
     activation: Activation,
     matmul: Matmul | None,
     keep: Keep = Keep.ACTIVATIONS,
-    exact: bool = True,
+    padded: bool = False,
 ) -> Tensor:
-    """The experts as a function. Not `exact`: rows past the counts' sum are there, and become 0."""
+    """The experts as a function. `padded`: rows past the counts' sum are there, and become 0."""
     assert w.w1_eFD is not None
     _check_dtype(x_RD, w.w1_eFD)
     # Settled here, and autocast left out of what follows: backward must compute as forward did.
     # Not in a constructor: weights may still move or be cast (meta device, FSDP).
     compute = of_matmuls(x_RD)
     if matmul is None:
-        matmul = choose_matmul(compute, x_RD.device, w.w1_eFD.shape[1:], fixed=not exact)
+        matmul = choose_matmul(compute, x_RD.device, w.w1_eFD.shape[1:], fixed=padded)
     if isinstance(matmul, PerExpert):
         compute = matmul.compute or compute
         counts_e = counts_e.cpu()  # its loop runs on the host
-    recipe = Recipe(activation, matmul, keep, exact, compute)
+    recipe = Recipe(activation, matmul, keep, padded, compute)
     token_R, row_TK = gather if gather is not None else (None, None)
     if scores_R is not None:
         _check_scores(scores_R, x_RD if token_R is None else token_R)
@@ -229,7 +229,8 @@ def _forward(
         block = AllExperts(matmul, counts_e)
         hid = hidden(block, cast)
         y_RD = as_dtype(output(block, cast, hid), call.x_RD.dtype)
-        return y_RD if recipe.exact else block.zero_past_the_end(y_RD), hid if keep else None
+        y_RD = block.zero_past_the_end(y_RD) if recipe.padded else y_RD
+        return y_RD, hid if keep else None
 
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind
@@ -246,7 +247,7 @@ def _backward(
         hid = kept if kept is not None else hidden(block, cast)
         dy_RD = as_dtype(dy_RD.contiguous(), cast.x_RD.dtype)
         dx_RD, ds_R, *dw = gradients(block, cast, hid, dy_RD, needs, Weights())
-        if not recipe.exact:
+        if recipe.padded:
             dx_RD = None if dx_RD is None else block.zero_past_the_end(dx_RD)
             ds_R = None if ds_R is None else block.zero_past_the_end(ds_R)
     given = (call.x_RD, call.scores_R, *call.w)

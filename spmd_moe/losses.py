@@ -34,7 +34,7 @@ from spmd_moe.redistribute import redistribute
 from spmd_moe.router import Router, Routing, count
 from spmd_moe.settings import a_thing, instance, number
 
-# What holds however a batch is balanced, and whatever the model around the layer is on tp.
+# Said on cp, or on dp and cp, alone: what holds for both ways of balancing, and every boundary.
 GroupSums: TypeAlias = Placed[Tensor, CP[P]]
 GroupTotals: TypeAlias = Placed[Tensor, CP[R]]
 Sums: TypeAlias = Placed[Tensor, DP[P], CP[P]]
@@ -117,10 +117,10 @@ def loss_terms(
         ids = torch.where(ids_TK < 0, ids_TK, ids_TK + num_experts * group_T.unsqueeze(1))
         counts_BE = count(ids, groups * num_experts).view(groups, num_experts)
     return LossTerms(
-        prob_sums_BE=declared(prob_sums_BE, axes),
-        counts_BE=declared(counts_BE, axes),
-        tokens_B=declared(tokens_B.to(torch.int64), axes),
-        z_sum=declared(z_T.sum(), everywhere),
+        prob_sums_BE=declare_sums(prob_sums_BE, axes),
+        counts_BE=declare_sums(counts_BE, axes),
+        tokens_B=declare_sums(tokens_B.to(torch.int64), axes),
+        z_sum=declare_sums(z_T.sum(), everywhere),
         by_sequence=group_T is not None,
         whole_on_tp=False,
     )
@@ -180,7 +180,7 @@ def z_loss(terms: LossTerms, total: Totals) -> Sums:
 
 
 # spmd: allow unknown - which axes is data
-def declared(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+def declare_sums(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Sums over this rank's tokens as parts of sums over the tokens of all ranks."""
     total = x
     for axis in axes:

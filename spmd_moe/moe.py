@@ -25,7 +25,7 @@ from spmd_moe.errors import ConfigError, explain
 from spmd_moe.experts import Experts, Keep, Weigh
 from spmd_moe.grouped import Matmul, check_matmul
 from spmd_moe.inputs import check_inputs
-from spmd_moe.losses import LossTerms, count_in_backward, declared, loss_terms, reduce_on_tp
+from spmd_moe.losses import LossTerms, count_in_backward, declare_sums, loss_terms, reduce_on_tp
 from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.permute import sort_by_expert
 from spmd_moe.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
@@ -206,7 +206,7 @@ class MoE(nn.Module):
         if arrived.dropped is not None:
             lost = lost + arrived.dropped
         # spmd: allow unknown - which axes is data
-        counts_E, dropped = (declared(n, self.data_axes) for n in (routing.counts_E, lost))
+        counts_E, dropped = (declare_sums(n, self.data_axes) for n in (routing.counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
     # spmd: allow unknown - the caller's

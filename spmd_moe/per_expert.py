@@ -130,7 +130,7 @@ def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
     if rest < 0:
         raise ShapeError(
             explain(
-                "experts",
+                "Experts",
                 f"x_RD has {x_RD.shape[0]} rows, the counts sum to {sum(sizes)}",
                 why="every counted row must be there",
                 fixes=["count the rows that this rank received, after the exchange"],

@@ -1,7 +1,7 @@
 """Index arithmetic: which row goes where. And rows moved by it, so that backward needs no atomics.
 
 A *slot* is one choice of one token: slot t*K + k is choice k of token t. Slots without an expert
-have id -1 and get no row. The other slots, sorted by expert, are the rows:
+have id -1 and get no row, unless shapes are fixed. The other slots, sorted by expert, are the rows:
 
     token 0 chose e2 e0        rows by expert   e0: slot 1   e1: slot 2   e2: slot 0, slot 3
     token 1 chose e1 e2        token_N = 0 1 0 1             slot_N = 1 2 0 3
@@ -10,7 +10,7 @@ Sorting is stable, so rows of one expert stand in the order of their tokens.
 """
 
 # Shape letters in this file (a small letter is this rank's share of the capital):
-#   T  tokens    K  experts per token    D  model width    N  slots that have an expert
+#   T  tokens    K  experts per token    D  model width    N  slots that have a row
 #   E  experts   e  experts on this rank   S  ranks that send rows here   R  rows received
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Slots:
 
     slot_N: Tensor  # the slot of each row
     token_N: Tensor  # the token of each row
-    row_TK: Tensor  # the row of each slot; N for a slot without an expert
-    complete: bool  # every slot has an expert
+    row_TK: Tensor  # the row of each slot; N where it has none
+    every_slot: bool  # every slot has a row
 
 
 class Gather(NamedTuple):
@@ -54,19 +54,19 @@ class Gather(NamedTuple):
     )
 
 
-def sort_by_expert(expert_ids_TK: Tensor, complete: bool) -> Slots:
-    """Rows for the slots that have an expert (`complete`: all have), sorted by expert."""
+def sort_by_expert(expert_ids_TK: Tensor, every_slot: bool) -> Slots:
+    """Rows sorted by expert, no expert first: of every slot, or of those that have an expert."""
     k = expert_ids_TK.shape[1]
     ids = expert_ids_TK.flatten()
     slot_N = ids.argsort(stable=True)
-    if not complete:  # -1 comes first
+    if not every_slot:  # -1 comes first
         none = host_ints((ids < 0).sum(0, keepdim=True))[0]
         slot_N = slot_N.narrow(0, none, ids.shape[0] - none)
     rows = slot_N.shape[0]
-    row = torch.empty_like(ids) if complete else torch.full_like(ids, rows)
+    row = torch.empty_like(ids) if every_slot else torch.full_like(ids, rows)
     row.scatter_(0, slot_N, torch.arange(rows, device=ids.device))
     token_N = torch.floor_divide(slot_N, k)  # `//` is Python around this
-    return Slots(slot_N, token_N, row.view_as(expert_ids_TK), complete)
+    return Slots(slot_N, token_N, row.view_as(expert_ids_TK), every_slot)
 
 
 def expert_major(counts_Se: GatheredRows, rows: int) -> GatheredRows:
@@ -96,18 +96,20 @@ def inverse(order_R: T) -> T:
 
 
 class _Spread(torch.autograd.Function):
-    """One row for each slot that has an expert. Backward is `_Fold`."""
+    """The row of each slot that has one. Backward is `_Fold`."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, token_N: Tensor, row_TK: Tensor, every_slot: bool
+    ) -> Tensor:
         ctx.save_for_backward(token_N, row_TK)
-        ctx.complete = complete
+        ctx.every_slot = every_slot
         return x_TD.index_select(0, token_N)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         token_N, row_TK = ctx.saved_tensors
-        return _call(_Fold, grad, token_N, row_TK, ctx.complete), None, None, None
+        return _call(_Fold, grad, token_N, row_TK, ctx.every_slot), None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x_TD: Tensor, token_N: Tensor, row_TK: Tensor) -> object:
@@ -119,15 +121,17 @@ class _Fold(torch.autograd.Function):
     """The sum of each token's rows, choice by choice. Backward is `_Spread`."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, token_N: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, token_N: Tensor, row_TK: Tensor, every_slot: bool
+    ) -> Tensor:
         ctx.save_for_backward(token_N, row_TK)
-        ctx.complete = complete
-        return _added(x_ND, row_TK, complete)
+        ctx.every_slot = every_slot
+        return _added(x_ND, row_TK, every_slot)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         token_N, row_TK = ctx.saved_tensors
-        return _call(_Spread, grad, token_N, row_TK, ctx.complete), None, None, None
+        return _call(_Spread, grad, token_N, row_TK, ctx.every_slot), None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x_ND: Tensor, row_TK: Tensor, token_N: Tensor) -> object:
@@ -164,14 +168,14 @@ def spread(x_TD: T, slots: Slots) -> T:
     """The rows: each token once for every expert that it chose, sorted by expert."""
     if unheard():
         return cast(T, x_TD.index_select(0, slots.token_N))
-    return cast(T, _call(_Spread, x_TD, slots.token_N, slots.row_TK, slots.complete))
+    return cast(T, _call(_Spread, x_TD, slots.token_N, slots.row_TK, slots.every_slot))
 
 
 def fold(x_ND: Tokens, slots: Slots) -> Tokens:
     """The sum of each token's rows, in the order of its choices."""
     if unheard():
-        return _added(x_ND, slots.row_TK, slots.complete)
-    return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.complete)
+        return _added(x_ND, slots.row_TK, slots.every_slot)
+    return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.every_slot)
 
 
 def take_scores(scores_TK: T, slots: Slots) -> T:
@@ -181,12 +185,12 @@ def take_scores(scores_TK: T, slots: Slots) -> T:
 
 def to_slots(x_ND: T, slots: Slots) -> T:
     """Every slot's row, [T*K, D]: zeros where a slot has none."""
-    return _take(x_ND, slots.row_TK.flatten(), slots.slot_N, (not slots.complete, False))
+    return _take(x_ND, slots.row_TK.flatten(), slots.slot_N, (not slots.every_slot, False))
 
 
 def from_slots(x: T, slots: Slots) -> T:
     """The rows of those slots that have one; the inverse of `to_slots`."""
-    return _take(x, slots.slot_N, slots.row_TK.flatten(), (False, not slots.complete))
+    return _take(x, slots.slot_N, slots.row_TK.flatten(), (False, not slots.every_slot))
 
 
 def reorder(x_RD: T, order_R: Tensor, back_R: Tensor) -> T:
@@ -222,8 +226,8 @@ def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
     return as_dtype(y_TD, x_ND.dtype)
 
 
-def _added(x_ND: Tensor, row_TK: Tensor, complete: bool) -> Tensor:
-    return add_rows(x_ND if complete else _with_zeros(x_ND), row_TK)
+def _added(x_ND: Tensor, row_TK: Tensor, every_slot: bool) -> Tensor:
+    return add_rows(x_ND if every_slot else _with_zeros(x_ND), row_TK)
 
 
 def _with_zeros(x: Tensor) -> Tensor:

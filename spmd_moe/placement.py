@@ -209,6 +209,7 @@ def annotations_of(function: Any) -> tuple[dict[str, Any], dict[str, str]]:
     hints: dict[str, Any] = {}
     unknown: dict[str, str] = {}
     for owner in owners:
+        # A class that a program made may name no module that is loaded: some names stand in.
         names = vars(sys.modules.get(owner.__module__, typing))
         own = vars(owner) if isclass(owner) else {"__annotations__": owner.__annotations__}
         for name, written in own.get("__annotations__", {}).items():

@@ -24,6 +24,7 @@ from spmd_moe.errors import (
     describe,
     explain,
     short_dtype,
+    some,
 )
 from spmd_moe.followed import unheard
 from spmd_moe.mesh import Axis
@@ -297,4 +298,4 @@ def _check_grad_dtype(x: Tensor, src: Kind, dst: Kind, grad_dtype: Dtype) -> Non
 def _axis_name(axis: Axis | ProcessGroup) -> str:
     if isinstance(axis, Axis):
         return str(axis)
-    return f"group '{axis.group_desc}' ({axis.size()} ranks)"
+    return f"group '{axis.group_desc}' ({some(axis.size(), 'rank')})"

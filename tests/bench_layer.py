@@ -151,7 +151,7 @@ class Pair:
         return loop_experts(self.x_TD, self.scores_TK, self.ids_TK, expert_weights(self.layer))
 
     def _our_experts(self) -> Tensor:
-        slots = sort_by_expert(self.ids_TK, complete=True)
+        slots = sort_by_expert(self.ids_TK, every_slot=True)
         counts_E = count(self.ids_TK, self.sizes.experts)
         scores_R = take_scores(self.scores_TK, slots)
         gather = Gather(slots.token_N, slots.row_TK)

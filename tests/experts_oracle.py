@@ -141,7 +141,7 @@ class Case:
             self.activation,
             matmul,
             keep,
-            exact=self.past == 0,
+            padded=self.past > 0,
         )
         if "b2_eD" not in given:
             return y_RD

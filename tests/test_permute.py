@@ -92,17 +92,17 @@ def check_slots(ids: Ids, slots: Slots) -> None:
 @settings(deadline=None)
 @given(choices())
 def test_sort_by_expert(ids: Ids) -> None:
-    slots = sort_by_expert(as_tensor(ids), complete=False)
+    slots = sort_by_expert(as_tensor(ids), every_slot=False)
     check_slots(ids, slots)
-    assert not slots.complete
+    assert not slots.every_slot
 
 
 @settings(deadline=None)
 @given(choices(fewest=0))
 def test_sort_by_expert_where_all_have_one(ids: Ids) -> None:
-    slots = sort_by_expert(as_tensor(ids), complete=True)
+    slots = sort_by_expert(as_tensor(ids), every_slot=True)
     check_slots(ids, slots)
-    assert slots.complete
+    assert slots.every_slot
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -114,7 +114,7 @@ def test_a_long_sort_is_stable() -> None:
     """Short sorts are stable by chance: some algorithms differ only from a few dozen rows on."""
     draw = random.Random(0)
     ids = [[draw.randrange(-1, 3), draw.randrange(-1, 3)] for _ in range(2000)]
-    check_slots(ids, sort_by_expert(as_tensor(ids), complete=False))
+    check_slots(ids, sort_by_expert(as_tensor(ids), every_slot=False))
 
 
 @st.composite
@@ -246,7 +246,7 @@ def test_reorder(order: list[int]) -> None:
 @given(choices())
 def test_take_scores(ids: Ids) -> None:
     """One weight for each row; a slot without a row gets no gradient."""
-    slots = sort_by_expert(as_tensor(ids), complete=False)
+    slots = sort_by_expert(as_tensor(ids), every_slot=False)
     scores = torch.arange(1.0, slots.row_TK.numel() + 1).view_as(slots.row_TK).requires_grad_()
     taken, rows = take_scores(scores, slots), rows_of(ids)
     k = slots.row_TK.shape[1]
@@ -260,7 +260,7 @@ def test_take_scores(ids: Ids) -> None:
 @settings(deadline=None)
 @given(choices())
 def test_from_slots_undoes_to_slots(ids: Ids) -> None:
-    slots = sort_by_expert(as_tensor(ids), complete=False)
+    slots = sort_by_expert(as_tensor(ids), every_slot=False)
     x = torch.randn(len(rows_of(ids)), WIDTH, generator=torch.Generator().manual_seed(0))
     assert torch.equal(from_slots(to_slots(x, slots), slots), x)
 
@@ -297,7 +297,7 @@ def test_a_sum_of_bf16_rows_is_not_rounded_on_the_way() -> None:
 def test_weights_that_come_late_are_not_rounded() -> None:
     """The product of a bf16 row and its float32 weight is rounded, not the weight."""
     draw = torch.Generator().manual_seed(0)
-    slots = sort_by_expert(torch.arange(20).unsqueeze(1), complete=True)
+    slots = sort_by_expert(torch.arange(20).unsqueeze(1), every_slot=True)
     rows, scores = torch.randn(20, 9, generator=draw).bfloat16(), torch.rand(20, 1, generator=draw)
     got = combine(rows, slots, scores)
     assert got.dtype is torch.bfloat16 and torch.equal(got, (rows * scores).bfloat16())

@@ -65,7 +65,7 @@ class AllGather:
         local_TK = ids_TK - own_e.select(0, 0)
         elsewhere_TK = (local_TK < 0) | (local_TK >= own_e.shape[0])
         local_TK = torch.where(elsewhere_TK, -1, local_TK)
-        here = sort_by_expert(local_TK, complete=False)
+        here = sort_by_expert(local_TK, every_slot=False)
         # spmd: allow argument - taken by places that are each rank's own, what is whole becomes V
         arrived = Arrived(
             spread(self._gather(x_tD, shapes), here),

@@ -40,7 +40,9 @@ class Local:
     ) -> tuple[Arrived, None]:
         fault.check_alone(routing.fault, routing.logits_TE)
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
-        if slots.complete:  # nothing is sent, so rows need not be made before the experts read them
+        if (
+            slots.every_slot
+        ):  # nothing is sent, so rows need not be made before the experts read them
             gather = Gather(slots.token_N, slots.row_TK)
             # spmd: allow argument - etp has size 1 here, where V is R
             return Arrived(x_TD, scores_R, routing.counts_E, gather), None
