@@ -29,7 +29,7 @@ from spmd_moe.activation import Activation
 from spmd_moe.collectives import declare_sum
 from spmd_moe.errors import DtypeError, ShapeError, describe, explain, some
 from spmd_moe.fault import unset
-from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
+from spmd_moe.ffn import Call, Gradients, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.grouped import AllExperts, Matmul, PerExpert, choose_matmul
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.permute import Gather, add_rows
@@ -131,7 +131,7 @@ class Experts(nn.Module):
 
         `padded`: shapes are fixed, and rows past the counts' sum are no expert's; they become 0.
         """
-        w = Weights(self.w1_eFD, self.w3_eFD, self.w2_eDF, self.b1_eF, self.b3_eF)
+        w = Weights(self.w1_eFD, self.w2_eDF, self.w3_eFD, self.b1_eF, self.b3_eF)
         activation, matmul = self.activation, self.matmul
         part_RD: Rows = experts_ffn(
             x_RD, counts_e, w, scores_R, gather, activation, matmul, self.keep, padded
@@ -169,7 +169,6 @@ def experts_ffn(
     padded: bool = False,
 ) -> Tensor:
     """The experts as a function. `padded`: rows past the counts' sum are there, and become 0."""
-    assert w.w1_eFD is not None
     _check_dtype(x_RD, w.w1_eFD)
     # Settled here, and autocast left out of what follows: backward must compute as forward did.
     # Not in a constructor: weights may still move or be cast (meta device, FSDP).
@@ -236,7 +235,7 @@ def _forward(
 # spmd: allow unknown - a kernel: the same for rows of whatever kind
 def _backward(
     recipe: Recipe, call: Call, counts_e: Tensor, dy_RD: Tensor, kept: Hidden | None, needs: Needs
-) -> tuple[Tensor | None, ...]:
+) -> Gradients:
     compute, matmul = recipe.compute, recipe.matmul
     with not_cast(dy_RD):
         if isinstance(matmul, PerExpert):
@@ -246,15 +245,12 @@ def _backward(
         block = AllExperts(matmul, counts_e)
         hid = kept if kept is not None else hidden(block, cast)
         dy_RD = as_dtype(dy_RD.contiguous(), cast.x_RD.dtype)
-        dx_RD, ds_R, *dw = gradients(block, cast, hid, dy_RD, needs, Weights())
-        if recipe.padded:
-            dx_RD = None if dx_RD is None else block.zero_past_the_end(dx_RD)
-            ds_R = None if ds_R is None else block.zero_past_the_end(ds_R)
-    given = (call.x_RD, call.scores_R, *call.w)
-    return tuple(
-        None if grad is None or t is None else as_dtype(grad, t.dtype)
-        for grad, t in zip((dx_RD, ds_R, *dw), given, strict=True)
-    )
+        found = gradients(block, cast, hid, dy_RD, needs)
+        for rows in (found.x_RD, found.scores_R):
+            if recipe.padded and rows is not None:
+                block.zero_past_the_end(rows)
+    pairs = zip(found, call.tensors(), strict=True)
+    return Gradients(*(None if g is None or t is None else as_dtype(g, t.dtype) for g, t in pairs))
 
 
 @register_local_autograd_function
@@ -270,7 +266,7 @@ class _ExpertsFFN(torch.autograd.Function):
         row_TK: Tensor | None,
         x: Tensor,
         scores_R: Tensor | None,
-        *weights: Tensor | None,
+        *weights: Any,
     ) -> Tensor:
         x_RD = x if token_R is None else x.index_select(0, token_R)
         call = Call(x_RD, scores_R, Weights(*weights), recipe.activation)

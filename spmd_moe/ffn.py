@@ -27,25 +27,13 @@ from spmd_moe.precision import as_dtype
 
 
 class Weights(NamedTuple):
-    """The weights of the experts, or their gradients; None where there is none."""
+    """The weights of the experts: w3 is there if the activation has a gate, b1 and b3 by choice."""
 
-    w1_eFD: Tensor | None = None
+    w1_eFD: Tensor
+    w2_eDF: Tensor
     w3_eFD: Tensor | None = None
-    w2_eDF: Tensor | None = None
     b1_eF: Tensor | None = None
     b3_eF: Tensor | None = None
-
-
-class Needs(NamedTuple):
-    """Which gradients somebody asked for, in the order in which they are handed back."""
-
-    x: bool
-    scores: bool
-    w1: bool
-    w3: bool
-    w2: bool
-    b1: bool
-    b3: bool
 
 
 class Call(NamedTuple):
@@ -56,10 +44,43 @@ class Call(NamedTuple):
     w: Weights
     activation: Activation
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient, in the order of `Gradients`."""
+        return self.x_RD, self.scores_R, *self.w
+
     def cast(self, dtype: torch.dtype) -> Call:
         """The same with rows and weights in that dtype; scores keep theirs."""
-        w = Weights(*(None if t is None else as_dtype(t, dtype) for t in self.w))
+        w1, w2, *others = self.w
+        cast = [None if t is None else as_dtype(t, dtype) for t in others]
+        w = Weights(as_dtype(w1, dtype), as_dtype(w2, dtype), *cast)
         return self._replace(x_RD=as_dtype(self.x_RD, dtype), w=w)
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asked for, in the order of `Gradients`."""
+
+    x: bool
+    scores: bool
+    w1: bool
+    w2: bool
+    w3: bool
+    b1: bool
+    b3: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of a call, or room for them; None where nobody asks."""
+
+    x_RD: Tensor | None = None
+    scores_R: Tensor | None = None
+    w1_eFD: Tensor | None = None
+    w2_eDF: Tensor | None = None
+    w3_eFD: Tensor | None = None
+    b1_eF: Tensor | None = None
+    b3_eF: Tensor | None = None
+
+
+NO_ROOM = Gradients()
 
 
 class Hidden(NamedTuple):
@@ -75,45 +96,43 @@ def hidden(block: Block, call: Call, room: Hidden | None = None) -> Hidden:
     gate_RF = _linear(block, call.x_RD, w.w1_eFD, w.b1_eF, gate_room)
     if not call.activation.gated:
         return Hidden(gate_RF, None)
+    assert w.w3_eFD is not None
     return Hidden(gate_RF, _linear(block, call.x_RD, w.w3_eFD, w.b3_eF, up_room))
 
 
 def output(block: Block, call: Call, hid: Hidden, room_RD: Tensor | None = None) -> Tensor:
     """`y_RD`, from what the first matmuls gave; in `room`, as above."""
-    assert call.w.w2_eDF is not None
     h_RF = _scaled(call.activation.forward(*hid), call.scores_R)
     return block.linear(h_RF, call.w.w2_eDF, room_RD)
 
 
 def gradients(
-    block: Block, call: Call, hid: Hidden, dy_RD: Tensor, needs: Needs, into: Weights
-) -> tuple[Tensor | None, ...]:
-    """The gradients in the order of `Needs`; those of the weights go `into` tensors where given."""
+    block: Block, call: Call, hid: Hidden, dy_RD: Tensor, needs: Needs, room: Gradients = NO_ROOM
+) -> Gradients:
+    """What is needed; gradients of weights are written into `room`, where there is some."""
     x_RD, scores_R, w, activation = call
-    assert w.w1_eFD is not None and w.w2_eDF is not None
     h_RF = activation.forward(*hid)
     dh_RF = block.rows(dy_RD, w.w2_eDF)
-    dw2 = block.outer(dy_RD, _scaled(h_RF, scores_R), into.w2_eDF) if needs.w2 else None
+    dw2 = block.outer(dy_RD, _scaled(h_RF, scores_R), room.w2_eDF) if needs.w2 else None
     ds_R = None
     if needs.scores and scores_R is not None:
         ds_R = _dot(dh_RF, h_RF, scores_R)
     dgate_RF, dup_RF = activation.backward(_scaled(dh_RF, scores_R), *hid)
-    dw1 = block.outer(dgate_RF, x_RD, into.w1_eFD) if needs.w1 else None
-    db1 = block.total(dgate_RF, into.b1_eF) if needs.b1 else None
+    dw1 = block.outer(dgate_RF, x_RD, room.w1_eFD) if needs.w1 else None
+    db1 = block.total(dgate_RF, room.b1_eF) if needs.b1 else None
     dx_RD = block.rows(dgate_RF, w.w1_eFD) if needs.x else None
     dw3 = db3 = None
     if dup_RF is not None:
         assert w.w3_eFD is not None
-        dw3 = block.outer(dup_RF, x_RD, into.w3_eFD) if needs.w3 else None
-        db3 = block.total(dup_RF, into.b3_eF) if needs.b3 else None
+        dw3 = block.outer(dup_RF, x_RD, room.w3_eFD) if needs.w3 else None
+        db3 = block.total(dup_RF, room.b3_eF) if needs.b3 else None
         dx_RD = block.rows(dup_RF, w.w3_eFD, onto=dx_RD) if needs.x else None
-    return dx_RD, ds_R, dw1, dw3, dw2, db1, db3
+    return Gradients(dx_RD, ds_R, dw1, dw2, dw3, db1, db3)
 
 
 def _linear(
-    block: Block, x_RA: Tensor, w_eBA: Tensor | None, b_eB: Tensor | None, room_RB: Tensor | None
+    block: Block, x_RA: Tensor, w_eBA: Tensor, b_eB: Tensor | None, room_RB: Tensor | None
 ) -> Tensor:
-    assert w_eBA is not None
     y_RB = block.linear(x_RA, w_eBA, room_RB)
     return y_RB if b_eB is None else block.plus(y_RB, b_eB)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spmd_moe.activation import ACTIVATIONS
 from spmd_moe.errors import ShapeError, explain
-from spmd_moe.ffn import Call, Hidden, Needs, Weights, gradients, hidden, output
+from spmd_moe.ffn import Call, Gradients, Hidden, Needs, Weights, gradients, hidden, output
 from spmd_moe.followed import followed
 from spmd_moe.grouped import SomeExperts
 from spmd_moe.precision import as_dtype
@@ -44,7 +44,7 @@ def forward(
     call: Call, sizes_e: Tensor, compute: torch.dtype, row_block: int, *, keep: bool
 ) -> tuple[Tensor, Hidden | None]:
     """`y_RD`, and `gate` and `up` if they are to be kept. `sizes_e` lies on the CPU."""
-    if followed(sizes_e, call.x_RD, call.scores_R, *call.w):
+    if followed(sizes_e, *call.tensors()):
         flat = _Flat.of(call, sizes_e, compute, row_block)
         y_RD, *kept = torch.ops.spmd_moe.experts_forward.default(*flat, keep)
     else:
@@ -60,16 +60,16 @@ def backward(
     dy_RD: Tensor,
     kept: Hidden | None,
     needs: Needs,
-) -> tuple[Tensor | None, ...]:
-    """The gradients in the order of `Needs`; `gate` and `up` are computed again if not kept."""
+) -> Gradients:
+    """What is needed; `gate` and `up` are computed again if not kept."""
     given = [] if kept is None else [t for t in kept if t is not None]
-    if followed(dy_RD, sizes_e, call.x_RD, call.scores_R, *call.w):
+    if followed(dy_RD, sizes_e, *call.tensors()):
         flat = _Flat.of(call, sizes_e, compute, row_block)
         grads = torch.ops.spmd_moe.experts_backward.default(*flat, dy_RD, given, list(needs))
     else:
         grads = _backward_loop(call, sizes_e, compute, row_block, dy_RD, given, needs)
     found = iter(grads)
-    return tuple(next(found) if need else None for need in needs)
+    return Gradients(*(next(found) if need else None for need in needs))
 
 
 def _hidden(kept: Sequence[Tensor]) -> Hidden | None:
@@ -81,7 +81,7 @@ def _hidden(kept: Sequence[Tensor]) -> Hidden | None:
 # ---- the loops ----
 
 
-class Group(NamedTuple):
+class Neighbours(NamedTuple):
     """Experts that are computed together, and how many rows each of them has."""
 
     experts: list[int]
@@ -91,7 +91,7 @@ class Group(NamedTuple):
 class _Hits(NamedTuple):
     """The experts that have rows, and where those are."""
 
-    groups: list[Group]
+    groups: list[Neighbours]
     parts: list[int]
     """Rows of each group, and at last the rows that belong to none."""
 
@@ -100,7 +100,6 @@ class _Hits(NamedTuple):
     ) -> Iterator[tuple[SomeExperts, Call, list[Any]]]:
         """Each group, its part of the call in the dtype of the matmuls, and of the other rows."""
         w1_eFD = call.w.w1_eFD
-        assert w1_eFD is not None
         scratch = None
         if compute is not w1_eFD.dtype:
             scratch = w1_eFD.new_empty(w1_eFD[0].numel(), dtype=compute)
@@ -124,7 +123,7 @@ class _Hits(NamedTuple):
 
 
 def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
-    groups = grouped(sizes)
+    groups = neighbours(sizes)
     parts = [sum(group.parts) for group in groups]
     rest = x_RD.shape[0] - sum(parts)
     if rest < 0:
@@ -139,16 +138,16 @@ def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
     return _Hits(groups, [*parts, rest])
 
 
-def grouped(sizes: Sequence[int]) -> list[Group]:
+def neighbours(sizes: Sequence[int]) -> list[Neighbours]:
     """Neighbours with few rows together, so that small steps are fewer; others each alone, so that
     what lies between the matmuls stays in cache."""
-    groups: list[Group] = []
+    groups: list[Neighbours] = []
     left = 0  # rows that still go with the last group
     for e, size in enumerate(sizes):
         if not size:
             continue
         if size > left:
-            groups.append(Group([], []))
+            groups.append(Neighbours([], []))
             left = max(TOGETHER, size)
         group = groups[-1]
         group.experts.append(e)
@@ -182,24 +181,23 @@ def _backward_loop(
 ) -> list[Tensor]:
     sizes = sizes_e.tolist()
     hits, starved = _hits(sizes, call.x_RD), [e for e, size in enumerate(sizes) if not size]
-    d_rows, d_weights = _gradients(call, needs, lambda w: _of_weight(w, starved))
+    room = _room(call, needs, lambda w: _of_weight(w, starved))
     for block, part, (dx_nD, ds_n, dy_nD, *kept_n) in hits.each(
-        call, compute, row_block, *d_rows, dy_RD, *kept
+        call, compute, row_block, room.x_RD, room.scores_R, dy_RD, *kept
     ):
         hid = _hidden([as_dtype(t, compute) for t in kept_n]) or hidden(block, part)
-        found = gradients(block, part, hid, as_dtype(dy_nD, compute), needs, Weights(*d_weights))
-        for d_n, computed in zip((dx_nD, ds_n), found, strict=False):
-            if d_n is not None:
-                d_n.copy_(computed)
-    return [
-        *(hits.zero_the_rest(t) for t in d_rows if t is not None),
-        *(t for t in d_weights if t is not None),
-    ]
+        found = gradients(block, part, hid, as_dtype(dy_nD, compute), needs, room)
+        for place, computed in ((dx_nD, found.x_RD), (ds_n, found.scores_R)):
+            if place is not None and computed is not None:
+                place.copy_(computed)
+    for rows in (room.x_RD, room.scores_R):
+        if rows is not None:
+            hits.zero_the_rest(rows)
+    return _asked_for(room)
 
 
 def _empty_outputs(call: Call, compute: torch.dtype, keep: bool) -> list[Tensor]:
     """Room for `y_RD` and, to be kept, `gate_RF` and `up_RF`, in the narrower of the two dtypes."""
-    assert call.w.w1_eFD is not None
     x_RD, y_RD = call.x_RD, _empty(call.x_RD)
     if not keep:
         return [y_RD]
@@ -238,17 +236,14 @@ def untouched_zeros(t: Tensor) -> Tensor:
     return torch.frombuffer(pages, dtype=t.dtype).view(t.shape)
 
 
-def _gradients(
-    call: Call, needs: Needs, of_weight: Callable[[Tensor], Tensor] = _empty
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Room for the gradients of the rows (x, scores), and for those of the weights."""
-    given = (call.x_RD, call.scores_R, *call.w)
+def _room(call: Call, needs: Needs, of_weight: Callable[[Tensor], Tensor] = _empty) -> Gradients:
     makers = [_empty] * 2 + [of_weight] * len(call.w)
-    room = [
-        make(t) if need and t is not None else None
-        for make, t, need in zip(makers, given, needs, strict=True)
-    ]
-    return room[:2], room[2:]
+    each = zip(makers, call.tensors(), needs, strict=True)
+    return Gradients(*(make(t) if need and t is not None else None for make, t, need in each))
+
+
+def _asked_for(found: Gradients) -> list[Tensor]:
+    return [t for t in found if t is not None]
 
 
 # ---- the same as operators ----
@@ -259,7 +254,7 @@ class _Flat(NamedTuple):
 
     x_RD: Tensor
     scores_R: Tensor | None
-    weights: Sequence[Tensor | None]
+    weights: Sequence[Any]
     sizes_e: Tensor
     activation: str
     compute: torch.dtype
@@ -293,8 +288,7 @@ def _backward_operator(*given: Any) -> list[Tensor]:
 
 def _backward_shapes(*given: Any) -> list[Tensor]:
     flat, (_dy_RD, _kept, needs) = _unpacked(given)
-    d_rows, d_weights = _gradients(flat.call(), Needs(*needs))
-    return [t for t in (*d_rows, *d_weights) if t is not None]
+    return _asked_for(_room(flat.call(), Needs(*needs)))
 
 
 def _unpacked(given: tuple[Any, ...]) -> tuple[_Flat, tuple[Any, ...]]:

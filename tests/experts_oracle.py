@@ -43,7 +43,6 @@ def activate(name: str, gate: Tensor, up: Tensor | None) -> Tensor:
 def loop(given: dict[str, Tensor], counts: tuple[int, ...], name: str) -> Tensor:
     """`y_RD`, with zeros in the rows past the last expert's."""
     w, x_RD, scores_R = weights_in(given), given["x"], given.get("scores")
-    assert w.w1_eFD is not None and w.w2_eDF is not None
     parts, start = [], 0
     for e, count in enumerate(counts):
         rows = slice(start, start + count)

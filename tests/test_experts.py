@@ -33,7 +33,7 @@ from spmd_moe.grouped import Matmul, PerExpert, TorchGroupedMM, choose_matmul
 from spmd_moe.init import init_weights
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig
-from spmd_moe.per_expert import grouped
+from spmd_moe.per_expert import neighbours
 from spmd_moe.router import RouterConfig
 from tests.experts_oracle import HIDDEN, WIDTH, Case, OneHot, compare
 
@@ -103,7 +103,7 @@ def test_experts_with_few_rows_are_computed_together(
 ) -> None:
     """Two neighbours together, between two that are alone."""
     counts = (40, 3, 20, 10)
-    assert [group.experts for group in grouped(counts)] == [[0], [1, 2], [3]]
+    assert [group.experts for group in neighbours(counts)] == [[0], [1, 2], [3]]
     for bias, keep in product((True, False), Keep):
         case = Case(SWIGLU, counts, bias, past=past, dtype=dtype)
         compare(case, case.by_function(matmul, keep), tolerance)

@@ -27,7 +27,8 @@ from tests.operators import operators
 
 CASE = Case(SWIGLU, (3, 0, 5, 1))
 COUNTS = torch.tensor(CASE.counts)
-WEIGHTS = weights_in({name: t.detach() for name, t in CASE.leaves().items()})
+GIVEN = {name: t.detach() for name, t in CASE.leaves().items()}
+WEIGHTS = weights_in(GIVEN)
 OURS = ["spmd_moe::experts_forward", "spmd_moe::experts_backward"]
 
 
@@ -91,7 +92,7 @@ def test_tensors_of_a_class_need_no_mode(fake: str) -> None:
     if fake == "counts":
         counts = mode.from_tensor(counts)
     else:
-        w = Weights(*(None if t is None else mode.from_tensor(t) for t in w))
+        w = weights_in({name: mode.from_tensor(t) for name, t in GIVEN.items()})
     y = output(rows(), counts, w)
     assert isinstance(y, FakeTensor) and y.shape == rows().shape
 

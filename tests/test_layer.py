@@ -33,15 +33,14 @@ def cases(layout: Layout) -> list[Case]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_sharded_equals_whole(layout: Layout) -> None:
-    """The first case of each layout runs under spmd_types' strict checker, signatures checked."""
-    for number, this in enumerate(cases(layout)):
-        typed = number == 0 and layout.world > 1
+    """Each case plain, and under spmd_types' strict checker, signatures checked."""
+    for this, typed in product(cases(layout), [False, True] if layout.world > 1 else [False]):
         try:
             with signatures(["spmd_moe"]) if typed else nullcontext():
                 by_rank = threaded(layout.world, run_rank, this, typed)
             compare(this, by_rank)
         except Exception as error:
-            raise AssertionError(f"{this}: {error}") from error
+            raise AssertionError(f"{this}, typed {typed}: {error}") from error
 
 
 def test_any_two_factors_meet() -> None:
