@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from spmd_types import register_local_autograd_function
@@ -17,14 +17,20 @@ from spmd_moe.placement import Rows, Tokens
 
 def pack(x_ND: Tokens, scores_N: Tokens) -> Tokens:
     """Rows with the bits of their weights behind them."""
-    run = _packed if unheard() else _Pack.apply
-    return cast(Tokens, run(x_ND, scores_N))
+    if unheard():
+        packed: Tokens = _packed(x_ND, scores_N)
+    else:
+        packed = _Pack.apply(x_ND, scores_N)  # type: ignore[no-untyped-call]  # torch
+    return packed
 
 
 def unpack(packed: Rows, width: int, dtype: torch.dtype) -> tuple[Rows, Rows]:
     """The rows, and their weights in `dtype`."""
-    run = _unpacked if unheard() else _Unpack.apply
-    return cast(tuple[Rows, Rows], run(packed, width, dtype))
+    if unheard():
+        parts: tuple[Rows, Rows] = _unpacked(packed, width, dtype)
+    else:
+        parts = _Unpack.apply(packed, width, dtype)  # type: ignore[no-untyped-call]  # torch
+    return parts
 
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind

@@ -18,6 +18,7 @@ FILES = [
     "experts",
     "combine",
     "moe",
+    "dispatch.pack",
     "dispatch.local",
     "dispatch.all_to_all",
     "dispatch.all_gather",
@@ -48,6 +49,16 @@ OTHER_ROLES = {
     "EP": ("TP", "ETP"),
     "ETP": ("TP", "EP"),
 }
+# Calls that give back what they are given first, moved, summed or counted.
+MOVERS = (
+    "redistribute",
+    "declare_sum",
+    "declare_sums",
+    "exchange",
+    "reduce_on_tp",
+    "_summed",
+    "count_in_backward",
+)
 AXES = ("self.tp", "self.ep", "self.etp")
 IMPORTS = "CP, DP, EP, ETP, TP, I, P, R, Rows, RowSums, S, Tokens, TokenSums, Whole"
 FUTURE = "from __future__ import annotations\n"
@@ -127,9 +138,7 @@ def _changes(node: ast.expr, source: str) -> Iterator[tuple[str, str]]:
 
 
 def _of_call(call: ast.Call, name: str, source: str) -> Iterator[tuple[str, str]]:
-    if name in ("redistribute", "declare_sum", "declared", "exchange", "reduce_on_tp", "_summed"):
-        yield "left out", ast.unparse(call.args[0])
-    if name == "count_in_backward":
+    if name in MOVERS:
         yield "left out", ast.unparse(call.args[0])
     if name in ("redistribute", "declare_sum", "exchange"):
         yield from _on_other_axes(call, source)

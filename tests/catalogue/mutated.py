@@ -93,6 +93,7 @@ TARGETS = {
 USED_BY = {
     "dispatch.local": ("within", "whole"),
     "dispatch.all_gather": ("gathered",),
-    "dispatch.all_to_all": ("within", "whole", "fixed"),
+    "dispatch.pack": ("within", "whole", "fixed"),
+    "dispatch.all_to_all": ("within", "whole"),
     "dispatch.fixed": ("fixed",),
 }

@@ -49,6 +49,7 @@ TESTS_OF = {
     "experts": "errors experts layer",
     "combine": "dispatch layer",
     "moe": "record errors misuse counters losses layer",
+    "dispatch.pack": "dispatch",
     "dispatch.local": "errors misuse dispatch",
     "dispatch.all_to_all": "errors faults dispatch",
     "dispatch.all_gather": "errors faults dispatch",
