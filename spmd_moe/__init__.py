@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from spmd_moe.losses import LossTerms as LossTerms
     from spmd_moe.losses import Sums as Sums
     from spmd_moe.losses import Totals as Totals
+    from spmd_moe.losses import as_one_batch as as_one_batch
     from spmd_moe.losses import balance_loss as balance_loss
     from spmd_moe.losses import totals as totals
     from spmd_moe.losses import update_selection_bias as update_selection_bias
@@ -130,8 +131,8 @@ else:
         "grouped": "GroupedMatmul Masked Matmul PerExpert TorchGroupedMM",
         "init": "init_weights",
         "load": "Load expert_load",
-        "losses": "BatchTotals GroupSums GroupTotals LossTerms Sums Totals balance_loss totals "
-        "update_selection_bias z_loss",
+        "losses": "BatchTotals GroupSums GroupTotals LossTerms Sums Totals as_one_batch "
+        "balance_loss totals update_selection_bias z_loss",
         "mesh": "Axis MoEMesh",
         "moe": "MoE MoEConfig MoEOutput SharedConfig",
         "obligations": "Obligation Obligations obligations",

@@ -141,19 +141,19 @@ class Experts(nn.Module):
             return y_RD
         # Added by one rank of etp: a sum over etp would add it once for each.
         b2_eD = redistribute(self.b2_eD, self.etp, src=I, dst=P)
-        one_Re = _per_row(counts_e, y_RD.shape[0], scores_R, b2_eD.dtype)
+        mine_Re = _members(counts_e, y_RD.shape[0])
+        one_Re = mine_Re.to(b2_eD.dtype)
+        if scores_R is not None:  # not a product: where there is padding, scores may be NaN
+            one_Re = torch.where(mine_Re, scores_R.unsqueeze(1), 0.0).to(b2_eD.dtype)
         return y_RD + one_Re @ b2_eD
 
 
-def _per_row(
-    counts_e: GatheredRows, rows: int, scores_R: GatheredRows | None, dtype: torch.dtype
-) -> GatheredRows:
-    """`[R, e]`: 1, or the row's score, in the column of the row's expert."""
+def _members(counts_e: GatheredRows, rows: int) -> GatheredRows:
+    """`[R, e]`: True in the column of the row's expert, and nowhere in a row of no expert."""
     experts = torch.arange(counts_e.shape[0], device=counts_e.device)
     row_R = torch.arange(rows, device=counts_e.device)
-    expert_R = torch.searchsorted(counts_e.cumsum(0), row_R, right=True)  # padding: of none
-    one_Re = (expert_R.unsqueeze(1) == experts).to(dtype)
-    return one_Re if scores_R is None else (one_Re * scores_R.unsqueeze(1)).to(dtype)
+    expert_R = torch.searchsorted(counts_e.cumsum(0), row_R, right=True)
+    return expert_R.unsqueeze(1) == experts
 
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind

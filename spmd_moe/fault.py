@@ -2,7 +2,8 @@
 
 A rank that raised alone would leave its peers waiting for it. So the router only marks what it
 sees; the mark travels with the sizes that a dispatcher exchanges first, and every rank that gets it
-raises the same error, after that exchange and before the next.
+raises the same error, after that exchange and before the next. Where the layer also gathers tokens
+on tp, from ranks that this exchange does not reach, the marks are added up along tp before.
 """
 
 # Shape letters in this file:
@@ -16,11 +17,13 @@ from itertools import product
 import torch
 from torch import nn
 
+from spmd_moe.collectives import declare_sum
 from spmd_moe.errors import RoutingError, explain, some
 from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
-from spmd_moe.placement import Tokens
+from spmd_moe.placement import P, S, Tokens
 from spmd_moe.ranks import largest
+from spmd_moe.redistribute import redistribute
 
 # A rank's mark: how many of its scores are not finite, and this on top if any of its ids is wrong.
 _WRONG_ID = 1 << 40
@@ -40,6 +43,12 @@ def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
         return found
     wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= logits_TE.shape[1])
     return found + wrong_TK.any() * _WRONG_ID
+
+
+def along(marked: Tokens, axis: Axis) -> Tokens:
+    """The sum of the marks of all ranks of an axis, to each of them, so that they raise alike."""
+    sums = declare_sum(marked.expand(axis.size), axis)
+    return redistribute(sums, axis, src=P, dst=S(0)).select(0, 0)
 
 
 def check_alone(marked: Tokens, logits_TE: Tokens) -> None:

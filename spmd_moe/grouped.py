@@ -72,6 +72,9 @@ class Masked:
 
     def outer(self, dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor) -> Tensor:
         members = _members(x_RA, ends_e)
+        # Rows of no expert may be anything, NaN too, and 0 times NaN is no 0.
+        past_R1 = (_row_numbers(x_RA) >= ends_e[-1]).unsqueeze(1)
+        x_RA = x_RA.masked_fill(past_R1, 0)
         return torch.stack([torch.where(mine, dy_RB, 0).t() @ x_RA for mine in members])
 
 

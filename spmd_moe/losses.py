@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, final
 
 import torch
@@ -69,14 +69,14 @@ class Totals:
     by_sequence: bool
 
     def __add__(self, other: Totals) -> Totals:
-        """For a batch in micro-batches that is balanced as one; sequences stay with their own."""
+        """The counts of two micro-batches together, which are balanced as one."""
         if self.by_sequence or other.by_sequence:
             raise ConfigError(
                 explain(
                     "Totals",
                     "totals of sequences are added",
                     why="sequence 0 of one micro-batch is not sequence 0 of another",
-                    fixes=["use the totals of each micro-batch for its own loss"],
+                    fixes=["as_one_batch([first, second])   # each its own, divided by all"],
                 )
             )
         return Totals(
@@ -158,6 +158,19 @@ def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
         groups = _summed(declare_sum(groups, mesh[DP]), [mesh[DP]])
     counts_BE: GroupTotals = _summed(terms.counts_BE, sequence_axes)
     return Totals(counts_BE, tokens_B, tokens, groups, terms.by_sequence)
+
+
+def as_one_batch(parts: Sequence[Totals]) -> list[Totals]:
+    """For each micro-batch of a batch, the totals by which its losses add up to the batch's.
+
+    What is balanced by sequence keeps the counts of its own sequences; the numbers that losses are
+    divided by are those of all micro-batches.
+    """
+    if not parts or not parts[0].by_sequence:
+        return [sum(parts[1:], parts[0])] * len(parts) if parts else []
+    tokens: BatchTotals = torch.stack([part.tokens for part in parts]).sum()
+    groups: BatchTotals = torch.stack([part.groups for part in parts]).sum()
+    return [replace(part, tokens=tokens, groups=groups) for part in parts]
 
 
 def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:

@@ -69,6 +69,8 @@ class MoEMesh:
     ) -> None:
         self._axes = {axis.role: axis for axis in axes}
         self._presentations = presentations
+        # Ranks that share tokens then also exchange rows, and so hear of each other in a dispatch.
+        self.tp_within_experts = _tp_within_experts([ranks for _, ranks in presentations])
 
     @staticmethod
     def init(
@@ -190,6 +192,15 @@ class MoEMesh:
     def __repr__(self) -> str:
         sizes = [f"{axis.name} {axis.size}" for axis in self._axes.values()]
         return f"MoEMesh({' x '.join(sizes[:3])} = {' x '.join(sizes[3:])})"
+
+
+def _tp_within_experts(presentations: Sequence[Tensor]) -> bool:
+    """No group of tp has ranks of two groups of experts (of ep and etp together)."""
+    if not presentations:
+        return True  # one process
+    dense, expert = presentations
+    group_of = {r: i for i, ranks in enumerate(expert.flatten(1).tolist()) for r in ranks}
+    return all(len({group_of[r] for r in tp}) == 1 for tp in dense.flatten(0, 1).tolist())
 
 
 def check_mesh(where: str, mesh: MoEMesh) -> None:

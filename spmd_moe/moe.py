@@ -144,7 +144,6 @@ class MoE(nn.Module):
             keep=config.keep,
             matmul=matmul,
         )
-        self.router = Router(config.router, config.width, mesh)
         if dispatcher is None:
             alone = mesh[EP].size * mesh[ETP].size == 1
             dispatcher = Local(mesh) if alone else AllToAll(mesh, num_experts)
@@ -159,6 +158,9 @@ class MoE(nn.Module):
         )
         self.weigh_in_combine = config.weigh is Weigh.IN_COMBINE
         self.fixed = getattr(dispatcher, "fixed_shapes", False)
+        apart = self.boundary.meets and not mesh.tp_within_experts
+        tell_tp = apart and not self.fixed  # where the host reads nothing, nobody raises
+        self.router = Router(config.router, config.width, mesh, tell_tp=tell_tp)
         if self.fixed and self.boundary.must_count:
             name = type(dispatcher).__name__
             raise ConfigError(

@@ -221,8 +221,8 @@ def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
     if len(columns) == 1:
         return y_TD
     y_TD = as_dtype(y_TD, wide(x_ND))  # a sum, so not in bf16
-    for column in columns[1:]:
-        y_TD += x_ND.index_select(0, column)
+    for column in columns[1:]:  # not in place: a checkpoint may have kept what an operator gave
+        y_TD = y_TD + x_ND.index_select(0, column)
     return as_dtype(y_TD, x_ND.dtype)
 
 

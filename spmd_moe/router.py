@@ -145,16 +145,19 @@ class Router(nn.Module):
     bias_E: Whole  # steers the choice, not the weight; see losses.update_selection_bias
     seen_E: TokenSums  # choices of this rank's tokens since the bias was last updated
 
-    def __init__(self, config: RouterConfig, width: int, mesh: MoEMesh) -> None:
+    def __init__(
+        self, config: RouterConfig, width: int, mesh: MoEMesh, *, tell_tp: bool = False
+    ) -> None:
+        """`tell_tp`: what is wrong with the scores of one rank of tp is wrong on all of them."""
         super().__init__()
-        self.config, self.tp = config, mesh[TP]
+        self.config, self.tp, self.tell_tp = config, mesh[TP], tell_tp
         self.score = SCORES[config.score]
         place, places = _place(mesh)
         first = first_in_turn(place, places, config.num_experts)
         self.choose: Choose = _InTurn(first) if config.balanced else _best
         self.jitter = _Jitter(config.jitter, place)
         self.weight_ED = unset(config.num_experts, width)
-        self.register_buffer("bias_E", torch.zeros(config.num_experts))
+        self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("seen_E", torch.zeros(config.num_experts, dtype=torch.int64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
@@ -181,12 +184,14 @@ class Router(nn.Module):
         complete = mask_T is None and expert_ids_TK is None
         if expert_ids_TK is None:
             marked = fault.mark(logits_TE, None)
-            ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config), mask_T)
+            ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config, mask_T), mask_T)
             dropped = torch.zeros_like(marked)
         else:
             given_TK = _of_tokens(expert_ids_TK, mask_T)
             marked = fault.mark(logits_TE, given_TK)
             ids_TK, dropped = _given(given_TK, mask_T, config.num_experts)
+        if self.tell_tp:
+            marked = fault.along(marked, self.tp)
         none_TK = None if complete else ids_TK < 0
         return Routing(
             expert_ids_TK=ids_TK,
@@ -250,10 +255,10 @@ def _bins(numbers: T, how_many: int) -> T:
 
 # --- choices ----------------------------------------------------------------------------------
 
-Choose: TypeAlias = Callable[[Tokens, Whole, RouterConfig], Tokens]
+Choose: TypeAlias = Callable[[Tokens, Whole, RouterConfig, Tokens | None], Tokens]
 
 
-def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
+def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig, mask_T: Tokens | None) -> Tokens:
     """The experts of highest biased score, among the groups of highest biased score."""
     rank_TE = scores_TE + bias_E
     if config.groups_kept < config.groups:
@@ -278,9 +283,12 @@ class _InTurn:
     def __init__(self, first: int) -> None:
         self.first = first
 
-    def __call__(self, scores_TE: Tokens, bias_E: Whole, config: RouterConfig) -> Tokens:
+    def __call__(
+        self, scores_TE: Tokens, bias_E: Whole, config: RouterConfig, mask_T: Tokens | None
+    ) -> Tokens:
         # Counted out of the scores, so that the choices are of the kind that these are.
-        token_T = torch.ones_like(scores_TE.select(1, 0), dtype=torch.int64).cumsum(0) - 1
+        one_T = torch.ones_like(scores_TE.select(1, 0), dtype=torch.int64)
+        token_T = (one_T if mask_T is None else one_T * mask_T).cumsum(0) - 1
         choice_K = torch.arange(self.first, self.first + config.top_k, device=scores_TE.device)
         return (token_T.unsqueeze(1) * config.top_k + choice_K) % config.num_experts
 
@@ -346,7 +354,8 @@ class _Jitter:
         if not self.amount:
             return x_TD
         seed = drawn_number() + self.stream
-        noise = torch.empty_like(x_TD).uniform_(
+        # Not in the dtype of the model: below float32 there are a few numbers around 1, or none.
+        noise = torch.empty_like(x_TD, dtype=wide(x_TD)).uniform_(
             1 - self.amount,
             1 + self.amount,
             generator=torch.Generator(x_TD.device).manual_seed(seed),

@@ -37,6 +37,7 @@ from spmd_moe.check.threads import threaded
 from spmd_moe.experts import experts_ffn
 from spmd_moe.ffn import Weights
 from spmd_moe.grouped import Masked, Matmul, PerExpert, TorchGroupedMM, choose_matmul
+from tests.bench_layer import grad_of
 from tests.grid import VARIANTS, case, layouts
 from tests.layer_runs import DISPATCHERS, build, compare, run_rank
 from tests.layouts import Case, Layout
@@ -329,6 +330,28 @@ def test_rows_of_no_expert_become_zero() -> None:
     assert x.grad is not None
     for rows in (y, x.grad):
         assert (rows[:3].abs().sum(1) > 0).all() and not rows[3:].any()
+
+
+@pytest.mark.parametrize("matmul", [Masked(), TorchGroupedMM(), PerExpert()], ids=str)
+def test_rows_of_no_expert_may_be_nan(matmul: Matmul) -> None:
+    """What stands in padding reaches no value and no gradient."""
+    mesh = MoEMesh.single()
+    experts = MoE(replace(CONFIG, bias=True), mesh, matmul=matmul).experts
+    init_weights(experts, mesh, seed=0, std=0.5)
+    counts, results = torch.tensor([1, 0, 2, 0]), []
+    for rows in (3, 6):
+        x, scores = torch.full((rows, 8), torch.nan), torch.full((rows,), torch.nan)
+        x[:3], scores[:3] = torch.arange(24.0).view(3, 8) / 24, torch.tensor([0.5, 0.25, 2.0])
+        experts.zero_grad()
+        leaves = x.requires_grad_(), scores.requires_grad_()
+        y = experts(x, counts, scores, padded=rows > 3)
+        y[:3].square().sum().backward()
+        found = [y.detach(), *(grad_of(leaf) for leaf in leaves)]
+        assert all(not t[3:].any() for t in found)
+        results.append([t[:3] for t in found] + [grad_of(p) for p in experts.parameters()])
+    for padded, plain in zip(results[1], results[0], strict=True):
+        assert plain.any()
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)
 
 
 def with_grouped_mm() -> float:

@@ -14,16 +14,23 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from spmd_moe import (
+    DP,
     EP,
+    TP,
     AllGather,
     AllToAll,
     Axis,
     Dispatcher,
+    I,
+    Kind,
     MoE,
     MoEConfig,
     MoEMesh,
+    R,
     RouterConfig,
     RoutingError,
+    S,
+    SharedConfig,
     expert_load,
     init_weights,
 )
@@ -92,6 +99,52 @@ def test_every_process_is_told_alike() -> None:
     (text, usable), *others = run(4, told, AllToAll, WORLDS[1], "nan")
     assert "scores are NaN or infinite on 1 of 4 ranks (etp 1 ep 1)." in text
     assert usable and all(other == (text, True) for other in others)
+
+
+def told_on_tp(tp: int, ep: int, src: Kind, dst: Kind, sharded: bool, fault: str) -> list[str]:
+    """What a rank is told, one of whose tokens is wrong; then, whether the layer still works."""
+    mesh = MoEMesh.init("cpu", dp=2, tp=tp, ep=ep)
+    shared = SharedConfig(8, sharded=True) if sharded else None
+    layer = MoE(replace(CONFIG, src=src, dst=dst, shared=shared), mesh)
+    init_weights(layer, mesh, seed=0)
+    x, ids = torch.ones(tp, 6), torch.zeros(tp, 2, dtype=torch.int64)
+    before, said = layer(x, None, ids).hidden, "nothing"
+    wrong, wrong_ids = x.clone(), ids.clone()
+    if mesh[DP].rank == 0 and (src is not S(0) or mesh[TP].rank == 1):
+        if fault == "nan":
+            wrong[1] = math.nan
+        else:
+            wrong_ids[1] = 8
+    try:
+        layer(wrong, None, wrong_ids)
+    except RoutingError as error:
+        said = str(error).split(" on ")[0]
+    # The ranks of the other cell of dp have heard nothing, and wait for nobody.
+    return [said, "as before" if torch.equal(layer(x, None, ids).hidden, before) else "broken"]
+
+
+@pytest.mark.parametrize("fault", ["nan", "id"])
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize(
+    ("src", "dst", "sharded"),
+    [(I, I, False), (R, S(0), False), (S(0), R, False), (S(0), S(0), True)],
+    ids=str,
+)
+def test_all_ranks_of_tp_are_told_where_they_meet(
+    src: Kind, dst: Kind, sharded: bool, ep: int, fault: str
+) -> None:
+    """Ranks of tp that exchange no rows, but gather tokens: who is not told computes nonsense."""
+    *first, last = threaded(8, told_on_tp, 4, ep, src, dst, sharded, fault)
+    said = "scores are NaN or infinite" if fault == "nan" else "expert_ids name experts that do not"
+    assert all(s.startswith(f"Router: {said}") and after == "as before" for s, after in first[:4])
+    assert [*first[4:], last] == [["nothing", "as before"]] * 4
+
+
+@pytest.mark.gloo
+def test_processes_of_tp_are_told_where_they_meet() -> None:
+    heard = run(4, told_on_tp, 2, 1, I, I, False, "nan")
+    said = ["Router: scores are NaN or infinite", "as before"]
+    assert heard == [said, said, ["nothing", "as before"], ["nothing", "as before"]]
 
 
 def test_both_faults_at_once_are_counted_apart() -> None:

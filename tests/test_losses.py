@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from spmd_moe.check.signatures import checked, declare, signatures, what_ran
 from spmd_moe.check.threads import threaded
 from spmd_moe.init import init_weights
-from spmd_moe.losses import LossTerms, Totals, balance_loss, totals, z_loss
+from spmd_moe.losses import LossTerms, as_one_batch, balance_loss, totals, z_loss
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig
 from spmd_moe.placement import CP, DENSE, DP, TP, I, Kind, P, Placement, R, Role, S, V
@@ -160,31 +160,17 @@ def own(x: Tensor, layout: Layout, rank: int, whole_on_tp: bool) -> Tensor:
     return x.clone()
 
 
-def summed(parts: Sequence[Totals]) -> Totals:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def losses_of(terms: Sequence[LossTerms], mesh: MoEMesh, balance: Balance) -> Results:
+def losses_of(terms: Sequence[LossTerms], mesh: MoEMesh) -> Results:
     """Every loss as a trainer would compute it, from the terms of all micro-batches."""
     counts = [totals(t, mesh) for t in terms]
     own_z = [z_loss(t, n) for t, n in zip(terms, counts, strict=True)]
     own_balance = [balance_loss(t, n, mesh) for t, n in zip(terms, counts, strict=True)]
-    if balance == "batch":
-        total = summed(counts)
-        over_all = [balance_loss(t, total, mesh) for t in terms]
-    else:  # a mean over sequences: each micro-batch weighs as much as it has of them
-        tokens = sum((n.tokens for n in counts), torch.tensor(0))
-        groups = sum((n.groups for n in counts), torch.tensor(0))
-        total = replace(counts[0], tokens=tokens)
-        over_all = [loss * n.groups / groups for loss, n in zip(own_balance, counts, strict=True)]
+    of_all = list(zip(terms, as_one_batch(counts), strict=True))
     return {
         "micro": torch.stack(own_balance).mean(),
-        "global": torch.stack(over_all).sum(),
+        "global": torch.stack([balance_loss(t, total, mesh) for t, total in of_all]).sum(),
         "z micro": torch.stack(own_z).mean(),
-        "z global": torch.stack([z_loss(t, total) for t in terms]).sum(),
+        "z global": torch.stack([z_loss(t, total) for t, total in of_all]).sum(),
     }
 
 
@@ -217,7 +203,7 @@ def run_setting(layout: Layout, setting: Setting, mesh: MoEMesh) -> Results:
     terms = [out.losses for out in outs]
     assert all(t.counts_BE.dtype is torch.int64 and t.tokens_B.dtype is torch.int64 for t in terms)
     assert all(type(t.z_sum) is Tensor for t in terms), "not yet waited for"
-    losses = losses_of(terms, mesh, setting.balance)
+    losses = losses_of(terms, mesh)
     return with_gradients(losses, xs, layer.router.weight_ED)
 
 

@@ -89,6 +89,17 @@ def test_less_waits_for_backward() -> None:
     assert saved[True] <= saved[False] < 0.6 * saved[None], saved
 
 
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_experts_are_chosen_once(exchanges: bool) -> None:
+    """Choices made again could be others, and rows would then not be where they were sent."""
+    model = build(mesh := MoEMesh.single(), True)
+    recompute(model.blocks, exchanges=exchanges)
+    with operators() as ran:
+        model(*batch(mesh, True)).backward()
+    times = [op.name for op in ran].count("aten::topk")
+    assert times == len(list(model.blocks)) * (2 if exchanges else 1)
+
+
 def test_a_copy_runs_its_own_weights() -> None:
     first = build(mesh := MoEMesh.single(), True)
     recompute(first.blocks)

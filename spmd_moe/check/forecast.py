@@ -63,7 +63,7 @@ class _Forecast:
         self, layer: MoE, layout: Layout, rank: int, tokens_r: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self.config: MoEConfig = layer.config
-        self.dispatcher = layer.dispatcher
+        self.dispatcher, self.tell_tp = layer.dispatcher, layer.router.tell_tp
         self.layout, self.rank, self.tokens_r, self.dtype = layout, rank, tokens_r, dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         self.score_dtype = self.config.router.dtype
@@ -75,6 +75,7 @@ class _Forecast:
     def all(self) -> Iterator[Collective]:
         dispatch = list(self._dispatcher())
         yield from self._counted_tokens()
+        yield from self._told_faults()
         yield from (c for c in dispatch if c.when == "forward")
         yield from self._shared()
         yield from self._losses()
@@ -136,6 +137,12 @@ class _Forecast:
         if self.must_count:
             what = "how many tokens each rank has"
             yield from self._one("forward", what, "all_gather", TP, (1,), torch.int64)
+
+    def _told_faults(self) -> Iterator[Collective]:
+        if self.tell_tp:
+            what = "whether scores are unusable"
+            shape = (self.layout.tp,)
+            yield from self._one("forward", what, "reduce_scatter", TP, shape, torch.int64)
 
     def _leave(self) -> Iterator[Collective]:
         if self.config.dst != INSIDE:

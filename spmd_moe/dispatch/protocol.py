@@ -43,7 +43,9 @@ class Arrived:
     scores_R: GatheredRows | None  # the weight of each row, if experts are to apply it
     counts_e: GatheredRows  # int64, on the device: rows of each expert
     gather: Gather | None = None
-    padded: bool = False  # behind the rows of all experts there may be rows of none
+    # Behind the rows of all experts there may be rows of none. They may be anything, and come back
+    # as zeros; as zeros `collect` has to bring their gradients, too.
+    padded: bool = False
     dropped: Tokens | None = None  # int64: how many of this rank's choices found no room
 
 
