@@ -148,7 +148,7 @@ def test_saved_bytes(
 def test_saved_bytes_with_biases(dtype: torch.dtype, matmul: Matmul) -> None:
     """The last bias keeps two numbers per row and expert: which expert, and with what weight."""
     D, F = widths = (256, 256)  # GPT-OSS has one width, too
-    which = ROWS * E * (dtype.itemsize + dtype.itemsize)
+    which = ROWS * E * (torch.bool.itemsize + dtype.itemsize)
     for keep, hidden, most in (
         (Keep.ACTIVATIONS, 2 * ROWS * F * dtype.itemsize, 0.45),
         (Keep.NOTHING, 0, 0.02),

@@ -256,8 +256,8 @@ LAYOUTS = [
         "padding is counted as tokens",
         edit(
             "router",
-            "            ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config), mask_T)",
-            "            ids_TK = self.choose(scores_TE, self.bias_E, config)",
+            "_of_tokens(self.choose(scores_TE, self.bias_E, config, mask_T), mask_T)",
+            "self.choose(scores_TE, self.bias_E, config, mask_T)",
         ),
         target="masked",
         layout=TP_2,

@@ -44,8 +44,8 @@ STATE = [
         "a part of a sum is scaled by the number of this rank's tokens",
         edit(
             "losses",
-            "z_sum=declared(z_T.sum(), everywhere),",
-            "z_sum=declared(z_T.sum(), everywhere) * z_T.shape[0],",
+            "z_sum=declare_sums(z_T.sum(), everywhere),",
+            "z_sum=declare_sums(z_T.sum(), everywhere) * z_T.shape[0],",
         ),
         layout=TP_2,
         rule="X2",
@@ -55,8 +55,8 @@ STATE = [
         "a loss is multiplied by the size of tp",
         edit(
             "losses",
-            "z_sum=declared(z_T.sum(), everywhere),",
-            "z_sum=declared(z_T.sum(), everywhere) * mesh[TP].size,",
+            "z_sum=declare_sums(z_T.sum(), everywhere),",
+            "z_sum=declare_sums(z_T.sum(), everywhere) * mesh[TP].size,",
         ),
         layout=TP_2,
         values=True,
@@ -68,7 +68,7 @@ STATE = [
         + edit(
             "moe",
             "        losses = self._loss_terms(x, frame, routing, mask_T)",
-            "        self.router.seen_E += declared(\n"
+            "        self.router.seen_E += declare_sums(\n"
             "            routing.counts_E, [self.mesh[role] for role in DENSE]\n        )\n"
             "        losses = self._loss_terms(x, frame, routing, mask_T)",
         ),
