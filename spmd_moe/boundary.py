@@ -58,7 +58,7 @@ class Boundary:
         self.whole = src != INSIDE
         self.same_rows = self.whole == (dst != INSIDE)
         # Ranks with rows of their own know each other's numbers only by telling.
-        self.must_count = src == INSIDE and (dst != INSIDE or count_rows)
+        self.must_count = tp.size > 1 and src == INSIDE and (dst != INSIDE or count_rows)
         # The layer has collectives on tp, or the model around it has them after each layer.
         self.meets = self.whole or self.must_count
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from spmd_moe.errors import MeshError, explain
-from spmd_moe.followed import unheard
+from spmd_moe.followed import unchecked, unheard
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Kind, P, Role, V
 from spmd_moe.ranks import by_rank, ints_by_rank
@@ -172,7 +172,7 @@ def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:
     places of its own and leaves the others zero.
     """
     group, ranks = ranks_of("declare_sum", axis)
-    if ranks == 1 or unheard():
+    if ranks == 1 or unchecked():
         return x
     declared: Tensor = reinterpret(x, group, src=V, dst=P)
     return declared

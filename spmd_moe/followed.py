@@ -27,12 +27,15 @@ def followed(*tensors: Tensor | None) -> bool:
     )
 
 
-def unheard() -> bool:
-    """No autograd, and no mode of functions, as spmd_types' checker is one.
+def unchecked() -> bool:
+    """No mode of functions, as spmd_types' checker is one: then kinds are nobody's concern.
 
-    Then an `autograd.Function` has nobody to tell, and its kernel is called as it is. A compiler
-    needs no function either: it follows the kernel.
+    Nor are they a compiler's, which would break its graph where a kind is declared.
     """
-    if torch.is_grad_enabled():
-        return False
     return torch.compiler.is_compiling() or not _is_torch_function_mode_enabled()
+
+
+def unheard() -> bool:
+    """No checker, and no autograd: an `autograd.Function` has nobody to tell, and its kernel is
+    called as it is."""
+    return not torch.is_grad_enabled() and unchecked()

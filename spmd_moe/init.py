@@ -20,7 +20,7 @@ from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.placement import Placement
 from spmd_moe.router import Router
 from spmd_moe.settings import number
-from spmd_moe.storage import local, place_in_whole, settled, whole_shape
+from spmd_moe.storage import cut_by_others, local, place_in_whole, settled, whole_shape
 
 _BIAS = re.compile(r"(bias|b\d*)(_[A-Za-z]+)?")
 
@@ -59,7 +59,7 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
 
 def _check(layer: nn.Module, mesh: MoEMesh) -> None:
     """Nothing is drawn unless everything can be."""
-    undeclared, unmade = [], []
+    undeclared, unmade, foreign = [], [], []
     for prefix, module in layer.named_modules():
         own = getattr(module, "mesh", mesh)
         if isinstance(own, MoEMesh) and not own.same_layout(mesh):
@@ -75,6 +75,10 @@ def _check(layer: nn.Module, mesh: MoEMesh) -> None:
         own_ones = dict(module.named_parameters(prefix, recurse=False))
         undeclared += [name for name in own_ones if name.rpartition(".")[2] not in placements]
         unmade += [name for name, parameter in own_ones.items() if parameter.is_meta]
+        for name, parameter in own_ones.items():
+            placement = placements.get(name.rpartition(".")[2])
+            if placement is not None and cut_by_others(placement, mesh, parameter):
+                foreign.append(name)
     if undeclared:
         raise PlacementError(
             explain(
@@ -95,6 +99,19 @@ def _check(layer: nn.Module, mesh: MoEMesh) -> None:
                 f"{unmade[0]!r} is on the meta device, where nothing has a value",
                 why="what is written there is forgotten",
                 fixes=["model.to_empty(device='cpu')   # before it; after parallelize, if at all"],
+            )
+        )
+
+    if foreign:
+        raise ConfigError(
+            explain(
+                "init_weights",
+                f"{foreign[0]!r} is cut among ranks, but not by parallelize",
+                why="which part of the whole a rank has is read from how parallelize has cut it",
+                fixes=[
+                    "init_weights(model, mesh, seed=0)   # before fully_shard",
+                    "parallelize(model, mesh, blocks=model.blocks)   # in place of fully_shard",
+                ],
             )
         )
 

@@ -27,6 +27,7 @@ from torch.export import register_dataclass
 
 from spmd_moe.collectives import declare_sum
 from spmd_moe.errors import ConfigError, explain
+from spmd_moe.followed import unheard
 from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens, TokenSums, Whole
 from spmd_moe.precision import not_cast
@@ -247,6 +248,8 @@ class _CountInBackward(torch.autograd.Function):
 
 def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: TokenSums) -> Tokens:
     """`x_TD`, whose backward adds `counts_E` to the counter `seen_E`, once for each step."""
+    if unheard():
+        return x_TD
     counted: Tokens = _CountInBackward.apply(x_TD, counts_E, seen_E)  # type: ignore[no-untyped-call]  # torch
     return counted
 

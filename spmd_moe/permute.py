@@ -64,7 +64,7 @@ def sort_by_expert(expert_ids_TK: Tensor, every_slot: bool) -> Slots:
         slot_N = slot_N.narrow(0, none, ids.shape[0] - none)
     rows = slot_N.shape[0]
     row = torch.empty_like(ids) if every_slot else torch.full_like(ids, rows)
-    row.scatter_(0, slot_N, torch.arange(rows, device=ids.device))
+    row = row.scatter(0, slot_N, torch.arange(rows, device=ids.device))
     token_N = torch.floor_divide(slot_N, k)  # `//` is Python around this
     return Slots(slot_N, token_N, row.view_as(expert_ids_TK), every_slot)
 

@@ -26,7 +26,7 @@ from spmd_moe.errors import (
     short_dtype,
     some,
 )
-from spmd_moe.followed import unheard
+from spmd_moe.followed import unchecked
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import Kind
 from spmd_moe.ranks import of_many, shapes_by_place
@@ -78,7 +78,7 @@ def redistribute(
                 fixes=refused.fixes,
             )
         ) from None
-    if ranks == 1 or (step.src == step.dst and unheard()):
+    if ranks == 1 or (step.src == step.dst and unchecked()):
         return x
     if step.src == step.dst:
         kept: Tensor = convert(x, group, src=step.src, dst=step.dst)  # seen by the checker

@@ -156,6 +156,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def cut_by_others(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> bool:
+    """Not by `parallelize`, so that nobody here knows which part of the whole this is."""
+    if not isinstance(tensor, DTensor) or shard_group(tensor) is not None:
+        return False
+    size = list(whole_shape(placement, mesh, tensor))
+    for k in placement:
+        if isinstance(k.kind, Shard):
+            size[k.kind.dim] //= mesh[k.role].size
+    return list(local(tensor).shape) != size
+
+
 def settled(model: nn.Module) -> nn.Module:
     """The model with its stored parameters: after a forward alone FSDP keeps the others."""
     for module in model.modules():

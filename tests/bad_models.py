@@ -8,7 +8,7 @@ import torch
 import torch.distributed.tensor as torch_tensor
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from spmd_moe import (
@@ -25,6 +25,7 @@ from spmd_moe import (
     V,
     clip_grad_norm_,
     declare,
+    init_weights,
     obligations,
     parallelize,
     recompute,
@@ -50,6 +51,15 @@ def tied() -> object:
     model[1].weight = model[0].weight
     declare(model, {"0.weight": SharedWeight, "1.weight": Whole})
     return obligations(model, MoEMesh.single())
+
+
+def cut_by_others() -> None:
+    """What each rank would then be given are the first rows."""
+    with fake_world(2):
+        mesh, model = MoEMesh.init("cpu", dp=2), nn.Linear(2, 4, bias=False)
+        declare(model, {"weight": SharedWeight})
+        fully_shard(model, mesh=mesh.dense["dp"])
+        init_weights(model, mesh, seed=0)
 
 
 def with_gradient(value: float = 1.0) -> nn.Module:
@@ -116,6 +126,7 @@ def part_of_the_ranks() -> None:
 
 
 BAD_MODELS: dict[str, Callable[[], object]] = {
+    "init_of_fully_shard": cut_by_others,
     "declare_nothing": lambda: declare(nn.Linear(2, 2), {"wieght": SharedWeight}),
     "declare_twice": lambda: declare(nn.Linear(2, 2), {"*": SharedWeight, "bias": SharedWeight}),
     "declare_no_placement": lambda: declare(nn.Linear(2, 2), {"*": torch.Tensor}),
