@@ -167,8 +167,10 @@ def as_one_batch(parts: Sequence[Totals]) -> list[Totals]:
     What is balanced by sequence keeps the counts of its own sequences; the numbers that losses are
     divided by are those of all micro-batches.
     """
-    if not parts or not parts[0].by_sequence:
-        return [sum(parts[1:], parts[0])] * len(parts) if parts else []
+    if not parts:
+        return []
+    if not parts[0].by_sequence:
+        return [sum(parts[1:], parts[0])] * len(parts)
     tokens: BatchTotals = torch.stack([part.tokens for part in parts]).sum()
     groups: BatchTotals = torch.stack([part.groups for part in parts]).sum()
     return [replace(part, tokens=tokens, groups=groups) for part in parts]
