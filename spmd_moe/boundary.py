@@ -84,7 +84,8 @@ class Boundary:
         if self.same_rows and len(frame.lead) > 1:
             y = y.view(*frame.lead, y.shape[-1])
         # Not a view: to add to one in place would lose the hook by which FSDP gathers for backward.
-        return y.clone() if y.requires_grad else y
+        # And waited for: a result that nobody reads would be kept for ever.
+        return y.clone() if torch.is_grad_enabled() else y
 
     # spmd: allow unknown - the caller's
     def _shape(self, x_TD: Tensor) -> ShardShape | None:

@@ -109,7 +109,7 @@ def move(
 ) -> Tensor:
     """`Move`, with types."""
     if unheard():
-        return _moved(x, group, step, dtype)
+        return _waited(_moved(x, group, step, dtype))
     return cast(Tensor, Move.apply(x, group, step, dtype, grad_dtype))  # type: ignore[no-untyped-call]  # torch does not type apply
 
 
@@ -333,10 +333,10 @@ def _awaitable(result: Tensor) -> Tensor:
 
 
 def _waited(result: Tensor) -> Tensor:
-    """A gradient that is there: it may become a `.grad`, which optimizers read past torch's own
-    dispatcher, where a waiting tensor would wait.
+    """What must be there, whether or not somebody reads it; torch keeps what nobody waits for.
 
-    A sum, a view or a copy hands its gradient on as it is, so any gradient may end up there.
+    And a gradient may become a `.grad`, which optimizers read past torch's own dispatcher, where a
+    waiting tensor would wait: a sum, a view or a copy hands its gradient on as it is.
     """
     if not isinstance(result, funcol.AsyncCollectiveTensor):
         return result

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, cast
 
 import torch
 
 from spmd_moe.errors import MeshError, explain
+from spmd_moe.placement import DENSE, TP, Role
+
+Groups: TypeAlias = Sequence[Sequence[int]]  # the ranks of each
 
 
 def check_device_type(where: str, device_type: object) -> None:
@@ -78,3 +81,16 @@ def expert_data_degree(where: str, ep: int, etp: int, world: int) -> int:
 def _nearest_divisor(wanted: int, whole: int) -> int:
     divisors = (d for d in range(1, whole + 1) if whole % d == 0)
     return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+def tell_axes(tp_groups: Groups, expert_groups: Groups) -> tuple[Role, ...]:
+    """Along which axes ranks have to tell something, besides in a dispatch, which reaches a group
+    of experts (of ep and etp together), so that all who hear of it are whole groups of tp."""
+    if _each_within_one(tp_groups, expert_groups):
+        return ()
+    # Where neither holds the other, groups hang together like links of a chain, so all ranks tell.
+    return (TP,) if _each_within_one(expert_groups, tp_groups) else DENSE
+
+
+def _each_within_one(small: Groups, large: Groups) -> bool:
+    return all(any(set(ranks) <= set(others) for others in large) for ranks in small)

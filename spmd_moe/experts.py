@@ -286,5 +286,5 @@ class _ExpertsFFN(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[4:])
         dx, *others = _backward(ctx.recipe, call, counts_e, dy_RD, kept, needs)
         if dx is not None and row_TK is not None:
-            dx = add_rows(dx, row_TK)
+            dx = add_rows(dx, row_TK, every_slot=dx.shape[0] == row_TK.numel())
         return None, None, None, None, dx, *others

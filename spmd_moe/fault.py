@@ -1,4 +1,5 @@
-"""Scores that are not finite, ids that name no expert: seen by one rank, reported by all it meets.
+"""What one rank sees and all that it meets report: scores that are not finite, ids that name no
+expert, and input that it refused.
 
 A rank that raised alone would leave its peers waiting for it. So the router only marks what it
 sees; the mark travels with the sizes that a dispatcher exchanges first, and every rank that gets it
@@ -25,8 +26,10 @@ from spmd_moe.placement import P, S, Tokens
 from spmd_moe.ranks import largest
 from spmd_moe.redistribute import redistribute
 
-# A rank's mark: how many of its scores are not finite, and this on top if any of its ids is wrong.
+# A rank's mark: how many of its scores are not finite, and on top of it if any of its ids is wrong,
+# or if it was given what the layer cannot take. Marks of thousands of ranks can be added up.
 _WRONG_ID = 1 << 40
+REFUSED = 1 << 51
 _TOLD = 8  # ranks that a message names
 
 
@@ -71,6 +74,16 @@ def check_marks(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) ->
 def _error(
     marks: Sequence[int], axes: Sequence[Axis], num_experts: int, may_be_unset: bool = True
 ) -> RoutingError:
+    refused = [m >= REFUSED for m in marks]
+    if any(refused):
+        return RoutingError(
+            explain(
+                "MoE.forward",
+                f"the input was refused on {_who(refused, axes)}",
+                why="this rank would wait for what others will not send",
+                fixes=["see the error there   # it says what is wrong with x, mask or expert_ids"],
+            )
+        )
     scores = [m % _WRONG_ID > 0 for m in marks]
     if any(scores):
         fixes = ["assert x.isfinite().all()   # before the layer, to find where they begin"]

@@ -124,7 +124,7 @@ def _draw(out: Tensor, stream: str, placement: Placement, mesh: MoEMesh, std: fl
     for i, row in enumerate(rows):
         seed = hashlib.sha256(f"{stream}/{place[0] + i}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
-        drawn = torch.randn(whole[1:], generator=generator) * std
+        drawn = torch.randn(whole[1:], generator=generator, dtype=torch.float32) * std
         for dim, start in enumerate(place[1:]):
             drawn = drawn.narrow(dim, start, row.shape[dim])
         row.copy_(drawn)

@@ -26,7 +26,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spmd_moe.agree import agree
-from spmd_moe.degrees import check_degrees, check_dense, check_device_type, expert_data_degree
+from spmd_moe.degrees import (
+    check_degrees,
+    check_dense,
+    check_device_type,
+    expert_data_degree,
+    tell_axes,
+)
 from spmd_moe.errors import MeshError, explain, some
 from spmd_moe.placement import DENSE, EXPERT, Role
 from spmd_moe.settings import instance
@@ -69,8 +75,10 @@ class MoEMesh:
     ) -> None:
         self._axes = {axis.role: axis for axis in axes}
         self._presentations = presentations
-        # Ranks that share tokens then also exchange rows, and so hear of each other in a dispatch.
-        self.tp_within_experts = _tp_within_experts([ranks for _, ranks in presentations])
+        self.tell_axes: tuple[Role, ...] = ()
+        if presentations:
+            (_, dense), (_, expert) = presentations
+            self.tell_axes = tell_axes(dense.flatten(0, 1).tolist(), expert.flatten(1).tolist())
 
     @staticmethod
     def init(
@@ -192,15 +200,6 @@ class MoEMesh:
     def __repr__(self) -> str:
         sizes = [f"{axis.name} {axis.size}" for axis in self._axes.values()]
         return f"MoEMesh({' x '.join(sizes[:3])} = {' x '.join(sizes[3:])})"
-
-
-def _tp_within_experts(presentations: Sequence[Tensor]) -> bool:
-    """No group of tp has ranks of two groups of experts (of ep and etp together)."""
-    if not presentations:
-        return True  # one process
-    dense, expert = presentations
-    group_of = {r: i for i, ranks in enumerate(expert.flatten(1).tolist()) for r in ranks}
-    return all(len({group_of[r] for r in tp}) == 1 for tp in dense.flatten(0, 1).tolist())
 
 
 def check_mesh(where: str, mesh: MoEMesh) -> None:

@@ -9,6 +9,7 @@ enter -> route -> dispatch -> experts -> collect -> combine -> leave
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -21,14 +22,16 @@ from spmd_moe.boundary import INSIDE, Boundary, Frame
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.dispatch.protocol import check_dispatcher
-from spmd_moe.errors import ConfigError, explain
+from spmd_moe.errors import ConfigError, RoutingError, SpmdMoeError, explain
 from spmd_moe.experts import Experts, Keep, Weigh
+from spmd_moe.gate import masked
 from spmd_moe.grouped import Matmul, check_matmul
 from spmd_moe.inputs import check_inputs
 from spmd_moe.losses import LossTerms, count_in_backward, declare_sums, loss_terms, reduce_on_tp
 from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.permute import sort_by_expert
 from spmd_moe.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
+from spmd_moe.ranks import simulating
 from spmd_moe.router import Router, RouterConfig, Routing
 from spmd_moe.settings import instance, one_of, spoken, whole_numbers
 from spmd_moe.shared import ReplicatedShared, ShardedShared
@@ -158,9 +161,9 @@ class MoE(nn.Module):
         )
         self.weigh_in_combine = config.weigh is Weigh.IN_COMBINE
         self.fixed = getattr(dispatcher, "fixed_shapes", False)
-        apart = self.boundary.meets and not mesh.tp_within_experts
-        tell_tp = apart and not self.fixed  # where the host reads nothing, nobody raises
-        self.router = Router(config.router, config.width, mesh, tell_tp=tell_tp)
+        tells = self.boundary.meets and not self.fixed  # where the host reads nothing, none raises
+        tell = [mesh[role] for role in mesh.tell_axes if tells and mesh[role].size > 1]
+        self.router = Router(config.router, config.width, mesh, tell=tell)
         if self.fixed and self.boundary.must_count:
             name = type(dispatcher).__name__
             raise ConfigError(
@@ -179,13 +182,15 @@ class MoE(nn.Module):
         expert_ids: Tensor | None = None,  # spmd: allow unknown - as x
     ) -> MoEOutput:
         """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
-        check_inputs(x, mask, expert_ids, self.config.width, self.router, self.experts)
+        try:
+            check_inputs(x, mask, expert_ids, self.config.width, self.router, self.experts)
+        except SpmdMoeError:
+            self._tell_refused()
+            raise
         x_TD, frame = self.boundary.enter(x)
         mask_T = None if mask is None else self.boundary.own_rows(mask, frame)
         if expert_ids is not None:
             expert_ids = self.boundary.own_rows(expert_ids, frame, 1)
-        x_TD = _masked(x_TD, mask_T)
-
         routing = self.router(x_TD, mask_T, expert_ids)
         scores_TK = routing.scores_TK
         early_TK, late_TK = (None, scores_TK) if self.weigh_in_combine else (scores_TK, None)
@@ -196,10 +201,12 @@ class MoE(nn.Module):
             arrived.rows_RD, arrived.counts_e, arrived.scores_R, arrived.gather, arrived.padded
         )
         rows_ND = self.dispatcher.collect(y_RD, state)
-        beside_TD = None if self.shared is None else self.shared(x_TD, frame.shape)  # rows travel
+        beside_TD = None  # while rows travel
+        if self.shared is not None:
+            beside_TD = self.shared(masked(x_TD, mask_T), frame.shape)
         y_TD = combine(rows_ND, slots, late_TK)
         if beside_TD is not None:
-            y_TD = _masked(y_TD + beside_TD, mask_T)
+            y_TD = masked(y_TD + beside_TD, mask_T)
 
         if self.training:
             y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
@@ -210,6 +217,17 @@ class MoE(nn.Module):
         # spmd: allow unknown - which axes is data
         counts_E, dropped = (declare_sums(n, self.data_axes) for n in (routing.counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
+
+    @torch.no_grad()
+    def _tell_refused(self) -> None:
+        """With no tokens, up to where all who would wait for this rank raise a `RoutingError`."""
+        if self.fixed or simulating():
+            return  # there nobody reads what is told, and here this call is that of all ranks
+        none_0D = torch.zeros(0, self.config.width, device=self.router.weight_ED.device)
+        routing = self.router(self.boundary.enter(none_0D)[0], refused=True)
+        slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
+        with suppress(RoutingError):
+            self.dispatcher.dispatch(none_0D, None, routing, slots)
 
     # spmd: allow unknown - the caller's
     def _loss_terms(
@@ -226,8 +244,3 @@ class MoE(nn.Module):
             group_T = self.boundary.own_rows(sequence_BL, frame)
         terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
         return reduce_on_tp(terms, self.mesh) if self.boundary.whole else terms
-
-
-def _masked(x_TD: Tokens, mask_T: Tokens | None) -> Tokens:
-    """Whatever stands in padding, or is made of it, reaches neither values nor gradients."""
-    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)

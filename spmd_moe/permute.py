@@ -49,9 +49,7 @@ class Gather(NamedTuple):
     """Rows as places in a tensor of tokens: then the tokens are kept, not their K copies."""
 
     token_R: GatheredRows  # row r is a copy of token `token_R[r]`
-    row_TK: (
-        GatheredRows  # the rows of each token, which are all rows: the way back, without atomics
-    )
+    row_TK: GatheredRows  # the rows of each token, R for none: the way back, without atomics
 
 
 def sort_by_expert(expert_ids_TK: Tensor, every_slot: bool) -> Slots:
@@ -126,7 +124,7 @@ class _Fold(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(token_N, row_TK)
         ctx.every_slot = every_slot
-        return _added(x_ND, row_TK, every_slot)
+        return add_rows(x_ND, row_TK, every_slot)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,7 +172,7 @@ def spread(x_TD: T, slots: Slots) -> T:
 def fold(x_ND: Tokens, slots: Slots) -> Tokens:
     """The sum of each token's rows, in the order of its choices."""
     if unheard():
-        return _added(x_ND, slots.row_TK, slots.every_slot)
+        return add_rows(x_ND, slots.row_TK, slots.every_slot)
     return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.every_slot)
 
 
@@ -214,8 +212,10 @@ def _taken(x: Tensor, index: Tensor, zeros_at_the_end: bool) -> Tensor:
     return (_with_zeros(x) if zeros_at_the_end else x).index_select(0, index)
 
 
-def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
-    """The sum of each token's K rows, choice by choice: the same bits on every run."""
+def add_rows(x_ND: Tensor, row_TK: Tensor, every_slot: bool) -> Tensor:
+    """The sum of each token's rows, choice by choice: the same bits on every run."""
+    if not every_slot:
+        x_ND = _with_zeros(x_ND)
     columns = row_TK.unbind(1)
     y_TD = x_ND.index_select(0, columns[0])
     if len(columns) == 1:
@@ -224,10 +224,6 @@ def add_rows(x_ND: Tensor, row_TK: Tensor) -> Tensor:
     for column in columns[1:]:  # not in place: a checkpoint may have kept what an operator gave
         y_TD = y_TD + x_ND.index_select(0, column)
     return as_dtype(y_TD, x_ND.dtype)
-
-
-def _added(x_ND: Tensor, row_TK: Tensor, every_slot: bool) -> Tensor:
-    return add_rows(x_ND if every_slot else _with_zeros(x_ND), row_TK)
 
 
 def _with_zeros(x: Tensor) -> Tensor:

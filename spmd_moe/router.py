@@ -10,7 +10,7 @@ selection bias steers the choice only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast, final
 
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from spmd_moe import fault
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.fault import unset
+from spmd_moe.gate import gate
 from spmd_moe.host import drawn_number
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.mesh import Axis, MoEMesh
 from spmd_moe.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
-from spmd_moe.precision import as_dtype, not_cast, wide
+from spmd_moe.precision import wide
 from spmd_moe.redistribute import redistribute
 from spmd_moe.settings import instance, number, one_of, whole_numbers
 
@@ -146,11 +147,11 @@ class Router(nn.Module):
     seen_E: TokenSums  # choices of this rank's tokens since the bias was last updated
 
     def __init__(
-        self, config: RouterConfig, width: int, mesh: MoEMesh, *, tell_tp: bool = False
+        self, config: RouterConfig, width: int, mesh: MoEMesh, *, tell: Sequence[Axis] = ()
     ) -> None:
-        """`tell_tp`: what is wrong with the scores of one rank of tp is wrong on all of them."""
+        """`tell`: what is wrong on one rank of these axes is wrong on all of them."""
         super().__init__()
-        self.config, self.tp, self.tell_tp = config, mesh[TP], tell_tp
+        self.config, self.tp, self.tell = config, mesh[TP], list(tell)
         self.score = SCORES[config.score]
         place, places = _place(mesh)
         first = first_in_turn(place, places, config.num_experts)
@@ -169,17 +170,23 @@ class Router(nn.Module):
         return self
 
     def forward(
-        self, x_TD: Tokens, mask_T: Tokens | None = None, expert_ids_TK: Tokens | None = None
+        self,
+        x_TD: Tokens,
+        mask_T: Tokens | None = None,
+        expert_ids_TK: Tokens | None = None,
+        *,
+        refused: bool = False,
     ) -> Routing:
-        """Route. Tokens whose mask is False choose no expert; ids that are given are the choice."""
+        """Route. Tokens whose mask is False choose no expert; ids that are given are the choice.
+
+        `refused`: this rank was given what the layer cannot take, and stands here with no tokens.
+        """
         config = self.config
         weight_ED: Whole = redistribute(
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
-        with not_cast(x_TD):
-            x_TD, weight_ED = as_dtype(x_TD, config.dtype), as_dtype(weight_ED, config.dtype)
-            logits_TE = F.linear(x_TD, weight_ED)
+        logits_TE = gate(x_TD, weight_ED, mask_T, config.dtype)
         scores_TE = self.score.of_logits(logits_TE)
         complete = mask_T is None and expert_ids_TK is None
         if expert_ids_TK is None:
@@ -190,8 +197,10 @@ class Router(nn.Module):
             given_TK = _of_tokens(expert_ids_TK, mask_T)
             marked = fault.mark(logits_TE, given_TK)
             ids_TK, dropped = _given(given_TK, mask_T, config.num_experts)
-        if self.tell_tp:
-            marked = fault.along(marked, self.tp)
+        if refused:
+            marked = marked + fault.REFUSED
+        for axis in self.tell:
+            marked = fault.along(marked, axis)
         none_TK = None if complete else ids_TK < 0
         return Routing(
             expert_ids_TK=ids_TK,

@@ -225,8 +225,8 @@ def outputs_of(experts: Experts) -> list[Tensor]:
     return outputs
 
 
-def hidden_of(layer: MoE, x: Tensor) -> Tensor:
-    y: Tensor = layer(x).hidden
+def hidden_of(layer: MoE, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    y: Tensor = layer(x, mask).hidden
     return y
 
 

@@ -36,6 +36,7 @@ ORDER = [
     "collectives",
     "redistribute",
     "fault",
+    "gate",
     "router",
     "permute",
     "dispatch.protocol",

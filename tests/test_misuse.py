@@ -266,15 +266,23 @@ def test_experts_that_a_dispatcher_cannot_share_out() -> None:
 
 
 @pytest.mark.parametrize("kind", [AllGather, AllToAll])
-def test_a_wrong_dtype_is_told_before_anything_is_sent(
+def test_a_wrong_dtype_is_told_before_any_token_is_sent(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fake_world(4):
         mesh = mesh_of_four()
         layer = MoE(CONFIG, mesh, kind(mesh, 8))
-        monkeypatch.setattr(layer, "boundary", None)  # the first that would be reached
+        entered: list[Tensor] = []
+        enter = layer.boundary.enter
+
+        def seen(x: Tensor) -> Any:
+            entered.append(x)
+            return enter(x)
+
+        monkeypatch.setattr(layer.boundary, "enter", seen)
         text = refusal(lambda: layer(torch.ones(3, 6, dtype=torch.bfloat16)))
     assert text == "MoE.forward: x is bf16[3, 6], the layer f32."
+    assert [len(x) for x in entered] == [0]
 
 
 def test_weights_that_are_cast_when_the_experts_run_are_not_judged_early() -> None:

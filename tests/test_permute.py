@@ -281,17 +281,17 @@ def test_rows_are_added_choice_by_choice(dtype: torch.dtype, k: int) -> None:
         for row in rows[1:]:
             total = total + x[row]
         wanted.append(total.to(dtype))
-    got = add_rows(x, row_TK)
+    got = add_rows(x, row_TK, every_slot=True)
     assert got.dtype is dtype and torch.equal(got, torch.stack(wanted))
     if k == 5 and dtype is not torch.bfloat16:  # in float32, sums of bf16 numbers are exact
-        assert not torch.equal(add_rows(x, row_TK.flip(1)), got)
+        assert not torch.equal(add_rows(x, row_TK.flip(1), every_slot=True), got)
 
 
 def test_a_sum_of_bf16_rows_is_not_rounded_on_the_way() -> None:
     x = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     one_by_one = x[0] + x[1] + x[2]
     assert one_by_one.item() == 256.0  # what the test is about
-    assert add_rows(x, torch.tensor([[0, 1, 2]])).item() == 258.0
+    assert add_rows(x, torch.tensor([[0, 1, 2]]), every_slot=True).item() == 258.0
 
 
 def test_weights_that_come_late_are_not_rounded() -> None:
@@ -306,7 +306,7 @@ def test_weights_that_come_late_are_not_rounded() -> None:
 
 def test_add_rows_leaves_its_input_alone() -> None:
     x = torch.ones(3, 2)
-    add_rows(x, torch.tensor([[0, 1], [0, 2]]))
+    add_rows(x, torch.tensor([[0, 1], [0, 2]]), every_slot=True)
     assert torch.equal(x, torch.ones(3, 2))
 
 

@@ -63,7 +63,7 @@ class _Forecast:
         self, layer: MoE, layout: Layout, rank: int, tokens_r: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self.config: MoEConfig = layer.config
-        self.dispatcher, self.tell_tp = layer.dispatcher, layer.router.tell_tp
+        self.dispatcher, self.tell = layer.dispatcher, [axis.role for axis in layer.router.tell]
         self.layout, self.rank, self.tokens_r, self.dtype = layout, rank, tokens_r, dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         self.score_dtype = self.config.router.dtype
@@ -139,10 +139,10 @@ class _Forecast:
             yield from self._one("forward", what, "all_gather", TP, (1,), torch.int64)
 
     def _told_faults(self) -> Iterator[Collective]:
-        if self.tell_tp:
+        for role in self.tell:
             what = "whether scores are unusable"
-            shape = (self.layout.tp,)
-            yield from self._one("forward", what, "reduce_scatter", TP, shape, torch.int64)
+            shape = (self.layout.sizes[role],)
+            yield from self._one("forward", what, "reduce_scatter", role, shape, torch.int64)
 
     def _leave(self) -> Iterator[Collective]:
         if self.config.dst != INSIDE:

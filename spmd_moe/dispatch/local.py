@@ -12,7 +12,7 @@ from spmd_moe import fault
 from spmd_moe.dispatch.protocol import Arrived
 from spmd_moe.errors import ConfigError, explain
 from spmd_moe.mesh import MoEMesh, check_mesh
-from spmd_moe.permute import Gather, Slots, spread, take_scores
+from spmd_moe.permute import Gather, Slots, take_scores
 from spmd_moe.placement import EP, ETP, RowSums, Tokens
 from spmd_moe.router import Routing
 
@@ -40,14 +40,10 @@ class Local:
     ) -> tuple[Arrived, None]:
         fault.check_alone(routing.fault, routing.logits_TE)
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
-        if (
-            slots.every_slot
-        ):  # nothing is sent, so rows need not be made before the experts read them
-            gather = Gather(slots.token_N, slots.row_TK)
-            # spmd: allow argument - etp has size 1 here, where V is R
-            return Arrived(x_TD, scores_R, routing.counts_E, gather), None
-        # spmd: allow argument - as above
-        return Arrived(spread(x_TD, slots), scores_R, routing.counts_E), None
+        # Nothing is sent, so rows need not be made before the experts read them.
+        gather = Gather(slots.token_N, slots.row_TK)
+        # spmd: allow argument - etp has size 1 here, where V is R
+        return Arrived(x_TD, scores_R, routing.counts_E, gather), None
 
     def collect(self, y_RD: RowSums, state: None) -> Tokens:
         return y_RD  # spmd: allow return - etp has size 1 here, where P is V
