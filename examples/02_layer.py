@@ -6,7 +6,8 @@
 
 Every run draws the same weights and the same batch, takes its part of both, and prints what all
 ranks have together: the loss, the load of the experts, and the norm of every gradient. Then each
-rank compares its own part with the whole layer, which it computes once more alone.
+rank compares its own part of outputs and gradients with the whole layer, which it computes once
+more alone.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ def main() -> None:
     for name, parameter, placement in parameters(layer):
         say(f"  {name:<18} {norm(parameter, placement, mesh):.6f}   {placement}")
 
-    rank, off = mesh_rank(), compare_with_whole(layer, mesh)
+    rank, off = mesh_rank(), compare_with_whole(layer, out, mesh)
     if dist.is_initialized():
         dist.barrier()  # what rank 0 says alone comes first
-    print(f"rank {rank}: gradients equal those of one process, within {off:.0e}", flush=True)
+    agreed = f"rank {rank}: outputs and gradients equal those of one process, within {off:.0e}"
+    print(agreed, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -101,13 +103,17 @@ def own_part(batch: Tensor, mesh: MoEMesh) -> Tensor:
 
 
 def step(mesh: MoEMesh, x: Tensor) -> tuple[MoE, MoEOutput, Tensor]:
-    """Forward and backward. The loss is P on dp, and the same on all ranks of tp."""
+    """Forward and backward. The loss is P on dp, and the same on all ranks of tp.
+
+    Every token is to come out as it went in: so it matters that it comes out in its own place.
+    """
     layer = MoE(CONFIG, mesh).to(torch.float64)
     init_weights(layer, mesh, seed=0, std=0.2)
-    out: MoEOutput = layer(x.to(torch.float64))
+    x = x.to(torch.float64)
+    out: MoEOutput = layer(x)
     assert out.losses is not None
     balance = balance_loss(out.losses, totals(out.losses, mesh), mesh)
-    loss = out.hidden.square().sum() / (BATCH * LENGTH) + 0.01 * balance
+    loss = (out.hidden - x).square().sum() / (BATCH * LENGTH) + 0.01 * balance
     loss.backward()
     return layer, out, loss
 
@@ -148,12 +154,12 @@ def reduced(x: Tensor, placement: Placement, mesh: MoEMesh) -> Tensor:
     return x
 
 
-def compare_with_whole(layer: MoE, mesh: MoEMesh) -> float:
-    """The largest difference to this rank's part of the gradients of one process alone."""
+def compare_with_whole(layer: MoE, out: MoEOutput, mesh: MoEMesh) -> float:
+    """The largest difference to this rank's part of what one process alone computes."""
     batch = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
-    whole, _, _ = step(MoEMesh.single(), batch)
+    whole, whole_out, _ = step(MoEMesh.single(), batch)
+    off = apart(out.hidden, own_part(whole_out.hidden, mesh))
     theirs = {name: parameter.grad for name, parameter, _ in parameters(whole)}
-    off = 0.0
     for name, parameter, placement in parameters(layer):
         part = theirs[name]
         assert part is not None
@@ -161,9 +167,14 @@ def compare_with_whole(layer: MoE, mesh: MoEMesh) -> float:
             if isinstance(k.kind, Shard):
                 axis = mesh[k.role]
                 part = part.chunk(axis.size, k.kind.dim)[axis.rank]
-        off = max(off, float((owed(parameter, placement, mesh) - part).abs().max()))
-    assert off < 1e-10, f"gradients differ by {off}"
+        off = max(off, apart(owed(parameter, placement, mesh), part))
+    assert off < 1e-10, f"outputs or gradients differ by {off}"
     return off
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference; none where a rank has no rows."""
+    return max((ours - theirs).detach().abs().flatten().tolist(), default=0.0)
 
 
 def mesh_rank() -> int:

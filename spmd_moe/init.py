@@ -23,6 +23,8 @@ from spmd_moe.settings import number
 from spmd_moe.storage import cut_by_others, local, place_in_whole, settled, whole_shape
 
 _BIAS = re.compile(r"(bias|b\d*)(_[A-Za-z]+)?")
+# What torch.compile and checkpointing call the module inside; values do not depend on them.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 
 @torch.no_grad()
@@ -47,6 +49,7 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
     _check(layer, mesh)
     for prefix, module in settled(layer).named_modules():
         placements = declared(module)
+        prefix = ".".join(part for part in prefix.split(".") if part not in _WRAPPED)
         for name, parameter in module.named_parameters(recurse=False):
             if _BIAS.fullmatch(name):
                 parameter.zero_()

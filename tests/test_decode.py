@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _get_work_registry_size
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,12 +23,15 @@ from spmd_moe import (
     ConfigError,
     Dispatcher,
     FixedCapacity,
+    I,
+    Kind,
     MeshError,
     MoE,
     MoEConfig,
     MoEMesh,
     R,
     RouterConfig,
+    S,
     expert_load,
     init_weights,
 )
@@ -369,3 +373,23 @@ def with_grouped_mm() -> float:
 @pytest.mark.gloo
 def test_grouped_and_masked_agree() -> None:
     assert max(run(4, with_grouped_mm)) < 1e-5
+
+
+def left_over(src: Kind, dst: Kind) -> list[int]:
+    """Collectives that torch still keeps after outputs that nobody read."""
+    mesh = MoEMesh.init("cpu", tp=2, ep=2)
+    layer = MoE(replace(CONFIG, src=src, dst=dst, balance="batch"), mesh)
+    init_weights(layer, mesh, seed=0)
+    x, kept = torch.ones(4, CONFIG.width), []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            layer(x)
+        kept.append(_get_work_registry_size())
+    layer.requires_grad_(False)(x)
+    return [*kept, _get_work_registry_size()]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("src", "dst"), [(R, R), (I, I), (S(0), R), (R, S(0))], ids=str)
+def test_nothing_is_kept_of_outputs_that_nobody_reads(src: Kind, dst: Kind) -> None:
+    assert run(2, left_over, src, dst) == [[0, 0, 0]] * 2

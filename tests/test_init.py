@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from spmd_moe.check.threads import threaded
 from spmd_moe.init import init_weights
@@ -139,3 +141,18 @@ def test_other_buffers_are_left_alone_and_a_single_number_is_drawn() -> None:
         assert not model.moe.router.bias_E.any() and not model.moe.router.seen_E.any()
         drawn.append(model.scale.item())
     assert drawn[0] == drawn[1] != drawn[2] and 0 < abs(drawn[0]) < 0.1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, in its own code
+def test_initial_values_do_not_depend_on_wrappers_nor_on_the_default_dtype() -> None:
+    layer, mesh = MoE(CONFIG, MoEMesh.single()), MoEMesh.single()
+    init_weights(layer, mesh, seed=3)
+    want = [parameter.clone() for parameter in layer.parameters()]
+    torch.set_default_dtype(torch.float64)
+    try:
+        init_weights(checkpoint_wrapper(layer), mesh, seed=3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, layer.parameters(), want)) and want[0].any()
+    init_weights(cast(nn.Module, torch.compile(layer)), mesh, seed=3)
+    assert all(map(torch.equal, layer.parameters(), want))

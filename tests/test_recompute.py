@@ -5,15 +5,37 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from spmd_moe import MoEMesh, parallelize, recompute
+from spmd_moe import (
+    CLAMPED_SWIGLU,
+    GELU,
+    SWIGLU,
+    Activation,
+    MoE,
+    MoEConfig,
+    MoEMesh,
+    RouterConfig,
+    SharedConfig,
+    init_weights,
+    parallelize,
+    recompute,
+)
 from tests.layouts import Layout
 from tests.models import Model, batch, build, mesh_of
 from tests.operators import operators
@@ -98,6 +120,46 @@ def test_experts_are_chosen_once(exchanges: bool) -> None:
         model(*batch(mesh, True)).backward()
     times = [op.name for op in ran].count("aten::topk")
     assert times == len(list(model.blocks)) * (2 if exchanges else 1)
+
+
+def all_gradients(layer: MoE, kept: Callable[[str], bool] | None) -> list[Tensor]:
+    """Those of a step in which a checkpoint keeps the results of some operators."""
+    layer.zero_grad()
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask = torch.tensor([True, True, False, True, True])
+
+    def policy(
+        _: object, operator: OpOverload, *args: object, **kwargs: object
+    ) -> CheckpointPolicy:
+        keep = kept is not None and kept(operator.name())
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    how: dict[str, Any] = {} if kept is None else {"context_fn": contexts}
+    out = checkpoint(layer, x, mask, use_reentrant=False, **how)
+    (
+        out.hidden.square().sum() + out.losses.z_sum + out.losses.prob_sums_BE.square().sum()
+    ).backward()
+    return [leaf.grad for leaf in (x, *layer.parameters()) if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("activation", [SWIGLU, CLAMPED_SWIGLU, GELU], ids=lambda a: a.name)
+def test_a_checkpoint_may_keep_what_it_likes(activation: Activation) -> None:
+    """Each operator's result alone, and all but it; torch refuses one that was written to since."""
+    router = RouterConfig(8, 2, groups=4, groups_kept=2, normalize=True)
+    shared = SharedConfig(8, gated=True)
+    config = MoEConfig(16, 8, router, activation, bias=True, shared=shared, balance="sequence")
+    layer = MoE(config, mesh := MoEMesh.single())
+    init_weights(layer, mesh, seed=0, std=0.5)
+    with operators() as ran:
+        plain = all_gradients(layer, None)
+    assert len(plain) == 1 + len(list(layer.parameters())) and all(g.any() for g in plain)
+    names = {operator.name for operator in ran}
+    assert len(names) > 30
+    for name in names:
+        for kept in (name.__eq__, name.__ne__):
+            pairs = zip(plain, all_gradients(layer, kept), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs), name
 
 
 def test_a_copy_runs_its_own_weights() -> None:
