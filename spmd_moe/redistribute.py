@@ -78,9 +78,11 @@ def redistribute(
                 fixes=refused.fixes,
             )
         ) from None
-    if ranks == 1 or (step.src == step.dst and unchecked()):
+    if ranks == 1:
         return x
-    if step.src == step.dst:
+    if _same(step.src, step.dst):
+        if unchecked():
+            return x
         kept: Tensor = convert(x, group, src=step.src, dst=step.dst)  # seen by the checker
         return kept
     return move(x, group, step, dtype, grad_dtype)
@@ -97,7 +99,7 @@ def plan(
     before, after = _shapes_of_each_side(src, dst, shape)
     if isinstance(src, Shard):
         before = _shape_before(src, local[src.dim], rank, ranks, before)
-    if isinstance(dst, Shard) and dst != src:
+    if isinstance(dst, Shard) and not _same(src, dst):
         after = _shape_after(dst, local[dst.dim], ranks, after)
     return Step(src, dst, before, after, told=shape is not None)
 
@@ -142,6 +144,13 @@ def _step_for(
     return planned(src, dst, tuple(x.shape), rank, ranks, shape)
 
 
+def _same(src: Kind, dst: Kind) -> bool:
+    """As `==`; but what compiles with dynamic numbers cannot compare objects by those in them."""
+    if isinstance(src, Shard) and isinstance(dst, Shard):
+        return src.dim == dst.dim
+    return src is dst
+
+
 def _check_types(shape: object, *dtypes: object) -> None:
     parts = shape if isinstance(shape, tuple) else (shape,)
     if shape is not None and not (parts and all(isinstance(p, ShardShape) for p in parts)):
@@ -171,7 +180,7 @@ def _check_move(src: Kind, dst: Kind, dims: int) -> None:
     if src is dst:
         return
     _check_kind(dst, dims)
-    if src != dst and (letter(src), letter(dst)) not in MOVES:
+    if not _same(src, dst) and (letter(src), letter(dst)) not in MOVES:
         raise _no_such_move(src, dst)
 
 
@@ -213,7 +222,7 @@ def _shapes_of_each_side(
     if shape is None:
         return None, None
     if isinstance(shape, tuple):
-        if sharded == (True, True) and src != dst:
+        if sharded == (True, True) and not _same(src, dst):
             return shape
         what, fix = "two shapes are given, but not two sharded dims", "shape=one_shape"
     elif any(sharded):
@@ -282,7 +291,7 @@ def _check_grad_dtype(x: Tensor, src: Kind, dst: Kind, grad_dtype: Dtype) -> Non
     """A sum in low precision must be somebody's decision, also where only backward takes it."""
     if grad_dtype is not None or not x.requires_grad or x.dtype.itemsize >= 4:
         return
-    if src == dst or not torch.is_grad_enabled():
+    if _same(src, dst) or not torch.is_grad_enabled():
         return
     step = Step(src, dst)
     if not step.backward().row.sums:

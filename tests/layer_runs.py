@@ -11,7 +11,7 @@ import torch.distributed as dist
 from spmd_types import MeshAxis, get_local_type
 from torch import Tensor, nn
 
-from spmd_moe.check.signatures import axis, checked, declare, what_ran
+from spmd_moe.check.signatures import axis, checked, declare, signatures, what_ran
 from spmd_moe.dispatch import AllGather, AllToAll, FixedCapacity
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEOutput
@@ -61,6 +61,12 @@ def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
     assert found.keys() == gradients.keys(), f"no gradient for {gradients.keys() - found.keys()}"
     assert all(type(gradient) is Tensor for gradient in found.values()), "not yet waited for"
     return {"out": out.hidden.detach().clone(), "counts": out.counts_E, **found}
+
+
+def run_typed(case: Case) -> dict[str, Tensor]:
+    """As `run_rank`, on a process whose signatures are looked at for as long."""
+    with signatures(["spmd_moe"]):
+        return run_rank(case, typed=True)
 
 
 def forward(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:

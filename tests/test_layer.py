@@ -19,7 +19,7 @@ from spmd_moe.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.placement import R
 from spmd_moe.router import RouterConfig
 from tests.grid import EXPERTS, FACTORS, WIDE, WORLDS, case, choices, layouts
-from tests.layer_runs import DISPATCHERS, compare, run_rank, wanted
+from tests.layer_runs import DISPATCHERS, compare, run_rank, run_typed, wanted
 from tests.layouts import Case, Layout
 from tests.operators import operators
 from tests.workers import run
@@ -87,7 +87,10 @@ def test_the_grid_is_alive() -> None:
 
 REAL = [
     *(x for x in LAYOUTS if x.world == 2),
+    Layout(cp=3, etp=3),
     *(x for x in LAYOUTS if x.world == 4 and x.ep * x.etp == 4),
+    Layout(dp=3, tp=2, ep=3, etp=2),
+    Layout(cp=2, tp=3, ep=2),
     Layout(dp=2, cp=2, tp=2, ep=4, etp=2),
 ]
 
@@ -95,7 +98,9 @@ REAL = [
 @pytest.mark.gloo
 @pytest.mark.parametrize("layout", REAL, ids=str)
 def test_on_real_processes(layout: Layout) -> None:
-    for this in cases(layout)[:2]:
+    first, *others = cases(layout)[:2]
+    compare(first, run(layout.world, run_typed, first))
+    for this in others:
         compare(this, run(layout.world, run_rank, this))
 
 
