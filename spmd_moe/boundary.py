@@ -18,7 +18,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from spmd_moe.collectives import waited
 from spmd_moe.errors import ConfigError, explain
+from spmd_moe.followed import unheard
 from spmd_moe.host import host_ints
 from spmd_moe.mesh import Axis
 from spmd_moe.placement import I, Kind, R, S, Tokens
@@ -83,9 +85,9 @@ class Boundary:
         )
         if self.same_rows and len(frame.lead) > 1:
             y = y.view(*frame.lead, y.shape[-1])
-        # Not a view: to add to one in place would lose the hook by which FSDP gathers for backward.
-        # And waited for: a result that nobody reads would be kept for ever.
-        return y.clone() if torch.is_grad_enabled() else y
+        # Waited for: a result that nobody reads would be kept for ever. And with autograd no view:
+        # to add to one in place would lose the hook by which FSDP gathers for backward.
+        return waited(y) if unheard() else y.clone()
 
     # spmd: allow unknown - the caller's
     def _shape(self, x_TD: Tensor) -> ShardShape | None:

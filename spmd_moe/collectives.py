@@ -97,7 +97,7 @@ class Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _waited(move(grad, *ctx.back)), None, None, None, None
+        return waited(move(grad, *ctx.back)), None, None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor, group: ProcessGroup, step: Step) -> object:
@@ -109,7 +109,7 @@ def move(
 ) -> Tensor:
     """`Move`, with types."""
     if unheard():
-        return _waited(_moved(x, group, step, dtype))
+        return _moved(x, group, step, dtype)
     return cast(Tensor, Move.apply(x, group, step, dtype, grad_dtype))  # type: ignore[no-untyped-call]  # torch does not type apply
 
 
@@ -137,7 +137,7 @@ class Exchange(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         group, receives, sends = ctx.back
         moved = exchange(grad, group, receives=receives, sends=sends)
-        return _waited(moved), None, None, None
+        return waited(moved), None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor, group: ProcessGroup) -> object:
@@ -332,7 +332,7 @@ def _awaitable(result: Tensor) -> Tensor:
     return result
 
 
-def _waited(result: Tensor) -> Tensor:
+def waited(result: Tensor) -> Tensor:
     """What must be there, whether or not somebody reads it; torch keeps what nobody waits for.
 
     And a gradient may become a `.grad`, which optimizers read past torch's own dispatcher, where a
