@@ -216,16 +216,22 @@ ROUTERS = {
 
 
 def routed(
-    router: Router, call: Module, dtype: torch.dtype, *, mask: bool, ids: bool
+    router: Router,
+    call: Module,
+    dtype: torch.dtype,
+    *,
+    mask: bool,
+    ids: bool,
+    tokens: int = TOKENS,
 ) -> dict[str, Tensor]:
     """All that the router says of some tokens, and the gradients of a sum of it."""
     case = Case(SWIGLU, (), dtype=dtype)
-    x_TD = case.drawn("x", TOKENS, WIDTH).requires_grad_()
-    mask_T = torch.arange(TOKENS) % 3 > 0 if mask else None
+    x_TD = case.drawn("x", tokens, WIDTH).requires_grad_()
+    mask_T = torch.arange(tokens) % 3 > 0 if mask else None
     ids_TK = None
     if ids:
         K = router.config.top_k
-        ids_TK = torch.arange(TOKENS * K).view(TOKENS, K) % 8
+        ids_TK = torch.arange(tokens * K).view(tokens, K) % 8
         ids_TK[4] = -1
     router.zero_grad()
     routing: Routing = call(x_TD, mask_T, ids_TK)
@@ -284,6 +290,27 @@ def test_router_with_tokens_left_out_is_one_graph(name: str, mask: bool, ids: bo
         routed(router, compiled, torch.float64, mask=mask, ids=ids),
         routed(router, router, torch.float64, mask=mask, ids=ids),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "mask"),
+    [("groups", torch.bfloat16, True), ("balanced", torch.float32, False)],
+)
+def test_any_number_of_tokens_is_one_graph(name: str, dtype: torch.dtype, mask: bool) -> None:
+    router = make_router(ROUTERS[name], dtype)
+    compiled: Module = torch.compile(router, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def check(tokens: int) -> None:
+        got, want = (
+            routed(router, call, dtype, mask=mask, ids=False, tokens=tokens)
+            for call in (compiled, router)
+        )
+        same(got, want)
+
+    check(TOKENS)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for tokens in (TOKENS + 1, 3, 40):
+            check(tokens)
 
 
 def test_jitter_is_not_in_the_graph() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import CodeType
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from spmd_moe import (
     TP,
     AllGather,
     AllToAll,
     FixedCapacity,
+    I,
     Kind,
     MoE,
     MoEConfig,
@@ -30,8 +33,10 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.check.threads import threaded
+from spmd_moe.grouped import TorchGroupedMM
 from tests.bench_layer import FLOAT32, Pair, Row, Sizes, measure
 from tests.operators import operators
+from tests.test_decode import METHODS
 from tests.test_layering import LAYER, sources
 
 ROUTER = RouterConfig(num_experts=4, top_k=2)
@@ -162,6 +167,62 @@ def while_rows_come_back() -> list[str]:
 
 def test_the_shared_expert_computes_while_rows_travel() -> None:
     assert threaded(2, while_rows_come_back) == [["aten::mm"] * 3] * 2
+
+
+# --- what the host reads ----------------------------------------------------------------------
+
+
+class Reads(TorchFunctionMode):
+    """The functions of this package that wait for a number, as they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in METHODS:
+            frame = inspect.currentframe()
+            while frame is not None and "/spmd_moe/" not in frame.f_code.co_filename:
+                frame = frame.f_back
+            self.by.append("" if frame is None else frame.f_code.co_name)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of(dispatcher: Any, degrees: dict[str, int], changes: dict[str, Any]) -> Counter[str]:
+    mesh = MoEMesh.init("cpu", **degrees)
+    config = replace(CONFIGS["plain"], **changes)
+    # the loop over experts, which a CPU has, reads their counts; a grouped matmul does not
+    layer = MoE(config, mesh, dispatcher and dispatcher(mesh, 4), matmul=TorchGroupedMM())
+    init_weights(layer, mesh, seed=0)
+    masks = [None, torch.tensor([True, False, True])]
+    with Reads() as reads:
+        for mask in masks:
+            layer(torch.ones(3, 16), mask).hidden.sum().backward()
+    return Counter(reads.by)
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "degrees", "changes", "reads"),
+    [
+        # each twice, without and with a mask, which is one read more: how many slots are left
+        (None, {"dp": 2}, {}, 1 + 2),
+        (None, {"tp": 2}, {"src": R, "dst": R}, 1 + 2),
+        (None, {"tp": 2}, {"dst": R, "shared": SharedConfig(32, sharded=True)}, 2 + 3),
+        (AllToAll, {"dp": 2, "ep": 2}, {"balance": "sequence"}, 1 + 2),
+        (AllToAll, {"tp": 2, "etp": 2}, {"src": I, "dst": I, "bias": True}, 1 + 2),
+        (AllToAll, {"tp": 2, "ep": 2}, {"dst": R}, 2 + 3),
+        # of all gathered slots it is always asked how many have an expert here
+        (AllGather, {"dp": 2, "ep": 2}, {}, 3 + 4),
+    ],
+    ids=str,
+)
+def test_the_host_reads_no_more_than_it_must(
+    dispatcher: Any, degrees: dict[str, int], changes: dict[str, Any], reads: int
+) -> None:
+    """Each makes it wait for all that a device has been told to do."""
+    assert threaded(2, reads_of, dispatcher, degrees, changes) == [Counter(host_ints=reads)] * 2
 
 
 # --- types ------------------------------------------------------------------------------------
