@@ -89,6 +89,7 @@ CASES = {
         SIZES,
         by_gather,
         ids=True,
+        lengths=(5,),
     ),
     "tokens of two ranks": Case({"tp": 2}, replace(CONFIG, dst=R), SIZES, lengths=(3, 5, 1)),
     "fixed shapes": Case({"dp": 2, "ep": 2}, CONFIG, set(), in_buffers, lengths=(3, 5, 1)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +43,15 @@ def test_every_example_that_the_readme_names_is_there() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_it_runs_alone_and_helps(path: Path, tmp_path: Path) -> None:
+def test_it_runs_alone_and_helps(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if path.stem not in BELOW:
         assert program(str(path), *QUICK.get(path.stem, ()), cwd=tmp_path)
-    assert "usage:" in program(str(path), "--help")
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not ended.value.code and "usage:" in capsys.readouterr().out
 
 
 @pytest.mark.slow
