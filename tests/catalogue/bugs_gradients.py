@@ -19,7 +19,7 @@ GRADIENTS = [
             "self.weight_ED",
         ),
         rule="types",
-        at="F.linear(x_TD",
+        at="gate(x_TD, weight_ED",
     ),
     Bug(
         "B01b",

@@ -234,7 +234,7 @@ LAYOUTS = [
         target="masked",
         layout=TP_2,
         rule="types",
-        at="x_TD = _masked(x_TD, mask_T)",
+        at="routing = self.router(x_TD, mask_T, expert_ids)",
         shows="crash",
     ),
     Bug(
@@ -249,7 +249,7 @@ LAYOUTS = [
         layout=TP_2,
         run=4,
         rule="types",
-        at="x_TD = _masked(x_TD, mask_T)",
+        at="routing = self.router(x_TD, mask_T, expert_ids)",
     ),
     Bug(
         "B36c",
