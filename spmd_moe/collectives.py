@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast, final
+from typing import Any, TypeAlias, TypeVar, cast, final
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -43,6 +43,7 @@ from spmd_moe.ranks import by_rank, ints_by_rank
 from spmd_moe.settings import a_thing
 from spmd_moe.shard import ShardShape
 
+T = TypeVar("T", bound=Tensor)  # of whatever kind, and of that kind again
 Dtype: TypeAlias = torch.dtype | None
 Kernel: TypeAlias = Callable[[Tensor, ProcessGroup, "Step"], Tensor]
 
@@ -332,7 +333,7 @@ def _awaitable(result: Tensor) -> Tensor:
     return result
 
 
-def waited(result: Tensor) -> Tensor:
+def waited(result: T) -> T:
     """What must be there, whether or not somebody reads it; torch keeps what nobody waits for.
 
     And a gradient may become a `.grad`, which optimizers read past torch's own dispatcher, where a
@@ -340,7 +341,8 @@ def waited(result: Tensor) -> Tensor:
     """
     if not isinstance(result, funcol.AsyncCollectiveTensor):
         return result
-    return result.clone() if result.requires_grad else result.wait()  # wait() drops the graph
+    # wait() drops the graph
+    return cast(T, result.clone() if result.requires_grad else result.wait())
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from spmd_moe.placement import (
     Rows,
     RowSums,
 )
-from spmd_moe.precision import as_dtype, not_cast, of_matmuls
+from spmd_moe.precision import as_dtype, may_meet, not_cast, of_matmuls
 from spmd_moe.redistribute import redistribute
 from spmd_moe.settings import share
 
@@ -192,7 +192,7 @@ def experts_ffn(
 
 # spmd: allow unknown - a kernel: the same for rows of whatever kind
 def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
-    if x_RD.dtype is not w1_eFD.dtype:
+    if not may_meet(x_RD, w1_eFD):
         raise DtypeError(
             explain(
                 "Experts",

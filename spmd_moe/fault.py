@@ -1,5 +1,4 @@
-"""What one rank sees and all that it meets report: scores that are not finite, ids that name no
-expert, and input that it refused.
+"""What one rank finds unusable (scores, expert ids, its input), and all ranks it meets report.
 
 A rank that raised alone would leave its peers waiting for it. So the router only marks what it
 sees; the mark travels with the sizes that a dispatcher exchanges first, and every rank that gets it

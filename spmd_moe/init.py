@@ -22,7 +22,8 @@ from spmd_moe.router import Router
 from spmd_moe.settings import number
 from spmd_moe.storage import cut_by_others, local, place_in_whole, settled, whole_shape
 
-_BIAS = re.compile(r"(bias|b\d*)(_[A-Za-z]+)?")
+_BIAS = re.compile(r"(^|_)bias(_|$)|^b\d*(_|$)")
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 # What torch.compile and checkpointing call the module inside; values do not depend on them.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
@@ -31,8 +32,9 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) -> None:
     """Normal weights and zero biases, for all parameters; all of them must declare a placement.
 
-    `std` is the standard deviation of every weight, of a norm's scale too: set such ones after it.
-    Biases are named `bias`, `b1_eF` and the like. The routers' own buffers begin at zero; other
+    `std` is the standard deviation of every weight. Scales of torch's norms are 1; those of other
+    norms are drawn as weights are, so set them after it. Biases are named `bias`, `in_proj_bias`,
+    `b1_eF` and the like. The routers' own buffers begin at zero; other
     buffers are left as they are. Every rank must call it, with the same seed.
     """
     check_mesh("init_weights", mesh)
@@ -51,8 +53,10 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
         placements = declared(module)
         prefix = ".".join(part for part in prefix.split(".") if part not in _WRAPPED)
         for name, parameter in module.named_parameters(recurse=False):
-            if _BIAS.fullmatch(name):
+            if _BIAS.search(name):
                 parameter.zero_()
+            elif isinstance(module, _NORMS):
+                parameter.fill_(1)
             else:
                 _draw(parameter, f"{seed}/{prefix}.{name}", placements[name], mesh, std)
         if isinstance(module, Router):

@@ -1,4 +1,4 @@
-"""Does what the layer is given in a call fit it? Told before any communication, on every rank."""
+"""Does what the layer is given in a call fit it? Told before any token is sent."""
 
 # Shape letters in this file:
 #   D  model width    E  experts    e  experts on this rank
@@ -19,6 +19,7 @@ from spmd_moe.errors import (
     some,
 )
 from spmd_moe.experts import Experts
+from spmd_moe.precision import may_meet
 from spmd_moe.router import Router
 from spmd_moe.settings import instance
 
@@ -56,7 +57,7 @@ def check_inputs(
             f"x.to({str(router.weight_ED.device)!r})",
             f"layer.to({str(x.device)!r})",
         )
-    if x.dtype is not experts.w1_eFD.dtype:
+    if not may_meet(x, experts.w1_eFD):
         _refuse_dtype(x, experts.w1_eFD)
 
 

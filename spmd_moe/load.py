@@ -10,6 +10,7 @@ from typing import final
 
 import torch
 
+from spmd_moe.collectives import waited
 from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.moe import MoEOutput
 from spmd_moe.placement import DENSE, P, R, Whole
@@ -44,6 +45,7 @@ def expert_load(output: MoEOutput, mesh: MoEMesh) -> Load:
     sums = torch.cat([output.counts_E, output.dropped.view(1)])
     for role in DENSE:
         sums = redistribute(sums, mesh[role], src=P, dst=R)
+    sums = waited(sums)  # a record of plain tensors
     experts = output.counts_E.shape[0]
     counts_E = sums.narrow(0, 0, experts)
     share_E = counts_E / counts_E.sum().clamp(min=1)

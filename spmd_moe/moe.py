@@ -201,11 +201,11 @@ class MoE(nn.Module):
             arrived.rows_RD, arrived.counts_e, arrived.scores_R, arrived.gather, arrived.padded
         )
         rows_ND = self.dispatcher.collect(y_RD, state)
-        beside_TD = None  # while rows travel
-        if self.shared is not None:
+        beside_TD = None
+        if self.shared is not None:  # now, while rows are on their way back
             beside_TD = self.shared(masked(x_TD, mask_T), frame.shape)
         y_TD = combine(rows_ND, slots, late_TK)
-        if beside_TD is not None:
+        if beside_TD is not None:  # masked again: an activation of 0 need not be 0
             y_TD = masked(y_TD + beside_TD, mask_T)
 
         if self.training:
@@ -218,16 +218,25 @@ class MoE(nn.Module):
         counts_E, dropped = (declare_sums(n, self.data_axes) for n in (routing.counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
+    def extra_repr(self) -> str:
+        config, by = self.config, type(self.dispatcher).__name__
+        sizes = f"{config.width} to {config.hidden}, {config.activation}"
+        choices = f"{config.router.num_experts} experts, {config.router.top_k} for each token"
+        return f"{sizes}, {choices}, {config.src} to {config.dst} on tp, {by} on {self.mesh}"
+
     @torch.no_grad()
     def _tell_refused(self) -> None:
-        """With no tokens, up to where all who would wait for this rank raise a `RoutingError`."""
+        """Take part with no tokens, up to where all who would wait raise a `RoutingError`."""
         if self.fixed or simulating():
             return  # there nobody reads what is told, and here this call is that of all ranks
-        none_0D = torch.zeros(0, self.config.width, device=self.router.weight_ED.device)
-        routing = self.router(self.boundary.enter(none_0D)[0], refused=True)
+        like = self.experts.w1_eFD
+        none_0D = torch.zeros(0, self.config.width, dtype=like.dtype, device=like.device)
+        x_0D, _ = self.boundary.enter(none_0D)
+        routing = self.router(x_0D, refused=True)
+        early_0K = None if self.weigh_in_combine else routing.scores_TK
         slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
         with suppress(RoutingError):
-            self.dispatcher.dispatch(none_0D, None, routing, slots)
+            self.dispatcher.dispatch(x_0D, early_0K, routing, slots)
 
     # spmd: allow unknown - the caller's
     def _loss_terms(

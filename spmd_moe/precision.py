@@ -31,6 +31,11 @@ def of_matmuls(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type)
 
 
+def may_meet(x: Tensor, weight: Tensor) -> bool:
+    """Tokens and a weight: alike, or autocast takes the weight to what the tokens are."""
+    return x.dtype is weight.dtype or x.dtype is of_matmuls(weight)
+
+
 def not_cast(x: Tensor) -> AbstractContextManager[object]:
     """Autocast stays out of what has a dtype of its own: choices and sums depend on small bits."""
     if _under_autocast(x):

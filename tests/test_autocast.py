@@ -14,12 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from spmd_moe import (
     SWIGLU,
     Activation,
+    DtypeError,
     Keep,
     MoE,
     MoEConfig,
     MoEMesh,
     PerExpert,
     RouterConfig,
+    SharedConfig,
     init_weights,
 )
 from spmd_moe.grouped import Masked, Matmul, TorchGroupedMM
@@ -37,6 +39,30 @@ def test_autocast_takes_tokens_of_the_layers_dtype(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer.to(dtype)(torch.ones(3, 6, dtype=dtype)).hidden.sum().backward()
     assert grad_of(layer.experts.w1_eFD).any()
+
+
+@pytest.mark.parametrize("matmul", [PerExpert(), Masked(), TorchGroupedMM()], ids=str)
+@pytest.mark.parametrize("keep", Keep, ids=lambda keep: keep.value)
+def test_autocast_takes_what_another_layer_made_of_it(keep: Keep, matmul: Matmul) -> None:
+    """Tokens in bfloat16 for a layer in float32: as if they were cast back, and then rounded."""
+    config = replace(CONFIG, width=8, hidden=16, keep=keep, bias=True, shared=SharedConfig(8, True))
+    layer = MoE(config, mesh := MoEMesh.single(), matmul=matmul)
+    init_weights(layer, mesh, seed=0, std=0.5)
+    made = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for x in (made.clone(), made.float()):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = layer(x.requires_grad_()).hidden
+        hidden.float().square().sum().backward()
+        assert hidden.dtype is x.dtype and grad_of(x).dtype is x.dtype
+        found.append([hidden.detach(), grad_of(x), *(grad_of(p) for p in layer.parameters())])
+    for short, long in zip(*found, strict=True):
+        assert long.any() and short.isfinite().all()
+        near = 0.05 * float(long.abs().max())
+        torch.testing.assert_close(short.float(), long.float(), rtol=0.05, atol=near)
+    with pytest.raises(DtypeError, match=r"x is bf16\[9, 8\], the layer f32"):
+        layer(made)
 
 
 def results(

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from spmd_moe.check.threads import threaded
+from spmd_moe.declare import declare
 from spmd_moe.init import init_weights
 from spmd_moe.mesh import MoEMesh
 from spmd_moe.moe import MoE, MoEConfig, SharedConfig
-from spmd_moe.placement import Whole
+from spmd_moe.placement import Whole, placement_of
 from tests.layer_runs import placements
 from tests.layouts import Layout, part
 from tests.test_counters import CONFIG, single
@@ -156,3 +157,26 @@ def test_initial_values_do_not_depend_on_wrappers_nor_on_the_default_dtype() -> 
     assert all(map(torch.equal, layer.parameters(), want)) and want[0].any()
     init_weights(cast(nn.Module, torch.compile(layer)), mesh, seed=3)
     assert all(map(torch.equal, layer.parameters(), want))
+
+
+def test_norms_and_biases_of_modules_of_others() -> None:
+    """Whose names for a bias are many; a norm that scales by next to nothing would train badly."""
+    mesh = MoEMesh.single()
+    model = nn.ModuleDict(
+        {
+            "layer_norm": nn.LayerNorm(8),
+            "rms_norm": nn.RMSNorm(8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "gru": nn.GRU(8, 8),
+            "linear": nn.Linear(8, 8),
+        }
+    )
+    declare(model, {"*": placement_of(Whole)})
+    init_weights(model, mesh, seed=0)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert 0.01 < parameter.std() < 0.03, name
