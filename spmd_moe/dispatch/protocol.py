@@ -56,8 +56,9 @@ class Dispatcher(Protocol[State]):
     `axes`            the axes ep and etp that it is built on
     `fixed_shapes`    True: the host reads no size, so every slot has a row, also one without expert
 
-    Scores that are NaN on one rank must end the call on all that wait for it: `routing.fault` goes
-    along with the counts, and the numbers that come from all ranks go to `check_marks`.
+    What is wrong on one rank must end the call on all that wait for it: `routing.fault`, a single
+    number, goes along with the counts, and the numbers that come from all ranks go to `check_marks`
+    before any row is sent. A rank whose input was refused calls with no tokens, and only so far.
     """
 
     def dispatch(
