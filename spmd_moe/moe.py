@@ -161,8 +161,9 @@ class MoE(nn.Module):
         )
         self.weigh_in_combine = config.weigh is Weigh.IN_COMBINE
         self.fixed = getattr(dispatcher, "fixed_shapes", False)
-        tells = self.boundary.meets and not self.fixed  # where the host reads nothing, none raises
-        tell = [mesh[role] for role in mesh.tell_axes if tells and mesh[role].size > 1]
+        # Where ranks of tp do not meet, none waits; where the host reads nothing, none can raise.
+        roles = mesh.tell_axes if self.boundary.meets and not self.fixed else ()
+        tell = [mesh[role] for role in roles if mesh[role].size > 1]
         self.router = Router(config.router, config.width, mesh, tell=tell)
         if self.fixed and self.boundary.must_count:
             name = type(dispatcher).__name__
