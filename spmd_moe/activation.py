@@ -53,7 +53,7 @@ class Activation:
                     "Activation",
                     f"the name {self.name!r} stands for another activation already",
                     why="the experts' operators find an activation by its name",
-                    fixes=["give each activation a name of its own, parameters included"],
+                    fixes=[f"name={self.name + '(beta=2.0)'!r}   # with what is other in this one"],
                 )
             )
 

@@ -211,7 +211,9 @@ def _check_scores(scores_R: Tensor, rows: Tensor) -> None:
                 "Experts",
                 f"scores_R is {describe(scores_R)}, for {some(rows.shape[0], 'row')}",
                 why="every row is multiplied by a weight of its own",
-                fixes=["send the weights the way that the rows are sent"],
+                fixes=[
+                    "scores_R = take_scores(scores_TK, slots)   # sent the way that the rows are"
+                ],
             )
         )
 

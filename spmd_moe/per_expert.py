@@ -132,7 +132,9 @@ def _hits(sizes: list[int], x_RD: Tensor) -> _Hits:
                 "Experts",
                 f"x_RD has {x_RD.shape[0]} rows, the counts sum to {sum(sizes)}",
                 why="every counted row must be there",
-                fixes=["count the rows that this rank received, after the exchange"],
+                fixes=[
+                    "counts_e = expert_ids_R.bincount(minlength=num_local)   # of rows that came"
+                ],
             )
         )
     return _Hits(groups, [*parts, rest])
