@@ -327,7 +327,7 @@ def _with_zeros(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 def _awaitable(result: Tensor) -> Tensor:
-    """A result that waits at its first use; at once where that cannot be, as in a simulation."""
+    """Waits at its first use; at once where that cannot be, as in a simulation."""
     if isinstance(result, funcol.AsyncCollectiveTensor) and type(result.elem) is not Tensor:
         return result.wait()
     return result
@@ -341,8 +341,8 @@ def waited(result: T) -> T:
     """
     if not isinstance(result, funcol.AsyncCollectiveTensor):
         return result
-    # wait() drops the graph
-    return cast(T, result.clone() if result.requires_grad else result.wait())
+    there = result.clone() if result.requires_grad else result.wait()  # wait() drops the graph
+    return cast(T, there)
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -32,9 +32,10 @@ REFUSED = 1 << 51
 _TOLD = 8  # ranks that a message names
 
 
+# spmd: allow unknown - the class that holds it says what it is
 def unset(*shape: int) -> nn.Parameter:
     """A parameter that nobody has given a value yet: NaN, so that using it is an error."""
-    return nn.Parameter(torch.full(shape, torch.nan))
+    return nn.Parameter(torch.full(shape, torch.nan))  # spmd: allow unknown - as above
 
 
 def mark(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
@@ -57,6 +58,7 @@ def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
     """For a rank that exchanges nothing. Left out where the read would be the only one: it would
     wait for a device, or break a compiled graph in two."""
     if marked.is_cpu and not torch.compiler.is_compiling():
+        # spmd: allow unknown - it is read, and no tensor any more
         (found,) = host_ints(largest(marked).view(1))
         if found:
             all_scores = found % _WRONG_ID == logits_TE.numel()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as fn
@@ -15,8 +15,6 @@ from torch import Tensor
 from spmd_moe.followed import unheard
 from spmd_moe.placement import Tokens, Whole
 from spmd_moe.precision import as_dtype, not_cast
-
-T = TypeVar("T", bound=Tensor)  # of whatever kind, and of that kind again
 
 
 class _Gate(torch.autograd.Function):
@@ -38,9 +36,9 @@ class _Gate(torch.autograd.Function):
         with not_cast(x_TD):
             if ctx.needs_input_grad[0]:
                 dx_TD = grad_TE @ as_dtype(weight_ED, dtype)
-                dx_TD = as_dtype(masked(dx_TD, mask_T), x_TD.dtype)
+                dx_TD = as_dtype(_masked(dx_TD, mask_T), x_TD.dtype)
             if ctx.needs_input_grad[1]:
-                dw_ED = grad_TE.t() @ as_dtype(masked(x_TD, mask_T), dtype)
+                dw_ED = grad_TE.t() @ as_dtype(_masked(x_TD, mask_T), dtype)
                 dw_ED = as_dtype(dw_ED, weight_ED.dtype)
         return dx_TD, dw_ED, None, None
 
@@ -53,17 +51,26 @@ class _Gate(torch.autograd.Function):
 
 def gate(x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, dtype: torch.dtype) -> Tokens:
     """The logits, in `dtype`, also under autocast: choices depend on small bits. 0 of padding."""
-    plain = mask_T is None and x_TD.dtype is weight_ED.dtype is dtype
-    if plain or unheard():
-        return _product(x_TD, weight_ED, mask_T, dtype)
-    return cast(Tokens, _Gate.apply(x_TD, weight_ED, mask_T, dtype))  # type: ignore[no-untyped-call]  # torch
+    if unheard():
+        return _product(x_TD, weight_ED, mask_T, dtype)  # spmd: allow unknown - a kernel
+    if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype:  # autograd keeps the same
+        with not_cast(x_TD):
+            return fn.linear(x_TD, weight_ED)
+    logits_TE: Tokens = _Gate.apply(x_TD, weight_ED, mask_T, dtype)  # type: ignore[no-untyped-call]  # torch
+    return logits_TE
 
 
-def masked(x_TD: T, mask_T: Tensor | None) -> T:
+def masked(x_TD: Tokens, mask_T: Tokens | None) -> Tokens:
     """Whatever stands in padding, or is made of it, reaches neither values nor gradients."""
-    return x_TD if mask_T is None else cast(T, x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0))
+    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)
 
 
+# spmd: allow unknown - a kernel
 def _product(x_TD: Tensor, weight_ED: Tensor, mask_T: Tensor | None, dtype: torch.dtype) -> Tensor:
     with not_cast(x_TD):
-        return fn.linear(as_dtype(masked(x_TD, mask_T), dtype), as_dtype(weight_ED, dtype))
+        return fn.linear(as_dtype(_masked(x_TD, mask_T), dtype), as_dtype(weight_ED, dtype))
+
+
+# spmd: allow unknown - a kernel
+def _masked(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from spmd_moe.errors import (
     DtypeError,
@@ -34,6 +36,7 @@ def check_inputs(
 ) -> None:
     """Where all is well, a few comparisons."""
     instance("MoE.forward", "x", x, Tensor, "torch.as_tensor(x)   # [B, L, D] or [T, D]")
+    _check_plain("x", x)
     if x.ndim not in (2, 3):
         _refuse_dims(x, width)
     if x.shape[-1] != width:
@@ -58,7 +61,22 @@ def check_inputs(
             f"layer.to({str(x.device)!r})",
         )
     if not may_meet(x, experts.w1_eFD):
-        _refuse_dtype(x, experts.w1_eFD)
+        _refuse_dtype(x, experts)
+
+
+def _check_plain(name: str, given: Tensor) -> None:
+    if isinstance(given, DTensor):
+        _refuse(
+            f"{name} is a DTensor; it must be this rank's own tensor",
+            "what it holds on tp is said by the layer's src, and nowhere else",
+            f"{name}.to_local()",
+        )
+    if given.layout is not torch.strided:
+        _refuse(
+            f"{name} has the layout {given.layout}; it must be torch.strided",
+            "rows are sent as they lie in memory",
+            f"{name}.to_dense()",
+        )
 
 
 def _refuse_dims(x: Tensor, width: int) -> None:
@@ -80,6 +98,7 @@ def _check_beside(
 ) -> None:
     """Something that goes with x, token by token."""
     instance("MoE.forward", name, given, Tensor, f"torch.as_tensor({name}, dtype={dtype})")
+    _check_plain(name, given)
     if given.shape != shape:
         _refuse(
             f"{name} {describe(given)} does not fit x {describe(x)}",
@@ -101,20 +120,30 @@ def _check_beside(
         )
 
 
-def _refuse_dtype(x: Tensor, w1_eFD: Tensor) -> None:
-    """The experts compare the two again; here it is told before anything is sent.
-
-    Not of a weight that is no plain parameter: FSDP casts it only when the experts run.
-    """
-    if type(w1_eFD) is nn.Parameter:
+def _refuse_dtype(x: Tensor, experts: Experts) -> None:
+    """The experts compare the two again; here it is told before anything is sent."""
+    dtype = _dtype_when_they_run(experts)
+    if dtype is not None and dtype is not x.dtype:
         weights_can = x.dtype.is_floating_point and x.dtype.itemsize > 1
         _refuse(
-            f"x is {describe(x)}, the layer {short_dtype(w1_eFD.dtype)}",
+            f"x is {describe(x)}, the layer {short_dtype(dtype)}",
             "a cast that nobody wrote would change the precision of the layer",
             *([f"layer.to({x.dtype})"] if weights_can else []),
-            f"x.to({w1_eFD.dtype})",
+            f"x.to({dtype})",
             error=DtypeError,
         )
+
+
+def _dtype_when_they_run(experts: Experts) -> torch.dtype | None:
+    """None: whoever keeps them casts them and their rows only then, as FSDP does."""
+    w1_eFD = experts.w1_eFD
+    if type(w1_eFD) is nn.Parameter:
+        return w1_eFD.dtype
+    unit: nn.Module = experts
+    if isinstance(unit, FSDPModule):
+        casts = unit._get_fsdp_state()._mp_policy.param_dtype is not None
+        return None if casts else w1_eFD.dtype
+    return None
 
 
 def _refuse(what: str, why: str, *fixes: str, error: type[SpmdMoeError] = ShapeError) -> None:

@@ -22,8 +22,9 @@ from spmd_moe.boundary import INSIDE, Boundary, Frame
 from spmd_moe.combine import combine
 from spmd_moe.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.dispatch.protocol import check_dispatcher
-from spmd_moe.errors import ConfigError, RoutingError, SpmdMoeError, explain
+from spmd_moe.errors import ConfigError, SpmdMoeError, explain
 from spmd_moe.experts import Experts, Keep, Weigh
+from spmd_moe.followed import unchecked
 from spmd_moe.gate import masked
 from spmd_moe.grouped import Matmul, check_matmul
 from spmd_moe.inputs import check_inputs
@@ -186,7 +187,7 @@ class MoE(nn.Module):
         try:
             check_inputs(x, mask, expert_ids, self.config.width, self.router, self.experts)
         except SpmdMoeError:
-            self._tell_refused()
+            self._tell_refused(x)
             raise
         x_TD, frame = self.boundary.enter(x)
         mask_T = None if mask is None else self.boundary.own_rows(mask, frame)
@@ -226,17 +227,20 @@ class MoE(nn.Module):
         return f"{sizes}, {choices}, {config.src} to {config.dst} on tp, {by} on {self.mesh}"
 
     @torch.no_grad()
-    def _tell_refused(self) -> None:
+    # spmd: allow unknown - the caller's
+    def _tell_refused(self, x: Tensor) -> None:
         """Take part with no tokens, up to where all who would wait raise a `RoutingError`."""
         if self.fixed or simulating():
             return  # there nobody reads what is told, and here this call is that of all ranks
-        like = self.experts.w1_eFD
-        none_0D = torch.zeros(0, self.config.width, dtype=like.dtype, device=like.device)
-        x_0D, _ = self.boundary.enter(none_0D)
-        routing = self.router(x_0D, refused=True)
-        early_0K = None if self.weigh_in_combine else routing.scores_TK
-        slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
-        with suppress(RoutingError):
+        with suppress(Exception):  # what the caller has to hear is why his input is refused
+            w1_eFD, width = self.experts.w1_eFD, self.config.width
+            none_0D = torch.zeros(0, width, dtype=w1_eFD.dtype, device=w1_eFD.device)
+            if not unchecked():  # a checker wants it of the kinds that x has
+                none_0D = x.reshape(-1).narrow(0, 0, 0).to(w1_eFD.dtype).view(0, width)
+            x_0D, _ = self.boundary.enter(none_0D)
+            routing = self.router(x_0D, refused=True)
+            early_0K = None if self.weigh_in_combine else routing.scores_TK
+            slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
             self.dispatcher.dispatch(x_0D, early_0K, routing, slots)
 
     # spmd: allow unknown - the caller's

@@ -7,7 +7,9 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,14 @@ def test_the_import_rule_can_fail() -> None:
 def python_files() -> list[Path]:
     folders = ("spmd_moe", "tests", "examples", "typecheck")
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_no_tensor_of_the_layer_goes_unchecked() -> None:
+    """But for rows that are moved by an index, whatever their kind."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["spmd_moe"]["strict"]
+    strict = [name.removeprefix("spmd_moe.") for name in listed]
+    loose = [name for name in LAYER if not any(fnmatch(f"{name}.", f"{s}.") for s in strict)]
+    assert loose == ["permute", "dispatch"], "the latter only names what the others have"
 
 
 def test_files_fit_in_a_head() -> None:

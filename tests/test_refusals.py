@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmd_moe import (
+    CP,
+    DP,
+    TP,
     AllGather,
     AllToAll,
     Dispatcher,
@@ -20,14 +23,19 @@ from spmd_moe import (
     MoE,
     MoEConfig,
     MoEMesh,
+    Placement,
     R,
     RouterConfig,
     S,
     SharedConfig,
     SpmdMoeError,
+    V,
     init_weights,
+    parallelize,
 )
+from spmd_moe.check.signatures import checked, declare, signatures
 from spmd_moe.check.threads import threaded
+from tests.layer_runs import name_axes, placements
 from tests.workers import run
 
 CONFIG = MoEConfig(6, 12, RouterConfig(6, 2))
@@ -39,6 +47,7 @@ BAD: dict[str, tuple[Any, Any, Any]] = {
     "dtype": (X.double(), None, None),
     "device": (X.to("meta"), None, None),
     "no tensor": ([[1.0] * 6], None, None),
+    "layout": (X.to_sparse(), None, None),
     "mask's shape": (X, MASK[:2], None),
     "mask's dtype": (X, MASK.long(), None),
     "ids' shape": (X, None, IDS[:, :1]),
@@ -134,3 +143,60 @@ def test_processes_raise() -> None:
     assert {name for name, _, _ in first} == {"RoutingError"}
     assert all(after == "as before" for _, _, after in own + first)
     assert others == [[["nothing", "", "as before"]] * len(BAD)] * 2  # of another group of ep
+
+
+def stored(blocks: str) -> list[list[str]]:
+    """A layer of which FSDP gathers some parts by themselves, just before they run."""
+    layer = made({"dp": 2, "ep": 2})
+    parts = {"experts": layer.experts, "router": layer.router}
+    parallelize(layer, layer.mesh, blocks=[parts[name] for name in blocks.split()])
+    return [told(layer, bad, dist.get_rank() == 1) for bad in ("dtype", "width")]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("blocks", ["router", "experts", "experts router"])
+def test_stored_layers_raise(blocks: str) -> None:
+    first, own = run(2, stored, blocks)
+    assert [name for name, _, _ in own] == ["DtypeError", "ShapeError"]
+    assert {name for name, _, _ in first} == {"RoutingError"}
+    assert {after for _, _, after in first + own} == {"as before"}
+
+
+def typed(dispatcher: Any, degrees: dict[str, int], src: Kind, bad: str) -> list[str]:
+    layer = made(degrees, replace(CONFIG, src=src, dst=src), dispatcher)
+    name_axes(layer.mesh)
+    inputs = BAD[bad] if dist.get_rank() == 1 else (X, MASK, IDS)
+    kinds = Placement((DP[V], CP[V], TP[src if src != S(0) else V]))
+    given = [None if x is None else x.clone() for x in inputs]
+    for x in given:
+        if x is not None:
+            declare(x, kinds, layer.mesh)
+    declared = placements(layer)
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        declare(tensor, declared[name], layer.mesh)
+    with checked(layer.mesh):
+        try:
+            layer(*given)
+        except SpmdMoeError as error:
+            return [type(error).__name__, str(error).splitlines()[0]]
+    return ["nothing", ""]
+
+
+@pytest.mark.parametrize("bad", ["width", "mask's dtype", "dtype"])
+@pytest.mark.parametrize(
+    ("dispatcher", "degrees", "src"),
+    [
+        (AllToAll, {"dp": 2, "ep": 2}, S(0)),
+        (AllGather, {"dp": 2, "ep": 2}, S(0)),
+        (AllToAll, {"tp": 2, "ep": 2}, R),
+        (None, {"tp": 2}, I),
+    ],
+    ids=str,
+)
+def test_all_raise_under_the_strict_checker(
+    dispatcher: Any, degrees: dict[str, int], src: Kind, bad: str
+) -> None:
+    with signatures(["spmd_moe"]):
+        (name, text), own = threaded(2, typed, dispatcher, degrees, src, bad)
+    assert own[0] in ("ShapeError", "DtypeError") and own[1].startswith("MoE.forward: ")
+    assert name == "RoutingError" and text.startswith("MoE.forward: the input was refused on ")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tests.catalogue.code import Edit, source_of
 
 FILES = [
+    "gate",
     "router",
     "boundary",
     "losses",

@@ -41,6 +41,7 @@ PAGE = Path(__file__).parent / "MUTATIONS.md"
 PASSED = "-"
 # Which tests know best what a file computes.
 TESTS_OF = {
+    "gate": "router misuse layer",
     "router": "router_ranks router errors losses",
     "boundary": "misuse layer",
     "losses": "losses counters errors",
@@ -48,7 +49,7 @@ TESTS_OF = {
     "shared": "errors layer",
     "experts": "errors experts layer",
     "combine": "dispatch layer",
-    "moe": "record errors misuse counters losses layer",
+    "moe": "record errors misuse counters losses refusals layer",
     "dispatch.pack": "dispatch",
     "dispatch.local": "errors misuse dispatch",
     "dispatch.all_to_all": "errors faults dispatch",
