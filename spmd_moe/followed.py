@@ -1,4 +1,4 @@
-"""Does somebody follow what is computed, or do tensors simply have values here?
+"""Does somebody follow what is computed, or keep it otherwise, or do tensors simply have values?
 
 torch has no public questions for it. These are asked in this file alone.
 """
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._C import _get_tracing_state
 from torch._C._functorch import peek_interpreter_stack
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.overrides import _is_torch_function_mode_enabled
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
@@ -39,3 +41,16 @@ def unheard() -> bool:
     """No checker, and no autograd: an `autograd.Function` has nobody to tell, and its kernel is
     called as it is."""
     return not torch.is_grad_enabled() and unchecked()
+
+
+def shared_out(x: Tensor) -> bool:
+    """A DTensor, of which torch knows what each rank has."""
+    return isinstance(x, DTensor)
+
+
+def cast_when_run(module: nn.Module) -> bool:
+    """FSDP takes its weights, and the rows it is given, to another dtype when it runs."""
+    if not isinstance(module, FSDPModule):
+        return False
+    policy = module._get_fsdp_state()._mp_policy
+    return policy.param_dtype is not None

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from spmd_moe.errors import (
     DtypeError,
@@ -21,6 +19,7 @@ from spmd_moe.errors import (
     some,
 )
 from spmd_moe.experts import Experts
+from spmd_moe.followed import cast_when_run, shared_out
 from spmd_moe.precision import may_meet
 from spmd_moe.router import Router
 from spmd_moe.settings import instance
@@ -65,7 +64,7 @@ def check_inputs(
 
 
 def _check_plain(name: str, given: Tensor) -> None:
-    if isinstance(given, DTensor):
+    if shared_out(given):
         _refuse(
             f"{name} is a DTensor; it must be this rank's own tensor",
             "what it holds on tp is said by the layer's src, and nowhere else",
@@ -121,29 +120,21 @@ def _check_beside(
 
 
 def _refuse_dtype(x: Tensor, experts: Experts) -> None:
-    """The experts compare the two again; here it is told before anything is sent."""
-    dtype = _dtype_when_they_run(experts)
-    if dtype is not None and dtype is not x.dtype:
+    """The experts compare the two again; here it is told before anything is sent.
+
+    Not of weights that are something else until the experts run, and may be cast then.
+    """
+    w1_eFD = experts.w1_eFD
+    known = type(w1_eFD) is nn.Parameter or shared_out(w1_eFD)
+    if known and not cast_when_run(experts):
         weights_can = x.dtype.is_floating_point and x.dtype.itemsize > 1
         _refuse(
-            f"x is {describe(x)}, the layer {short_dtype(dtype)}",
+            f"x is {describe(x)}, the layer {short_dtype(w1_eFD.dtype)}",
             "a cast that nobody wrote would change the precision of the layer",
             *([f"layer.to({x.dtype})"] if weights_can else []),
-            f"x.to({dtype})",
+            f"x.to({w1_eFD.dtype})",
             error=DtypeError,
         )
-
-
-def _dtype_when_they_run(experts: Experts) -> torch.dtype | None:
-    """None: whoever keeps them casts them and their rows only then, as FSDP does."""
-    w1_eFD = experts.w1_eFD
-    if type(w1_eFD) is nn.Parameter:
-        return w1_eFD.dtype
-    unit: nn.Module = experts
-    if isinstance(unit, FSDPModule):
-        casts = unit._get_fsdp_state()._mp_policy.param_dtype is not None
-        return None if casts else w1_eFD.dtype
-    return None
 
 
 def _refuse(what: str, why: str, *fixes: str, error: type[SpmdMoeError] = ShapeError) -> None:

@@ -10,7 +10,6 @@ from typing import final
 
 import torch
 
-from spmd_moe.collectives import waited
 from spmd_moe.mesh import MoEMesh, check_mesh
 from spmd_moe.moe import MoEOutput
 from spmd_moe.placement import DENSE, P, R, Whole
@@ -45,7 +44,7 @@ def expert_load(output: MoEOutput, mesh: MoEMesh) -> Load:
     sums = torch.cat([output.counts_E, output.dropped.view(1)])
     for role in DENSE:
         sums = redistribute(sums, mesh[role], src=P, dst=R)
-    sums = waited(sums)  # a record of plain tensors
+    sums = sums.clone()  # waited for, so that a record has plain tensors
     experts = output.counts_E.shape[0]
     counts_E = sums.narrow(0, 0, experts)
     share_E = counts_E / counts_E.sum().clamp(min=1)

@@ -6,6 +6,7 @@ enter -> route -> dispatch -> experts -> collect -> combine -> leave
 # Shape letters in this file:
 #   T  tokens of this rank    D  model width    K  experts per token    E  experts
 #   N  slots that have an expert    R  rows at this rank's experts    B  sequences    L  length
+#   e  experts on this rank    F  hidden width of an expert, on this rank
 
 from __future__ import annotations
 
@@ -233,10 +234,10 @@ class MoE(nn.Module):
         if self.fixed or simulating():
             return  # there nobody reads what is told, and here this call is that of all ranks
         with suppress(Exception):  # what the caller has to hear is why his input is refused
-            w1_eFD, width = self.experts.w1_eFD, self.config.width
-            none_0D = torch.zeros(0, width, dtype=w1_eFD.dtype, device=w1_eFD.device)
+            like, width = self.experts.w1_eFD, self.config.width
+            none_0D = torch.zeros(0, width, dtype=like.dtype, device=like.device)
             if not unchecked():  # a checker wants it of the kinds that x has
-                none_0D = x.reshape(-1).narrow(0, 0, 0).to(w1_eFD.dtype).view(0, width)
+                none_0D = x.reshape(-1).narrow(0, 0, 0).to(like.dtype).view(0, width)
             x_0D, _ = self.boundary.enter(none_0D)
             routing = self.router(x_0D, refused=True)
             early_0K = None if self.weigh_in_combine else routing.scores_TK

@@ -18,9 +18,12 @@ from spmd_moe import (
     EP,
     TP,
     I,
+    MoE,
+    MoEConfig,
     MoEMesh,
     Placement,
     R,
+    RouterConfig,
     S,
     V,
     clip_grad_norm_,
@@ -44,6 +47,22 @@ def owing(*kinds: RoleKind) -> Callable[[], object]:
         return obligations(model, MoEMesh.single())
 
     return act
+
+
+def given(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+    """A layer that is given what is made of tokens."""
+
+    def act() -> object:
+        with fake_world(2):
+            layer = MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.init("cpu", dp=2))
+            init_weights(layer, layer.mesh, seed=0)
+            return layer(make(torch.ones(3, 4)))
+
+    return act
+
+
+def as_dtensor(x: torch.Tensor) -> torch.Tensor:
+    return DTensor.from_local(x, init_device_mesh("cpu", (2,)))
 
 
 def tied() -> object:
@@ -127,6 +146,8 @@ def part_of_the_ranks() -> None:
 
 BAD_MODELS: dict[str, Callable[[], object]] = {
     "init_of_fully_shard": cut_by_others,
+    "moe_x_dtensor": given(as_dtensor),
+    "moe_x_layout": given(torch.Tensor.to_sparse),
     "declare_nothing": lambda: declare(nn.Linear(2, 2), {"wieght": SharedWeight}),
     "declare_twice": lambda: declare(nn.Linear(2, 2), {"*": SharedWeight, "bias": SharedWeight}),
     "declare_no_placement": lambda: declare(nn.Linear(2, 2), {"*": torch.Tensor}),

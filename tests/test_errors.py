@@ -358,9 +358,8 @@ def raise_sites(source: str) -> list[tuple[int, int]]:
     for node in ast.walk(ast.parse(source)):
         call = node.value if isinstance(node, ast.Expr) else None
         refuses = isinstance(call, ast.Call) and getattr(call.func, "id", "") == "_refuse"
-        if isinstance(node, ast.Raise) and node.exc is None:
-            continue  # it goes on
-        if isinstance(node, ast.Raise) or (refuses and isinstance(node, ast.Expr)):
+        raises = isinstance(node, ast.Raise) and node.exc is not None  # not once more
+        if isinstance(node, ast.stmt) and (raises or refuses):
             text = ast.get_source_segment(source, node) or ""
             if not any(text.startswith(known) for known in WITHOUT_GOLDEN):
                 sites.append((node.lineno, node.end_lineno or node.lineno))

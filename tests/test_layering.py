@@ -216,13 +216,14 @@ QUOTED_AXIS = re.compile(r"""["'](?:dp|cp|tp|edp|ep|etp)["']""")
 
 
 def test_few_files_talk_to_torch_distributed() -> None:
-    """collectives moves tensors, host says bytes; mesh makes groups; three ask where they stand.
+    """collectives moves tensors, host says bytes; mesh makes groups; three ask where they stand,
+    and followed whose a tensor is.
 
     Whole models are stored as DTensors: their files know the names of those. The sanitizer asks.
     """
     files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
-    layer = ["agree", "collectives", "host", "mesh", "ranks", "redistribute"]
+    layer = ["agree", "collectives", "followed", "host", "mesh", "ranks", "redistribute"]
     assert sorted(talking) == sorted([*layer, *STORED, "sanitize.compare", "sanitize.gradients"])
     moving = [n for n, s in files.items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
     assert sorted(moving) == ["collectives", "host"]

@@ -129,8 +129,19 @@ def _told(asked: tuple[Mutant, bool]) -> tuple[str, str]:
     return mutant.name, by_tests(mutant) if survives else found
 
 
+def _check_as_it_is(file: str) -> None:
+    """What objects to the layer itself would object to every mutant."""
+    with changed("unchanged", [], "tests.catalogue.mutated") as code:
+        for name in code.USED_BY.get(file, tuple(code.TARGETS)):
+            layout = LAYOUT_OF.get(file, LAYOUT)
+            report = examine(code.TARGETS[name], chosen=[layout], tokens=TOKENS)
+            assert report.ok, f"as it is, {name} is reported: {report.mistakes()[0].finding}"
+
+
 def verdicts(chosen: Sequence[Mutant], jobs: int) -> dict[str, tuple[str, str]]:
     """Of mypy, and of the checks that run, by the mutant's name; says what it is at."""
+    for file in {mutant.file for mutant in chosen}:
+        _check_as_it_is(file)
     print(f"{len(chosen)} mutants. mypy ...", flush=True)
     static, found = by_mypy(chosen), dict[str, tuple[str, str]]()
     begin, by_name = time.monotonic(), {m.name: m for m in chosen}
