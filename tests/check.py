@@ -29,7 +29,7 @@ TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>  
 # There is one more than CI has cores, for many tests wait most of the time.
 BESIDE = (
     "layer redistribute dispatch experts experts_memory permute determinism router forecast",
-    "sanitize parallelize checkpoint train train_resume decode losses obligations compile_layer "
+    "sanitize parallelize checkpoint decode losses obligations compile_layer "
     "recompute collectives compile_parts check check_values faults workers mesh",
 )
 
