@@ -54,7 +54,7 @@ def test_it_runs_alone_and_helps(
     assert not ended.value.code and "usage:" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long  # that it runs, and torchrun with another example, is seen by its neighbours
 def test_redistribute_is_drawn_rank_by_rank() -> None:
     drawing = torchrun(ROOT / "examples" / "01_redistribute.py")
     assert "5 rows as [2, 2, 1, 0] on axis 'tp' (4 ranks)" in drawing
