@@ -85,9 +85,11 @@ class Boundary:
         )
         if self.same_rows and len(frame.lead) > 1:
             y = y.view(*frame.lead, y.shape[-1])
-        # Waited for: a result that nobody reads would be kept for ever. And with autograd no view:
-        # to add to one in place would lose the hook by which FSDP gathers for backward.
-        return waited(y) if unheard() else y.clone()
+        if unheard():
+            return waited(y)  # what nobody reads, nor waits for, torch would keep for ever
+        # A copy waits as well, and is no view: to add to one in place would lose the hook by which
+        # FSDP gathers for backward.
+        return y.clone()
 
     # spmd: allow unknown - the caller's
     def _shape(self, x_TD: Tensor) -> ShardShape | None:

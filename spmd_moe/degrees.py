@@ -93,4 +93,5 @@ def tell_axes(tp_groups: Groups, expert_groups: Groups) -> tuple[Role, ...]:
 
 
 def _each_within_one(small: Groups, large: Groups) -> bool:
-    return all(any(set(ranks) <= set(others) for others in large) for ranks in small)
+    group_of = {rank: number for number, ranks in enumerate(large) for rank in ranks}
+    return all(len({group_of[rank] for rank in ranks}) == 1 for ranks in small)

@@ -147,7 +147,7 @@ def _whole(x: Placed[Tensor, CP[P], TP[P]], mesh: MoEMesh) -> Placed[Tensor, CP[
 
 def totals(terms: LossTerms, mesh: MoEMesh) -> Totals:
     """The counts that the losses of one batch are taken by."""
-    _check("totals", terms)
+    _check_terms("totals", terms)
     over_tp = [] if terms.whole_on_tp else [mesh[TP]]
     token_axes = [mesh[CP], *over_tp]
     sequence_axes = token_axes if terms.by_sequence else [mesh[DP], *token_axes]
@@ -178,7 +178,7 @@ def as_one_batch(parts: Sequence[Totals]) -> list[Totals]:
 
 def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
     """1 when every expert is used alike, up to E when one is used alone. P on the token axes."""
-    _check("balance_loss", terms, total)
+    _check_both("balance_loss", terms, total)
     num_experts = total.counts_BE.shape[1]
     choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
     tokens_B1 = total.tokens_B.clamp(min=1).unsqueeze(1)
@@ -191,7 +191,7 @@ def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
 
 def z_loss(terms: LossTerms, total: Totals) -> Sums:
     """Keeps logits small. P on the token axes. Its sums too are there only with `balance`."""
-    _check("z_loss", terms, total)
+    _check_both("z_loss", terms, total)
     return terms.z_sum / total.tokens.clamp(min=1)
 
 
@@ -213,14 +213,17 @@ def _summed(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     return x
 
 
-def _check(where: str, terms: object, total: object = None) -> None:
+def _check_both(where: str, terms: object, total: object) -> None:
+    _check_terms(where, terms)
+    instance(where, "total", total, Totals, "totals(out.losses, mesh)")
+
+
+def _check_terms(where: str, terms: object) -> None:
     fix, why = "out.losses   # of out = layer(x)", ""
     if terms is None:
         fix = "MoEConfig(..., balance='batch')   # out.losses is None without it"
         why = "the layer makes sums for losses only where its balance is set"
     instance(where, "terms", terms, LossTerms, fix, why)
-    if where != "totals":
-        instance(where, "total", total, Totals, "totals(out.losses, mesh)")
 
 
 # --- selection bias ---------------------------------------------------------------------------

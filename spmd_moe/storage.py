@@ -160,10 +160,7 @@ def cut_by_others(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> bool:
     """Not by `parallelize`, so that nobody here knows which part of the whole this is."""
     if not isinstance(tensor, DTensor) or shard_group(tensor) is not None:
         return False
-    size = list(whole_shape(placement, mesh, tensor))
-    for k in placement:
-        if isinstance(k.kind, Shard):
-            size[k.kind.dim] //= mesh[k.role].size
+    _, size = _part(placement, mesh, tensor)
     return list(local(tensor).shape) != size
 
 
@@ -186,13 +183,7 @@ def whole_shape(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> tuple[in
 
 def place_in_whole(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> tuple[int, ...]:
     """Where this rank's part of a parameter or buffer begins, in each dim."""
-    size = list(whole_shape(placement, mesh, tensor))
-    start = [0] * len(size)
-    for k in placement:
-        if isinstance(k.kind, Shard):
-            dim, axis = k.kind.dim % len(size), mesh[k.role]
-            size[dim] //= axis.size
-            start[dim] += axis.rank * size[dim]
+    start, size = _part(placement, mesh, tensor)
     group = shard_group(tensor)
     if group is not None and isinstance(tensor, DTensor):
         cut = tensor.placements[(tensor.device_mesh.mesh_dim_names or ()).index(SHARD)]
@@ -200,3 +191,15 @@ def place_in_whole(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> tuple
         chunk = -(-size[dim] // group.size())
         start[dim] += min(group.rank() * chunk, size[dim])
     return tuple(start)
+
+
+def _part(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Where this rank's part begins and how large it is, before `parallelize` cuts it once more."""
+    size = list(whole_shape(placement, mesh, tensor))
+    start = [0] * len(size)
+    for k in placement:
+        if isinstance(k.kind, Shard):
+            dim, axis = k.kind.dim % len(size), mesh[k.role]
+            size[dim] //= axis.size
+            start[dim] += axis.rank * size[dim]
+    return start, size

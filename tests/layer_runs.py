@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -76,13 +76,7 @@ def forward(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
 
 def forward_typed(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
     """The forward under the strict checker, every signature checked, and the output's type too."""
-    name_axes(layer.mesh)
-    for x in inputs:
-        if x is not None:
-            declare(x, Placement((DP[V], CP[V], TP[case.config.src])), layer.mesh)
-    declared = placements(layer)
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        declare(tensor, declared[name], layer.mesh)
+    declare_all(layer, inputs)
     with checked(layer.mesh):
         out = forward(case, layer, *inputs)
     assert {"experts.Experts.forward", "combine.combine"} <= set(what_ran())
@@ -116,6 +110,17 @@ def compare(case: Case, by_rank: list[dict[str, Tensor]]) -> None:
         if name != "router.bias_E":
             whole = meaning([b[name] for b in by_rank], gradient(declared[name]), case.layout)
             close(whole, want[name], f"gradient of {name}")
+
+
+def declare_all(layer: MoE, inputs: Iterable[Tensor | None]) -> None:
+    """What a caller of the layer, and its classes, say of all that it is given and has."""
+    name_axes(layer.mesh)
+    for x in inputs:
+        if x is not None:
+            declare(x, Placement((DP[V], CP[V], TP[layer.config.src])), layer.mesh)
+    declared = placements(layer)
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        declare(tensor, declared[name], layer.mesh)
 
 
 def name_axes(mesh: MoEMesh) -> None:

@@ -12,9 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmd_moe import (
-    CP,
-    DP,
-    TP,
     AllGather,
     AllToAll,
     Dispatcher,
@@ -23,19 +20,17 @@ from spmd_moe import (
     MoE,
     MoEConfig,
     MoEMesh,
-    Placement,
     R,
     RouterConfig,
     S,
     SharedConfig,
     SpmdMoeError,
-    V,
     init_weights,
     parallelize,
 )
-from spmd_moe.check.signatures import checked, declare, signatures
+from spmd_moe.check.signatures import checked, signatures
 from spmd_moe.check.threads import threaded
-from tests.layer_runs import name_axes, placements
+from tests.layer_runs import declare_all
 from tests.workers import run
 
 CONFIG = MoEConfig(6, 12, RouterConfig(6, 2))
@@ -164,16 +159,9 @@ def test_stored_layers_raise(blocks: str) -> None:
 
 def typed(dispatcher: Any, degrees: dict[str, int], src: Kind, bad: str) -> list[str]:
     layer = made(degrees, replace(CONFIG, src=src, dst=src), dispatcher)
-    name_axes(layer.mesh)
     inputs = BAD[bad] if dist.get_rank() == 1 else (X, MASK, IDS)
-    kinds = Placement((DP[V], CP[V], TP[src if src != S(0) else V]))
-    given = [None if x is None else x.clone() for x in inputs]
-    for x in given:
-        if x is not None:
-            declare(x, kinds, layer.mesh)
-    declared = placements(layer)
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        declare(tensor, declared[name], layer.mesh)
+    given = [None if x is None else x.clone() for x in inputs]  # kinds belong to a tensor
+    declare_all(layer, given)
     with checked(layer.mesh):
         try:
             layer(*given)
