@@ -18,7 +18,7 @@ from spmd_types import Shard
 from torch import Tensor
 
 from spmd_moe import TP, Axis, I, MoEMesh, P, R, S, ShardShape, redistribute
-from spmd_moe.placement import Kind
+from spmd_moe.core.placement import Kind
 
 NAMES = "abcdefghijklmnopqrstuvwxyz"
 

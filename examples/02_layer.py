@@ -38,17 +38,17 @@ from spmd_moe import (
     balance_loss,
     expert_load,
     init_weights,
-    placements_of,
     redistribute,
-    totals,
+    reduce_loss_terms,
 )
+from spmd_moe.core.placement import placements_of
 
 BATCH, LENGTH, WIDTH = 4, 9, 32  # nine tokens do not divide by the ranks of tp
 CONFIG = MoEConfig(
-    width=WIDTH,
-    hidden=48,
-    router=RouterConfig(8, top_k=2, score="sigmoid", normalize=True, dtype=torch.float64),
-    shared=SharedConfig(hidden=48, gated=True, sharded=True),
+    dim=WIDTH,
+    hidden_dim=48,
+    router=RouterConfig(8, top_k=2, score_func="sigmoid", route_norm=True, dtype=torch.float64),
+    shared=SharedConfig(hidden_dim=48, gated=True, sharded=True),
     balance="batch",
     src=I,  # outside of the layer all ranks of tp hold the same tokens
     dst=I,
@@ -112,7 +112,7 @@ def step(mesh: MoEMesh, x: Tensor) -> tuple[MoE, MoEOutput, Tensor]:
     x = x.to(torch.float64)
     out: MoEOutput = layer(x)
     assert out.losses is not None
-    balance = balance_loss(out.losses, totals(out.losses, mesh), mesh)
+    balance = balance_loss(out.losses, reduce_loss_terms(out.losses, mesh), mesh)
     loss = (out.hidden - x).square().sum() / (BATCH * LENGTH) + 0.01 * balance
     loss.backward()
     return layer, out, loss

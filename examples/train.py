@@ -43,7 +43,6 @@ from spmd_moe import (
     MoEOutput,
     P,
     R,
-    Router,
     ShardShape,
     clip_grad_norm_,
     expert_load,
@@ -55,6 +54,7 @@ from spmd_moe import (
     save_checkpoint,
     update_selection_bias,
 )
+from spmd_moe.layer.router import Router
 
 # --- ranks and data ---------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ def main(words: list[str]) -> None:
             raise SystemExit(1)
     try:
         mesh, folder = join(o, folder)
-        mesh.agree("options", asdict(replace(o, out="")) | {"source": checksum(text)})
+        mesh.check_ranks_agree("options", asdict(replace(o, out="")) | {"source": checksum(text)})
         names = ("width", "hidden", "layers", "heads", "length", "experts", "top_k", "seed")
         dtype = torch.float64 if o.double else torch.float32
         model = build(mesh, dtype=dtype, **{name: getattr(o, name) for name in names})

@@ -40,11 +40,11 @@ from spmd_moe import (
     V,
     balance_loss,
     init_weights,
-    totals,
+    reduce_loss_terms,
     z_loss,
 )
-from spmd_moe.check import Built, Layout, Report, examine
-from spmd_moe.collectives import declare_sum
+from spmd_moe.check import Case, Layout, Report, run_checks
+from spmd_moe.core.collectives import declare_sum
 
 BYTES = 256
 
@@ -95,8 +95,8 @@ class Block(nn.Module):
 
     def __init__(self, config: MoEConfig, heads: int, mesh: MoEMesh) -> None:
         super().__init__()
-        self.norm_before, self.norm_between = Norm(config.width), Norm(config.width)
-        self.attention = Attention(config.width, heads)
+        self.norm_before, self.norm_between = Norm(config.dim), Norm(config.dim)
+        self.attention = Attention(config.dim, heads)
         self.moe = MoE(config, mesh)
 
     def forward(self, x_BLD: Hidden) -> tuple[Hidden, MoEOutput]:
@@ -118,11 +118,11 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh = mesh
-        self.embedding_ND = nn.Parameter(torch.zeros(BYTES, config.width))
-        self.place_LD = nn.Parameter(torch.zeros(length, config.width))
+        self.embedding_ND = nn.Parameter(torch.zeros(BYTES, config.dim))
+        self.place_LD = nn.Parameter(torch.zeros(length, config.dim))
         self.blocks = nn.ModuleList(Block(config, heads, mesh) for _ in range(layers))
-        self.norm = Norm(config.width)
-        self.head_ND = nn.Parameter(torch.zeros(BYTES, config.width))
+        self.norm = Norm(config.dim)
+        self.head_ND = nn.Parameter(torch.zeros(BYTES, config.dim))
 
     def forward(
         self, bytes_BL: Bytes, next_BL: Bytes, tokens: int
@@ -144,7 +144,7 @@ class Model(nn.Module):
     def _extra(self, out: MoEOutput) -> Loss:
         """Keeps experts evenly used and logits small; the loss alone does neither."""
         assert out.losses is not None
-        total = totals(out.losses, self.mesh)
+        total = reduce_loss_terms(out.losses, self.mesh)
         balance = balance_loss(out.losses, total, self.mesh)
         return 0.01 * balance + 0.0001 * z_loss(out.losses, total)
 
@@ -163,14 +163,14 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> Model:
     """The same initial values on every layout."""
-    router = RouterConfig(experts, top_k, score="sigmoid", normalize=top_k > 1, dtype=dtype)
+    router = RouterConfig(experts, top_k, score_func="sigmoid", route_norm=top_k > 1, dtype=dtype)
     config = MoEConfig(width, hidden, router, balance="batch", src=I, dst=I)
     model = Model(config, mesh, layers=layers, heads=heads, length=length)
     init_weights(model, mesh, seed, std=0.05)
     return model.to(dtype)
 
 
-def small_model(mesh: MoEMesh, tokens: int) -> Built:
+def small_model(mesh: MoEMesh, tokens: int) -> Case:
     """What the checker is pointed at: the whole model, one block deep and as narrow as can be."""
     model = build(
         mesh,
@@ -184,12 +184,12 @@ def small_model(mesh: MoEMesh, tokens: int) -> Built:
         seed=0,
     )
     bytes_BL, next_BL = (torch.randint(BYTES, (2, tokens)) for _ in range(2))
-    return Built(model, (bytes_BL, next_BL, max(2 * tokens, 1)), (Bytes, Bytes))
+    return Case(model, (bytes_BL, next_BL, max(2 * tokens, 1)), (Bytes, Bytes))
 
 
 def type_check(layouts: Sequence[Layout], tokens: Sequence[int] = (0, 1, 6)) -> Report:
     """Trace the model on these layouts, in this process alone, with sequences of these lengths."""
-    return examine(small_model, chosen=layouts, tokens=tokens)
+    return run_checks(small_model, chosen=layouts, tokens=tokens)
 
 
 def main() -> None:

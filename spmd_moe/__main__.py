@@ -2,7 +2,7 @@
 
 import sys
 
-from spmd_moe.check.cli import main
+from spmd_moe.check.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

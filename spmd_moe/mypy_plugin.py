@@ -8,7 +8,7 @@ Everything is in `static/`. mypy drops its whole cache when this file changes, s
 
 from __future__ import annotations
 
-from spmd_moe.static.entry import SpmdMoePlugin
+from spmd_moe.static.plugin_entry import SpmdMoePlugin
 
 
 def plugin(version: str) -> type[SpmdMoePlugin]:

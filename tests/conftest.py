@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.workers import POOL
+from tests.support.workers import POOL
 
 
 def pytest_collection_finish() -> None:

@@ -16,8 +16,8 @@ import torch
 from spmd_types import _checker, rules
 from torch import Tensor
 
-from spmd_moe.collectives import MOVES
-from spmd_moe.static.rules import TABLE_FILE
+from spmd_moe.core.moves import MOVES
+from spmd_moe.static.operator_rules import TABLE_FILE
 
 TRANSITIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "reinterpret", "convert")
 

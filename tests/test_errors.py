@@ -35,24 +35,25 @@ from spmd_moe import (
     ShardShape,
     SpmdMoeError,
     V,
-    fault,
     redistribute,
 )
-from spmd_moe.activation import SWIGLU, Activation
-from spmd_moe.collectives import declare_sum, exchange
-from spmd_moe.dispatch import AllToAll, FixedCapacity, Local
-from spmd_moe.experts import Experts, Keep
-from spmd_moe.grouped import PerExpert
-from spmd_moe.init import init_weights
-from spmd_moe.load import expert_load
-from spmd_moe.losses import Totals, totals, update_selection_bias
-from spmd_moe.moe import MoE, MoEConfig, SharedConfig
-from spmd_moe.router import RouterConfig
-from tests.bad_checkpoints import BAD_CHECKPOINTS
-from tests.bad_jobs import ON_RANKS, sanitized
-from tests.bad_models import BAD_MODELS
-from tests.messages import PACKAGE, Site, normal, sites_passed
-from tests.simulate import fake_world
+from spmd_moe.core.collectives import declare_sum, exchange
+from spmd_moe.layer import routing_faults
+from spmd_moe.layer.activations import SWIGLU, Activation
+from spmd_moe.layer.balance_losses import Totals, reduce_loss_terms
+from spmd_moe.layer.dispatch import AllToAll, FixedCapacity, Local
+from spmd_moe.layer.expert_load import expert_load
+from spmd_moe.layer.experts import ExpertRecompute, Experts
+from spmd_moe.layer.grouped_matmul import PerExpert
+from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.layer.router import RouterConfig
+from spmd_moe.layer.selection_bias import update_selection_bias
+from spmd_moe.train.init_weights import init_weights
+from tests.support.messages import PACKAGE, Site, normal, sites_passed
+from tests.support.refused_checkpoints import BAD_CHECKPOINTS
+from tests.support.refused_jobs import ON_RANKS, sanitized
+from tests.support.refused_models import BAD_MODELS
+from tests.support.simulated_ranks import fake_world
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -99,7 +100,7 @@ def built(
     def act() -> object:
         with fake_world(world):
             mesh = MoEMesh.init("cpu", tp=world, ep=world)
-            config = {"width": 4, "hidden": 8, "router": RouterConfig(8, 2)} | settings
+            config = {"dim": 4, "hidden_dim": 8, "router": RouterConfig(8, 2)} | settings
             layer = MoE(MoEConfig(**config), mesh)  # type: ignore[arg-type]  # wrong on purpose
             return layer if x is None else layer(x)
 
@@ -129,7 +130,7 @@ def experts(
 ) -> Callable[[], object]:
     def act() -> object:
         layer = Experts(
-            2, 4, 8, MoEMesh.single(), activation=SWIGLU, bias=False, keep=Keep.ACTIVATIONS
+            2, 4, 8, MoEMesh.single(), activation=SWIGLU, bias=False, recompute=ExpertRecompute.NONE
         )
         scores_R = None if scores is None else torch.ones(scores)
         return layer(torch.ones(rows, 4, dtype=dtype), torch.tensor(counts), scores_R)
@@ -224,7 +225,7 @@ CASES: dict[str, Callable[[], object]] = {
     ),
     "init_std": lambda: init_weights(_layer(), MoEMesh.single(), seed=0, std=-1.0),
     "init_meta": lambda: init_weights(_layer().to("meta"), MoEMesh.single(), seed=0),
-    "losses_none": lambda: totals(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
+    "losses_none": lambda: reduce_loss_terms(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_no_list": lambda: update_selection_bias(_layer().router, MoEMesh.single(), 0.1),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_layers": lambda: update_selection_bias([_layer()], MoEMesh.single(), 0.1),  # type: ignore[list-item]  # wrong on purpose
     "bias_by_nan": lambda: update_selection_bias([_layer().router], MoEMesh.single(), float("nan")),
@@ -252,7 +253,7 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
     "moe_scores": called(torch.cat([x34[:1] * torch.nan, x34[1:]])),
     "moe_scores_of_ranks": lambda: _told([0, 1, 0, 1 + (1 << 40)]),
-    "moe_refused_by_another": lambda: _told([0, 1, fault.REFUSED, 0]),
+    "moe_refused_by_another": lambda: _told([0, 1, routing_faults.REFUSED, 0]),
     "moe_never_initialised": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())(
         x34
     ),
@@ -270,7 +271,7 @@ CASES: dict[str, Callable[[], object]] = {
 def _told(marks: list[int]) -> None:
     with fake_world(4):
         mesh = MoEMesh.init("cpu", tp=4, ep=2, etp=2)
-        fault.check_marks(marks, (mesh[ETP], mesh[EP]), 8)
+        routing_faults.check_marks(marks, (mesh[ETP], mesh[EP]), 8)
 
 
 def _layer(**given: Any) -> MoE:

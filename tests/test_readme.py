@@ -7,8 +7,18 @@ import tomllib
 
 import pytest
 
-from tests.readme import README, ROOT, SAID, Block, blocks, file_tree, generated, outcome, rewritten
-from tests.train_layouts import LAYOUTS
+from tests.bench.train_layouts import LAYOUTS
+from tests.support.readme_blocks import (
+    README,
+    ROOT,
+    SAID,
+    Block,
+    blocks,
+    file_tree,
+    generated,
+    outcome,
+    rewritten,
+)
 
 TEXT = README.read_text()
 
@@ -20,12 +30,12 @@ def test_programs_do_what_is_shown(block: Block) -> None:
 
 
 def test_generated_parts_are_fresh() -> None:
-    assert generated(TEXT) == TEXT, "python -m tests.readme --write"
+    assert generated(TEXT) == TEXT, "python -m tests.support.readme_blocks --write"
 
 
 @pytest.mark.slow
 def test_what_mypy_says_is_fresh() -> None:
-    assert generated(TEXT, SAID) == TEXT, "python -m tests.readme --write"
+    assert generated(TEXT, SAID) == TEXT, "python -m tests.support.readme_blocks --write"
     stale = TEXT.replace("x_TD is V and self.gate_ED is I on TP", "x_TD is V")
     assert stale != TEXT and generated(stale, SAID) == TEXT
 
@@ -60,7 +70,7 @@ def test_optional_features_are_those_that_something_uses() -> None:
 
 
 def test_losses_are_those_that_are_claimed() -> None:
-    """By `tests/train_layouts.py`: at least six agree in float32, and all in float64."""
+    """By `tests/bench/train_layouts.py`: at least six agree in float32, and all in float64."""
     (table,) = re.findall(r"<!-- losses:.*?-->\n(.*?)\n\n", TEXT, re.S)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
     assert len(rows) == len(LAYOUTS) >= 6

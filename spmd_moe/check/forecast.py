@@ -21,14 +21,14 @@ from typing import Literal, final
 
 import torch
 
-from spmd_moe.boundary import INSIDE
-from spmd_moe.check.layout import Layout
-from spmd_moe.dispatch import AllGather, AllToAll, Local
-from spmd_moe.experts import Weigh
-from spmd_moe.moe import MoE, MoEConfig
-from spmd_moe.placement import DENSE, EP, ETP, EXPERT, TP, I, R, Role
-from spmd_moe.router import first_in_turn
-from spmd_moe.shard import ShardShape
+from spmd_moe.check.layouts import Layout
+from spmd_moe.core.placement import DENSE, EP, ETP, EXPERT, TP, I, R, Role
+from spmd_moe.core.shard_shape import ShardShape
+from spmd_moe.layer.boundary import INSIDE
+from spmd_moe.layer.dispatch import AllGather, AllToAll, Local
+from spmd_moe.layer.experts import ScoreApplication
+from spmd_moe.layer.moe import MoE, MoEConfig
+from spmd_moe.layer.router import first_in_turn
 
 When = Literal["forward", "backward"]
 
@@ -67,7 +67,7 @@ class _Forecast:
         self.layout, self.rank, self.tokens_r, self.dtype = layout, rank, tokens_r, dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         self.score_dtype = self.config.router.dtype
-        self.early = self.config.weigh is not Weigh.IN_COMBINE
+        self.early = self.config.score_application is not ScoreApplication.IN_COMBINE
         self.whole = self.config.src != INSIDE
         sharded = self.config.shared is not None and self.config.shared.sharded
         self.must_count = not self.whole and (self.config.dst != INSIDE or sharded)
@@ -146,22 +146,22 @@ class _Forecast:
 
     def _leave(self) -> Iterator[Collective]:
         if self.config.dst != INSIDE:
-            yield from self._gather("forward", "output", TP, self._tp_rows(), [self.config.width])
+            yield from self._gather("forward", "output", TP, self._tp_rows(), [self.config.dim])
 
     def _leave_back(self) -> Iterator[Collective]:
         if self.config.dst is R:
             what = "gradient of the output"
             yield from self._scatter(
-                "backward", what, TP, self._tp_rows(), [self.config.width], self.wide
+                "backward", what, TP, self._tp_rows(), [self.config.dim], self.wide
             )
 
     def _enter_back(self) -> Iterator[Collective]:
         if self.config.src is I:
             what = "gradient of the input"
-            yield from self._gather("backward", what, TP, self._tp_rows(), [self.config.width])
+            yield from self._gather("backward", what, TP, self._tp_rows(), [self.config.dim])
 
     def _gate_back(self) -> Iterator[Collective]:
-        shape = (self.config.router.num_experts, self.config.width)
+        shape = (self.config.router.num_experts, self.config.dim)
         what = "gradient of the router's weight"
         yield from self._one("backward", what, "all_reduce", TP, shape, self.wide)
 
@@ -181,7 +181,7 @@ class _Forecast:
     # --- shared experts ---
 
     def _shared(self) -> Iterator[Collective]:
-        shared, width = self.config.shared, [self.config.width]
+        shared, width = self.config.shared, [self.config.dim]
         if shared is not None and shared.sharded:
             rows = self._tp_rows()
             yield from self._gather("forward", "tokens for the shared expert", TP, rows, width)
@@ -189,7 +189,7 @@ class _Forecast:
             yield from self._scatter("forward", what, TP, rows, width, self.wide)
 
     def _shared_back(self) -> Iterator[Collective]:
-        shared, width = self.config.shared, self.config.width
+        shared, width = self.config.shared, self.config.dim
         if shared is None:
             return
         what = "gradient of the shared expert's"
@@ -202,7 +202,7 @@ class _Forecast:
             yield from self._gather("backward", f"{what} output", TP, rows, [width])
             yield from self._scatter("backward", f"{what} tokens", TP, rows, [width], self.wide)
             return
-        inward = (shared.hidden, width)
+        inward = (shared.hidden_dim, width)
         shapes = [inward[::-1], inward] + [inward] * self.config.activation.gated
         for shape in shapes:
             yield from self._one("backward", f"{what} weight", "all_reduce", TP, shape, self.wide)
@@ -219,7 +219,7 @@ class _Forecast:
         raise NotImplementedError(type(self.dispatcher).__name__)
 
     def _all_to_all(self) -> Iterator[Collective]:
-        ranks, width = self.layout.ep, self.config.width
+        ranks, width = self.layout.ep, self.config.dim
         share = self.config.router.num_experts // ranks
         sent = sum(self._chosen(self.rank))
         arrived = ShardShape.ragged([self._arriving(rank) for rank in self._group(ETP)])
@@ -258,7 +258,7 @@ class _Forecast:
         yield from self._one("backward", what, "all_to_all", EP, (mine, packed), None, even)
 
     def _all_gather(self) -> Iterator[Collective]:
-        width, choices, integer = self.config.width, self.config.router.top_k, torch.int64
+        width, choices, integer = self.config.dim, self.config.router.top_k, torch.int64
         axes = self._gather_shapes()
         marks = 1  # of the ranks so far: what is wrong with their scores or ids
         for role, _ in axes:

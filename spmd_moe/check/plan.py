@@ -17,15 +17,15 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.boundary import INSIDE
 from spmd_moe.check.forecast import Collective, forecast
-from spmd_moe.check.layout import Layout
+from spmd_moe.check.layouts import Layout
+from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.check.target import Target, build
-from spmd_moe.check.world import mirror_world
-from spmd_moe.moe import MoE
-from spmd_moe.obligations import Obligations, obligations
-from spmd_moe.placement import CP, DP, TP, Role
-from spmd_moe.shard import ShardShape
+from spmd_moe.core.placement import CP, DP, TP, Role
+from spmd_moe.core.shard_shape import ShardShape
+from spmd_moe.layer.boundary import INSIDE
+from spmd_moe.layer.moe import MoE
+from spmd_moe.train.obligations import Obligations, obligations
 
 
 @final

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from spmd_moe.check.layout import Layout, layouts
-from spmd_moe.check.report import Report
+from spmd_moe.check.layouts import Layout, layouts
+from spmd_moe.check.reports import Report
 from spmd_moe.check.signatures import packages_of, signatures
 from spmd_moe.check.sweep import Result, check_layout
 from spmd_moe.check.target import CannotCheckError, Target, build, cannot
-from spmd_moe.errors import PlacementError
-from spmd_moe.mesh import MoEMesh
+from spmd_moe.core.errors import PlacementError
+from spmd_moe.core.mesh import MoEMesh
 
 Tell = Callable[[int, int, Result], None]
 WORLD = 8  # ranks of the largest layout, unless another is asked for
@@ -27,13 +27,13 @@ SECONDS = 60.0  # that one layout may take
 
 def check(target: Target, **options: Any) -> Report:
     """`examine`, which raises what it finds: for a test."""
-    report = examine(target, **options)
+    report = run_checks(target, **options)
     if not report.ok:
         raise PlacementError(str(report))
     return report
 
 
-def examine(
+def run_checks(
     target: Target,
     *,
     world: int = WORLD,

@@ -36,11 +36,11 @@ from spmd_types.checker import typecheck
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from spmd_moe.check.shards import cut_dims, mark
+from spmd_moe.check.cut_dims import cut_dims, mark
 from spmd_moe.check.target import cannot
-from spmd_moe.errors import PlacementError, describe, explain
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import (
+from spmd_moe.core.errors import PlacementError, describe, explain
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import (
     DENSE,
     EXPERT,
     Kind,

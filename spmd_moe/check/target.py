@@ -21,14 +21,14 @@ from typing import Protocol, cast, final
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from spmd_moe.errors import ConfigError, PlacementError, explain
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import Placement, placement_of
+from spmd_moe.core.errors import ConfigError, PlacementError, explain
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import Placement, placement_of
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Built:
+class Case:
     """A module, the arguments of one call, and the placement of each argument that is a tensor."""
 
     module: nn.Module
@@ -54,7 +54,7 @@ class Built:
                         "Built",
                         f"argument {number} is a tensor without a placement",
                         why="the check follows placements, and has to start from one",
-                        fixes=["Built(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"],
+                        fixes=["Case(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"],
                     )
                 )
             found.append((arg, cast(Placement, placement)))
@@ -62,7 +62,7 @@ class Built:
 
 
 class Target(Protocol):
-    def __call__(self, mesh: MoEMesh, tokens: int, /) -> Built: ...
+    def __call__(self, mesh: MoEMesh, tokens: int, /) -> Case: ...
 
 
 class CannotCheckError(ConfigError):
@@ -100,10 +100,10 @@ def load(name: str) -> Target:
     return cast(Target, target)
 
 
-def build(target: Target, mesh: MoEMesh, tokens: int) -> Built:
+def build(target: Target, mesh: MoEMesh, tokens: int) -> Case:
     """What the target builds, once it is known to be something that can be checked."""
-    why = "a target builds a module and one call of it: Built(module, args, placements)"
-    fix = "return Built(layer, (x,), (Tokens,))"
+    why = "a target builds a module and one call of it: Case(module, args, placements)"
+    fix = "return Case(layer, (x,), (Tokens,))"
     try:
         built: object = target(mesh, tokens)
     except (ValueError, PlacementError):
@@ -113,7 +113,7 @@ def build(target: Target, mesh: MoEMesh, tokens: int) -> Built:
         raise cannot(
             "TARGET", what, why, "raise ValueError   # where a layout is refused"
         ) from error
-    if not isinstance(built, Built):
+    if not isinstance(built, Case):
         raise cannot("TARGET", f"it returns {type(built).__name__}, not Built", why, fix)
     if not any(isinstance(arg, Tensor) for arg in built.args):
         raise cannot("TARGET", "none of the arguments it builds is a tensor", why, fix)

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from spmd_moe.check.declared import declared_types, misdeclared, unsaid
-from spmd_moe.check.escapes import escapes
-from spmd_moe.check.finding import Finding, allowed, finding, short
-from spmd_moe.check.layout import Layout
-from spmd_moe.check.lines import is_checked
-from spmd_moe.check.observe import Observer, Record
-from spmd_moe.check.shards import give
+from spmd_moe.check.cut_dims import give
+from spmd_moe.check.declarations import declared_types, misdeclared, unsaid
+from spmd_moe.check.findings import Finding, allowed, finding, short
+from spmd_moe.check.layouts import Layout
+from spmd_moe.check.mirror_world import Issued, mirror_world
+from spmd_moe.check.observer import Observer, Record
 from spmd_moe.check.signatures import axis, checked, declare
-from spmd_moe.check.target import Built, CannotCheckError, Target, build, cannot
-from spmd_moe.check.world import Issued, mirror_world
-from spmd_moe.errors import PlacementError, SpmdMoeError, describe
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import DENSE, EXPERT, Placement, V
+from spmd_moe.check.source_escapes import escapes
+from spmd_moe.check.source_lines import is_checked
+from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot
+from spmd_moe.core.errors import PlacementError, SpmdMoeError, describe
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import DENSE, EXPERT, Placement, V
 
 
 @final
@@ -111,7 +111,7 @@ def trace(target: Target, configuration: Configuration, packages: set[str], here
     return found
 
 
-def _whole_placements(built: Built, mesh: MoEMesh) -> None:
+def _whole_placements(built: Case, mesh: MoEMesh) -> None:
     for tensor, placement in built.tensors():
         missing = unsaid(placement, mesh)
         if missing:
@@ -121,7 +121,7 @@ def _whole_placements(built: Built, mesh: MoEMesh) -> None:
             raise cannot("Built", what + missing, why, fix)
 
 
-def _as_from_a_model(built: Built) -> Built:
+def _as_from_a_model(built: Case) -> Case:
     """Its arguments as what came before the module made them: there is a gradient to go back."""
     args = []
     for arg in built.args:
@@ -130,7 +130,7 @@ def _as_from_a_model(built: Built) -> Built:
                 arg = arg.detach().requires_grad_().clone()
             give(arg)
         args.append(arg)
-    return Built(built.module, tuple(args), built.placements)
+    return Case(built.module, tuple(args), built.placements)
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _run(built: Built, mesh: MoEMesh, found: Trace, log: list[Issued], packages: set[str]) -> None:
+def _run(built: Case, mesh: MoEMesh, found: Trace, log: list[Issued], packages: set[str]) -> None:
     names = _names(mesh)
     typed = not any(isinstance(t, DTensor) for t in (*built.args, *built.module.parameters()))
     observer = Observer(packages, names, log, typed and any(a.size() > 1 for a in names))

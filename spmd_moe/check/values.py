@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from spmd_moe.check.declared import declared_types
-from spmd_moe.check.finding import Finding, finding
-from spmd_moe.check.layout import Layout
-from spmd_moe.check.observe import Observer, Point, Record
+from spmd_moe.check.declarations import declared_types
+from spmd_moe.check.findings import Finding, finding
+from spmd_moe.check.layouts import Layout
+from spmd_moe.check.observer import Observer, Point, Record
 from spmd_moe.check.signatures import axis, checked, declare
-from spmd_moe.check.target import Built, CannotCheckError, Target, build, cannot
-from spmd_moe.check.threads import RanksError, threaded
+from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot
+from spmd_moe.check.thread_ranks import RanksError, threaded
 from spmd_moe.check.trace import raised
-from spmd_moe.check.whole import (
+from spmd_moe.check.whole_tensors import (
     SMALL,
     Kinds,
     NotAlikeError,
@@ -38,8 +38,8 @@ from spmd_moe.check.whole import (
     kinds_of,
     parts,
 )
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import DENSE, EXPERT, Kind, R, Role, V
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import DENSE, EXPERT, Kind, R, Role, V
 
 CLOSE = 1e-5  # of float64, parts of which a module may compute in float32
 # What reads a shape and no values, which may be whatever was in memory.
@@ -104,7 +104,7 @@ def check_values(
 # --- one process --------------------------------------------------------------------------------
 
 
-def _wide(built: Built) -> tuple[nn.Module, list[object]]:
+def _wide(built: Case) -> tuple[nn.Module, list[object]]:
     """In float64, with weights that are not dead, and inputs that take a gradient."""
     module = built.module.to(torch.float64)
     random = torch.Generator().manual_seed(1)
@@ -195,7 +195,7 @@ def _rank(target: Target, layout: Layout, tokens: int, packages: set[str], setup
 
 
 def _take_parts(
-    built: Built, module: nn.Module, args: list[object], setup: Setup, layout: Layout, rank: int
+    built: Case, module: nn.Module, args: list[object], setup: Setup, layout: Layout, rank: int
 ) -> None:
     """Fill this rank's parameters, buffers and inputs with its parts of the lone ones."""
     kinds = {name: kinds_of(p) for name, (_, p) in declared_types(module).items()}

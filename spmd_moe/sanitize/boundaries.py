@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch import nn
 
-from spmd_moe.placement import Placement
+from spmd_moe.core.placement import Placement
 from spmd_moe.sanitize.signatures import (
     OPEN,
     Observer,

@@ -13,8 +13,8 @@ from typing import Annotated, Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.errors import users_line
-from spmd_moe.placement import Placement, annotations_of, placement_of
+from spmd_moe.core.errors import users_line
+from spmd_moe.core.placement import Placement, annotations_of, placement_of
 
 # What an observer is told: the function, the name of the tensor, the tensor itself, the placement
 # declared for it, the user's line.

@@ -19,16 +19,17 @@ from mypy.types import (
     get_proper_type,
 )
 
-from spmd_moe.static.codes import CODES
+from spmd_moe.static.error_codes import CODES
 from spmd_moe.static.kinds import PRESENTATIONS, subscript
-from spmd_moe.static.roles import is_role, role_name
-from spmd_moe.static.types import declare, is_tensor_class, kinds_of, place
+from spmd_moe.static.placed_types import declare, is_tensor_class, kinds_of, place
+from spmd_moe.static.role_variables import is_role, role_name
 
-PLACED = "spmd_moe.placement.Placed"
+PLACED = "spmd_moe.core.placement.Placed"
 KIND_NAMES = {f"spmd_types.types.{name}": name for name in "RIVP"}
-SHARD_NAMES = ("spmd_moe.placement.S", "spmd_types.types.S", "spmd_types.types.Shard")
+SHARD_NAMES = ("spmd_moe.core.placement.S", "spmd_types.types.S", "spmd_types.types.Shard")
 ROLE_LISTS = {
-    f"spmd_moe.placement.{n}": p for n, p in zip(("DENSE", "EXPERT"), PRESENTATIONS, strict=True)
+    f"spmd_moe.core.placement.{n}": p
+    for n, p in zip(("DENSE", "EXPERT"), PRESENTATIONS, strict=True)
 }
 _FORM = "Placed[Tensor, DP[V], TP[S[0]]]"
 

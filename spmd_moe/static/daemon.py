@@ -27,7 +27,7 @@ from mypy.plugin import ClassDefContext
 from mypy.server.trigger import make_trigger
 from mypy.types import Instance
 
-from spmd_moe.static.ending import (
+from spmd_moe.static.end_of_module import (
     LAST_PASS,
     NAME,
     is_ending_function,
@@ -35,9 +35,9 @@ from spmd_moe.static.ending import (
     new_ending,
     put_off,
 )
-from spmd_moe.static.report import Line
-from spmd_moe.static.reread import read_again
-from spmd_moe.static.types import forget_unused, restore_declared
+from spmd_moe.static.error_report import Line
+from spmd_moe.static.placed_types import forget_unused, restore_declared
+from spmd_moe.static.reread_file import read_again
 
 _LAST_LINE = 1 << 30  # in this order the daemon checks functions of a module
 

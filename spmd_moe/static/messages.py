@@ -17,7 +17,7 @@ from spmd_moe.static.kinds import (
     on_presentation,
     presentation,
 )
-from spmd_moe.static.rules import (
+from spmd_moe.static.operator_rules import (
     Operand,
     Refusal,
     infer_operation,

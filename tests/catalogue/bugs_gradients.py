@@ -12,7 +12,7 @@ GRADIENTS = [
         "B01a",
         "the router's weight is used as it is held, so its gradient stays a part on tp",
         edit(
-            "router",
+            "layer.router",
             """redistribute(
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
         )""",
@@ -50,7 +50,7 @@ GRADIENTS = [
         "B32a",
         "the router's weights are gathered under no_grad, as their ids may be",
         edit(
-            "dispatch.all_gather",
+            "layer.dispatch.all_gather",
             "        arrived = Arrived(\n            spread(self._gather(x_tD, shapes), here),\n"
             "            None if scores_tK is None else "
             "take_scores(self._gather(scores_tK, shapes), here),",
@@ -69,7 +69,7 @@ GRADIENTS = [
         "B32b",
         "the router's weights are detached before they are gathered",
         edit(
-            "dispatch.all_gather",
+            "layer.dispatch.all_gather",
             "take_scores(self._gather(scores_tK, shapes), here)",
             "take_scores(self._gather(scores_tK.detach(), shapes), here)",
         ),
@@ -159,7 +159,7 @@ SUMS = [
         "B07a",
         "every rank adds the experts' bias, and then their outputs are summed",
         edit(
-            "experts",
+            "layer.experts",
             "redistribute(self.b2_eD, self.etp, src=I, dst=P)",
             "self.b2_eD",
         ),
@@ -172,12 +172,12 @@ SUMS = [
         "B07b",
         "the same where the matmul's result is not declared a part of a sum",
         edit(
-            "experts",
+            "layer.experts",
             "redistribute(self.b2_eD, self.etp, src=I, dst=P)",
             "self.b2_eD",
         )
         + edit(
-            "experts",
+            "layer.experts",
             "        y_RD = declare_sum(part_RD, self.etp)  ",
             "        y_RD = part_RD  ",
         ),
@@ -226,7 +226,7 @@ SUMS = [
         "B10a",
         "the shared expert's parts are never summed",
         edit(
-            "shared",
+            "layer.shared_experts",
             "redistribute(part_TD, self.tp, src=P, dst=S(0), shape=shape, dtype=wide(part_TD))",
             "part_TD.narrow(0, shape.offsets[self.tp.rank] if shape else 0, x_TD.shape[0])",
         ),

@@ -13,7 +13,7 @@ LAYOUTS = [
         "B05a",
         "whether rows are whole or a shard is guessed from how many they are",
         edit(
-            "boundary",
+            "layer.boundary",
             OWN_ROWS,
             (FEW.format("== frame.shape.padded") + OWN_ROWS).lstrip(),
         ),
@@ -27,7 +27,7 @@ LAYOUTS = [
     Bug(
         "B06a",
         "fewer tokens than ranks stay whole, and what is counted of them is still summed",
-        edit("boundary", OWN_ROWS, (FEW.format("< self.tp.size") + OWN_ROWS).lstrip()),
+        edit("layer.boundary", OWN_ROWS, (FEW.format("< self.tp.size") + OWN_ROWS).lstrip()),
         target="whole",
         layout=TP_2,
         rule="types",
@@ -123,7 +123,7 @@ LAYOUTS = [
         "B22a",
         "the length of all ranks is taken to be this rank's times their number",
         edit(
-            "boundary",
+            "layer.boundary",
             "return ShardShape.ragged(host_ints(redistribute(rows, self.tp, src=S(0), dst=R)))",
             "return ShardShape.even(x_TD.shape[0] * self.tp.size, self.tp.size)",
         ),
@@ -165,7 +165,7 @@ LAYOUTS = [
         "B26a",
         "a buffer for this rank's rows is made as long as the batch of all ranks",
         edit(
-            "moe",
+            "layer.moe",
             "y_TD = combine(rows_ND, slots, late_TK)",
             "y_TD = combine(rows_ND, slots, late_TK) + x.new_zeros(x.flatten(0, -2).shape)",
         ),
@@ -177,7 +177,7 @@ LAYOUTS = [
     Bug(
         "B27a",
         "tokens are shared out by the place in ep, where it should be the place in tp",
-        edit("moe", "mesh[TP], config.src, config.dst", "mesh[EP], config.src, config.dst"),
+        edit("layer.moe", "mesh[TP], config.src, config.dst", "mesh[EP], config.src, config.dst"),
         target="whole",
         layout="dp 2 tp 2 ep 4",
         rule="types",
@@ -187,7 +187,7 @@ LAYOUTS = [
         "B28a",
         "a gather of rows takes every rank to have as many as this one",
         edit(
-            "dispatch.all_gather",
+            "layer.dispatch.all_gather",
             "gathered, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x)",
             "gathered, axis, src=S(0), dst=R, grad_dtype=wide(x)",
         ),
@@ -201,7 +201,7 @@ LAYOUTS = [
         "B30a",
         "a rank without rows leaves out a collective, and the others wait for it",
         edit(
-            "shared",
+            "layer.shared_experts",
             "        all_TD: GatheredTokens = redistribute(",
             "        if x_TD.shape[0] == 0:\n            return x_TD\n"
             "        all_TD: GatheredTokens = redistribute(",
@@ -227,7 +227,7 @@ LAYOUTS = [
         "B36a",
         "the mask is whole where the tokens are a shard",
         edit(
-            "moe",
+            "layer.moe",
             "None if mask is None else self.boundary.own_rows(mask, frame)",
             "None if mask is None else mask.flatten()",
         ),
@@ -241,7 +241,7 @@ LAYOUTS = [
         "B36b",
         "the mask's first rows are taken for those of this rank",
         edit(
-            "moe",
+            "layer.moe",
             "self.boundary.own_rows(mask, frame)",
             "mask.flatten()[: x_TD.shape[0]]",
         ),
@@ -255,12 +255,12 @@ LAYOUTS = [
         "B36c",
         "padding is counted as tokens",
         edit(
-            "router",
+            "layer.router",
             "_of_tokens(self.choose(scores_TE, self.bias_E, config, mask_T), mask_T)",
             "self.choose(scores_TE, self.bias_E, config, mask_T)",
         ),
         target="masked",
         layout=TP_2,
-        open="none: one process does the same; tests/oracle.py does not",
+        open="none: one process does the same; tests/support/layer_oracle.py does not",
     ),
 ]

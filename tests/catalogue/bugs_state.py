@@ -12,7 +12,7 @@ STATE = [
         "B13a",
         "the selection bias follows counts that are not summed over tp",
         edit(
-            "losses",
+            "layer.balance_losses",
             "summed_LE: Whole = _summed(counted_LE, [mesh[role] for role in DENSE])",
             "summed_LE: Whole = _summed(counted_LE, [mesh[role] for role in DENSE[:2]])",
         ),
@@ -33,7 +33,7 @@ STATE = [
     Bug(
         "B15a",
         "loss terms are handed out as R, so their gradient is summed over tp once more",
-        edit("losses", "x, mesh[TP], src=P, dst=I)", "x, mesh[TP], src=P, dst=R)"),
+        edit("layer.balance_losses", "x, mesh[TP], src=P, dst=I)", "x, mesh[TP], src=P, dst=R)"),
         target="whole",
         layout=TP_2,
         rule="types",
@@ -43,7 +43,7 @@ STATE = [
         "B15b",
         "a part of a sum is scaled by the number of this rank's tokens",
         edit(
-            "losses",
+            "layer.balance_losses",
             "z_sum=declare_sums(z_T.sum(), everywhere),",
             "z_sum=declare_sums(z_T.sum(), everywhere) * z_T.shape[0],",
         ),
@@ -54,7 +54,7 @@ STATE = [
         "B15c",
         "a loss is multiplied by the size of tp",
         edit(
-            "losses",
+            "layer.balance_losses",
             "z_sum=declare_sums(z_T.sum(), everywhere),",
             "z_sum=declare_sums(z_T.sum(), everywhere) * mesh[TP].size,",
         ),
@@ -64,9 +64,9 @@ STATE = [
     Bug(
         "B35a",
         "choices are counted in forward, so an evaluation counts too",
-        edit("moe", IN_BACKWARD, "pass")
+        edit("layer.moe", IN_BACKWARD, "pass")
         + edit(
-            "moe",
+            "layer.moe",
             "        losses = self._loss_terms(x, frame, routing, mask_T)",
             "        self.router.seen_E += declare_sums(\n"
             "            routing.counts_E, [self.mesh[role] for role in DENSE]\n        )\n"
@@ -74,12 +74,12 @@ STATE = [
         ),
         target="step",
         layout=TP_2,
-        open="none: one process counts the same; tests/test_counters.py counts",
+        open="none: one process counts the same; tests/layer/test_counters.py counts",
     ),
     Bug(
         "B35b",
         "the counter holds this rank's own, not a part of a sum",
-        edit("moe", IN_BACKWARD, "self.router.seen_E += routing.counts_E"),
+        edit("layer.moe", IN_BACKWARD, "self.router.seen_E += routing.counts_E"),
         target="step",
         layout=TP_2,
         rule="types",
@@ -87,7 +87,8 @@ STATE = [
     Bug(
         "B43a",
         "the random numbers of a weight do not depend on which experts the rank has",
-        edit("init", '{stream}/{place[0] + i}"', '{stream}/{i}"'),
-        open="none: weights are given to every check, not drawn; tests/test_init.py draws",
+        edit("train.init_weights", '{stream}/{place[0] + i}"', '{stream}/{i}"'),
+        open="none: weights are given to every check, not drawn; "
+        "tests/train/test_init_weights.py draws",
     ),
 ]

@@ -6,10 +6,10 @@ import functools
 import linecache
 from collections.abc import Callable
 
-from spmd_moe.check import Layout, examine
-from spmd_moe.check.cli import layout
-from spmd_moe.check.finding import Finding
-from spmd_moe.check.report import Report
+from spmd_moe.check import Layout, run_checks
+from spmd_moe.check.command_line import layout
+from spmd_moe.check.findings import Finding
+from spmd_moe.check.reports import Report
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.target import Target
 from spmd_moe.check.values import check_values
@@ -29,7 +29,7 @@ EVERYTHING: list[Bug | Fact] = [*BUGS, *FACTS]
 def traced(bug: Bug) -> Report:
     """What the traced check says of it."""
     with changed(bug.id, bug.edits, TARGETS) as code:
-        return examine(getattr(code, bug.target), chosen=[degrees(bug)], tokens=bug.tokens)
+        return run_checks(getattr(code, bug.target), chosen=[degrees(bug)], tokens=bug.tokens)
 
 
 def caught(bug: Bug) -> Finding | None:

@@ -19,7 +19,7 @@ from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OURS = ("spmd_moe.", "tests.catalogue.")
 LAYER = ("spmd_moe.check", "spmd_moe.__main__")  # these observe; they are never changed
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import CP, DP, TP
-from spmd_moe.shard import ShardShape
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import CP, DP, TP
+from spmd_moe.core.shard_shape import ShardShape
 
 
 def drawn(stream: int, *shape: int) -> Tensor:

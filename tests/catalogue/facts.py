@@ -6,9 +6,9 @@ from math import sqrt
 
 import torch
 
-from spmd_moe import placement
 from spmd_moe.check import Layout
-from spmd_moe.placement import DENSE
+from spmd_moe.core import placement
+from spmd_moe.core.placement import DENSE
 from tests.catalogue.bug import Fact
 
 # dp 4, tp 2 = edp 2, ep 2, etp 2. Every rank of dp has tokens of its own.

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 
 from tests.catalogue.code import Edit, source_of
 
-FILES = [
-    "gate",
+FILES = [  # of spmd_moe.layer
+    "router_logits",
     "router",
     "boundary",
-    "losses",
-    "load",
-    "shared",
+    "balance_losses",
+    "selection_bias",
+    "expert_load",
+    "shared_experts",
     "experts",
     "combine",
     "moe",
-    "dispatch.pack",
+    "dispatch.pack_scores",
     "dispatch.local",
     "dispatch.all_to_all",
     "dispatch.all_gather",
-    "dispatch.fixed",
+    "dispatch.fixed_capacity",
 ]
 # An annotation becomes another that is as long: the kinds differ, the tensor does not.
 RETYPED = {
@@ -79,14 +80,14 @@ class Mutant:
 
     @property
     def module(self) -> str:
-        return f"spmd_moe.{self.file}"
+        return f"spmd_moe.layer.{self.file}"
 
     def source(self) -> str:
         """The file with the change; as many lines, but for the import of what it may need."""
         source = source_of(self.module)
         filler = "\n" * (self.old.count("\n") - self.new.count("\n"))
         text = f"{source[: self.start]}({self.new}{filler}){source[self.end :]}"
-        return text.replace(FUTURE, f"{FUTURE}from spmd_moe.placement import {IMPORTS}\n", 1)
+        return text.replace(FUTURE, f"{FUTURE}from spmd_moe.core.placement import {IMPORTS}\n", 1)
 
     def edit(self) -> Edit:
         return Edit(self.module, source_of(self.module), self.source())
@@ -97,7 +98,7 @@ class Mutant:
 
 
 def mutants(file: str) -> Iterator[Mutant]:
-    source = source_of(f"spmd_moe.{file}")
+    source = source_of(f"spmd_moe.layer.{file}")
     begins = [0, *itertools.accumulate(len(line) for line in source.splitlines(keepends=True))]
     tree, numbers = ast.parse(source), dict[str, int]()
     for function, node in _places(tree, "module"):

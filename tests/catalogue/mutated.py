@@ -7,28 +7,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.boundary import INSIDE
-from spmd_moe.check import Built
-from spmd_moe.dispatch import AllGather, FixedCapacity
-from spmd_moe.experts import Weigh
-from spmd_moe.init import init_weights
-from spmd_moe.load import expert_load
-from spmd_moe.losses import balance_loss, totals, update_selection_bias, z_loss
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.moe import MoE, MoEConfig, SharedConfig
-from spmd_moe.placement import CP, DP, TP, I, Placement, R, S, V
-from spmd_moe.router import RouterConfig
-from spmd_moe.shard import ShardShape
+from spmd_moe.check import Case
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import CP, DP, TP, I, Placement, R, S, V
+from spmd_moe.core.shard_shape import ShardShape
+from spmd_moe.layer.balance_losses import (
+    balance_loss,
+    reduce_loss_terms,
+    z_loss,
+)
+from spmd_moe.layer.boundary import INSIDE
+from spmd_moe.layer.dispatch import AllGather, FixedCapacity
+from spmd_moe.layer.expert_load import expert_load
+from spmd_moe.layer.experts import ScoreApplication
+from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.layer.router import RouterConfig
+from spmd_moe.layer.selection_bias import update_selection_bias
+from spmd_moe.train.init_weights import init_weights
 from tests.catalogue.data import drawn
 
 WIDTH, EXPERTS = 8, 8
-ROUTER = RouterConfig(EXPERTS, 2, normalize=True, scale=2.0)
-GROUPED = RouterConfig(EXPERTS, 2, score="sigmoid", groups=4, groups_kept=2, normalize=True)
+ROUTER = RouterConfig(EXPERTS, 2, route_norm=True, route_scale=2.0)
+GROUPED = RouterConfig(
+    EXPERTS, 2, score_func="sigmoid", num_expert_groups=4, num_limited_groups=2, route_norm=True
+)
 WITHIN = MoEConfig(WIDTH, 8, GROUPED, bias=True, balance="batch")
 WHOLE = MoEConfig(
     WIDTH, 8, ROUTER, src=R, dst=I, shared=SharedConfig(8, gated=True), balance="sequence"
 )
-GATHERED = MoEConfig(WIDTH, 8, ROUTER, dst=R, weigh=Weigh.IN_COMBINE)
+GATHERED = MoEConfig(WIDTH, 8, ROUTER, dst=R, score_application=ScoreApplication.IN_COMBINE)
 SHARED = MoEConfig(WIDTH, 8, ROUTER, src=I, dst=R, shared=SharedConfig(8, gated=True, sharded=True))
 FIXED = MoEConfig(WIDTH, 8, ROUTER, src=R, dst=I, balance="batch")
 
@@ -47,7 +54,7 @@ class Step(nn.Module):
         made = {"hidden": out.hidden, "counts": load.counts_E, "dropped": load.dropped}
         made |= {"entropy": load.entropy, "most": load.max_over_mean}
         if out.losses is not None:
-            total = totals(out.losses, mesh)
+            total = reduce_loss_terms(out.losses, mesh)
             made["balance"] = balance_loss(out.losses, total, mesh)
             made["z"] = z_loss(out.losses, total)
         with torch.no_grad():
@@ -58,10 +65,10 @@ class Step(nn.Module):
 
 def target(
     config: MoEConfig, dispatcher: str = "", replay: bool = False
-) -> Callable[[MoEMesh, int], Built]:
+) -> Callable[[MoEMesh, int], Case]:
     """Of sequences of two tokens, some of them masked; `replay` gives their experts, too."""
 
-    def build(mesh: MoEMesh, tokens: int) -> Built:
+    def build(mesh: MoEMesh, tokens: int) -> Case:
         layer = MoE(config, mesh, _dispatcher(dispatcher, mesh, tokens))
         init_weights(layer, mesh, seed=0, std=0.5)
         tp = mesh[TP]
@@ -71,7 +78,7 @@ def target(
         given = [drawn(1, rows, 2, WIDTH), drawn(2, rows, 2) > -0.3]
         if replay:
             given.append((drawn(3, rows, 2, 2) * 8).to(torch.int64).clamp(-1, EXPERTS - 1))
-        return Built(Step(layer), tuple(given), (place,) * len(given))
+        return Case(Step(layer), tuple(given), (place,) * len(given))
 
     return build
 
@@ -86,14 +93,14 @@ TARGETS = {
     "within": target(WITHIN),
     "whole": target(WHOLE),
     "gathered": target(GATHERED, "gather", replay=True),
-    "shared": target(SHARED),
+    "shared_experts": target(SHARED),
     "fixed": target(FIXED, "fixed"),
 }
 # A dispatcher is used by some of them alone.
 USED_BY = {
     "dispatch.local": ("within", "whole"),
     "dispatch.all_gather": ("gathered",),
-    "dispatch.pack": ("within", "whole", "fixed"),
+    "dispatch.pack_scores": ("within", "whole", "fixed"),
     "dispatch.all_to_all": ("within", "whole"),
-    "dispatch.fixed": ("fixed",),
+    "dispatch.fixed_capacity": ("fixed",),
 }

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from spmd_moe.check import CannotCheckError, Layout, examine
+from spmd_moe.check import CannotCheckError, Layout, run_checks
 from tests.catalogue.code import ROOT, changed, source_of
 from tests.catalogue.mutants import FILES, Mutant, mutants
 from tests.catalogue.survivors import ARGUED
@@ -41,26 +41,32 @@ PAGE = Path(__file__).parent / "MUTATIONS.md"
 PASSED = "-"
 # Which tests know best what a file computes.
 TESTS_OF = {
-    "gate": "router misuse layer",
-    "router": "router_ranks router errors losses",
-    "boundary": "misuse layer",
-    "losses": "losses counters errors",
-    "load": "faults",
-    "shared": "errors layer",
-    "experts": "errors experts layer",
-    "combine": "dispatch layer",
-    "moe": "record errors misuse counters losses refusals layer",
-    "dispatch.pack": "dispatch",
+    "router_logits": "router misuse moe",
+    "router": "router_ranks router errors balance_losses",
+    "boundary": "misuse moe",
+    "balance_losses": "balance_losses errors",
+    "selection_bias": "counters errors",
+    "expert_load": "routing_faults",
+    "shared_experts": "errors moe",
+    "experts": "errors experts moe",
+    "combine": "dispatch moe",
+    "moe": "moe_output errors misuse counters balance_losses refused_inputs moe",
+    "dispatch.pack_scores": "dispatch",
     "dispatch.local": "errors misuse dispatch",
-    "dispatch.all_to_all": "errors faults dispatch",
-    "dispatch.all_gather": "errors faults dispatch",
-    "dispatch.fixed": "errors dispatch decode",
+    "dispatch.all_to_all": "errors routing_faults dispatch",
+    "dispatch.all_gather": "errors routing_faults dispatch",
+    "dispatch.fixed_capacity": "errors dispatch decode",
 }
+
+
+def test_file(name: str) -> str:
+    """`tests/test_errors.py` is about the whole package; the others are of the layer."""
+    return "tests/test_errors.py" if name == "errors" else f"tests/layer/test_{name}.py"
 
 
 def by_mypy(chosen: Sequence[Mutant]) -> dict[str, str]:
     """The code of the first error of the plugin's, of each mutant; one run for all."""
-    from tests.test_typecheck import mypy  # it needs pytest, which what follows does not
+    from tests.static.test_typecheck import mypy  # it needs pytest, which what follows does not
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -68,7 +74,7 @@ def by_mypy(chosen: Sequence[Mutant]) -> dict[str, str]:
             (folder / f"mutant_{number:03}.py").write_text(mutant.source())
         for file in FILES:  # as they are, they are right
             copy = folder / f"mutant_{file.replace('.', '_')}.py"
-            copy.write_text(source_of(f"spmd_moe.{file}"))
+            copy.write_text(source_of(f"spmd_moe.layer.{file}"))
         config = folder / "pyproject.toml"
         settings = (ROOT / "pyproject.toml").read_text()
         config.write_text(settings.replace("\nstrict = [", '\nstrict = ["mutant_*",', 1))
@@ -89,7 +95,7 @@ def by_running(mutant: Mutant, with_values: bool) -> str:
             for values in (False, True)[: 1 + with_values]:
                 for name in wanted:
                     tokens = TOKENS[-1:] if values else TOKENS
-                    report = examine(
+                    report = run_checks(
                         code.TARGETS[name], chosen=[layout], tokens=tokens, values=values
                     )
                     if not report.ok:
@@ -111,7 +117,7 @@ def by_tests(mutant: Mutant) -> str:
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / f"{mutant.module.replace('.', '/')}.py").write_text(mutant.source())
         words = ["-x", "-q", "-m", "not long", "-p", "no:cacheprovider"]
-        words += [f"tests/test_{test}.py" for test in TESTS_OF[mutant.file].split()]
+        words += [test_file(test) for test in TESTS_OF[mutant.file].split()]
         command = [sys.executable, "-m", "pytest", *words]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     if done.returncode == 0:
@@ -134,7 +140,7 @@ def _check_as_it_is(file: str) -> None:
     with changed("unchanged", [], "tests.catalogue.mutated") as code:
         for name in code.USED_BY.get(file, tuple(code.TARGETS)):
             layout = LAYOUT_OF.get(file, LAYOUT)
-            report = examine(code.TARGETS[name], chosen=[layout], tokens=TOKENS)
+            report = run_checks(code.TARGETS[name], chosen=[layout], tokens=TOKENS)
             assert report.ok, f"as it is, {name} is reported: {report.mistakes()[0].finding}"
 
 

@@ -11,13 +11,13 @@ import torch.distributed as dist  # noqa: F401  # for the bugs
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spmd_moe.collectives import declare_sum
-from spmd_moe.losses import update_selection_bias
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.moe import MoE
-from spmd_moe.placement import CP, DENSE, DP, EDP, EP, ETP, TP, I, P, Placed, R, S, V
-from spmd_moe.redistribute import redistribute
-from spmd_moe.shard import ShardShape
+from spmd_moe.core.collectives import declare_sum
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import CP, DENSE, DP, EDP, EP, ETP, TP, I, P, Placed, R, S, V
+from spmd_moe.core.redistribute import redistribute
+from spmd_moe.core.shard_shape import ShardShape
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.selection_bias import update_selection_bias
 from tests.catalogue.data import drawn
 
 Same = Placed[Tensor, DP[V], CP[V], TP[I]]

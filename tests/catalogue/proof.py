@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from spmd_moe.check.layout import Layout
+from spmd_moe.check.layouts import Layout
 from spmd_moe.check.target import Target
-from spmd_moe.check.threads import RanksError, threaded
-from spmd_moe.placement import placements_of
-from tests.layouts import gradient, meaning
+from spmd_moe.check.thread_ranks import RanksError, threaded
+from spmd_moe.core.placement import placements_of
+from tests.support.layer_layouts import gradient, meaning
 
 PATIENCE = 60.0  # seconds after which ranks that wait for each other are said to hang
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.catalogue.bug import Bug, Fact
 from tests.catalogue.code import ROOT, changed_source, source_of
-from tests.test_typecheck import marked, mypy
+from tests.static.test_typecheck import marked, mypy
 
 CASES = ROOT / "typecheck" / "fail" / "bugs.py"
 ERROR = re.compile(r"^.*?(\w+)\.py:\d+: error: (.*)  \[placement-(\w+)\]$", re.M)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from spmd_moe.collectives import declare_sum
-from spmd_moe.mesh import MoEMesh
-from spmd_moe.placement import CP, DP, EDP, EP, ETP, TP, I, P, Placed, R, S, V
-from spmd_moe.redistribute import redistribute
-from spmd_moe.shard import ShardShape
+from spmd_moe.core.collectives import declare_sum
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import CP, DP, EDP, EP, ETP, TP, I, P, Placed, R, S, V
+from spmd_moe.core.redistribute import redistribute
+from spmd_moe.core.shard_shape import ShardShape
 from tests.catalogue.data import drawn
 
 Rows = Placed[Tensor, EDP[V], EP[V], ETP[R]]

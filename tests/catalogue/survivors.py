@@ -10,7 +10,7 @@ ARGUED: dict[str, str] = {
     "boundary:own_rows:dst=S(0):1": _SAME,
     "boundary:leave:src=S(0):1": _SAME,
     "boundary:_shape:dst=I:1": _COUNTS,
-    "losses:update_selection_bias:retyped:2": "R is allowed where V is said, and V is enough here",
+    "balance_losses:update_selection_bias:retyped:2": "R is allowed where V is said, and V is enough here",
     "dispatch.all_gather:_count:dst=I:1": _COUNTS,
     "router:__call__:retyped:2": _IN_TURN,
     "router:__call__:retyped:3": _IN_TURN,

@@ -17,7 +17,7 @@ TEXT = """\
 
 Each row puts a bug that was reported of a public code base back into correct code by replacing a
 few words: in the layer where it has that part, else in a small module (`parts.py`, `styles.py`).
-`tests/test_catalogue.py` shows for each that it is one, by a run of all ranks with values that
+`test_catalogue.py` shows for each that it is one, by a run of all ranks with values that
 differs from that of the correct code, and that the check says what stands here, at the line of the
 mistake. A letter behind a number is one of several mechanisms of one family. `arithmetic` is a
 wrong number outside of any layer. B44, the number of experts as the size of a group, is refused by

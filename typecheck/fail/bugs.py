@@ -15,8 +15,8 @@ import torch.nn.functional as fn
 from torch import Tensor, nn
 
 from spmd_moe import DP, TP, I, MoEMesh, P, Placed, R, S, V, redistribute
-from spmd_moe.collectives import declare_sum
-from spmd_moe.placement import (
+from spmd_moe.core.collectives import declare_sum
+from spmd_moe.core.placement import (
     DENSE,
     EDP,
     EP,
@@ -28,7 +28,7 @@ from spmd_moe.placement import (
     TokenSums,
     Whole,
 )
-from spmd_moe.router import Router
+from spmd_moe.layer.router import Router
 
 SharedSums = Placed[Tensor, DP[V], TP[P]]
 ExpertGradient = Placed[Tensor, EDP[P], EP[V], ETP[S[1]]]

@@ -10,7 +10,7 @@ from typing import NamedTuple, ParamSpec, Protocol, TypedDict, TypeVar, overload
 
 from torch import Tensor
 
-from spmd_moe.placement import Tokens, TokenSums, Whole
+from spmd_moe.core.placement import Tokens, TokenSums, Whole
 
 T = TypeVar("T", bound=Tensor)
 Q = ParamSpec("Q")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spmd_moe import TP, I, MoEMesh, P, Placed, R, S, V, redistribute
-from spmd_moe.placement import (
+from spmd_moe.core.placement import (
     AllTokens,
     GatheredRows,
     RouterWeight,

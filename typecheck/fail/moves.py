@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from spmd_moe import DP, EP, TP, I, MoEMesh, P, Placed, R, Role, S, ShardShape, V, redistribute
-from spmd_moe.collectives import declare_sum, exchange
-from spmd_moe.mesh import Axis
-from spmd_moe.placement import GatheredRows, Rows, Tokens, TokenSums, Whole
+from spmd_moe.core.collectives import declare_sum, exchange
+from spmd_moe.core.mesh import Axis
+from spmd_moe.core.placement import GatheredRows, Rows, Tokens, TokenSums, Whole
 
 NORTH = Role("north")
 Mine = Placed[Tensor, NORTH[P]]

@@ -7,7 +7,7 @@ import torch.nn.functional as fn
 from torch import Tensor
 
 from spmd_moe import DP, TP, I, P, Placed, R, S, V
-from spmd_moe.placement import Rows, Tokens, TokenSums, Whole
+from spmd_moe.core.placement import Rows, Tokens, TokenSums, Whole
 
 OnTP = Placed[Tensor, TP[R]]
 Sums = Placed[Tensor, TP[P]]

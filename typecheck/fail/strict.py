@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spmd_moe import DP, TP, I, MoEMesh, P, Placed, R, S, V, redistribute
-from spmd_moe.placement import RouterWeight, Tokens, TokenSums, Whole
+from spmd_moe.core.placement import RouterWeight, Tokens, TokenSums, Whole
 
 T = TypeVar("T", bound=Tensor)
 

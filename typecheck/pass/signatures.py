@@ -23,10 +23,9 @@ from spmd_moe import (
     S,
     ShardShape,
     V,
-    placement_of,
-    placements_of,
     redistribute,
 )
+from spmd_moe.core.placement import placement_of, placements_of
 
 Tokens: TypeAlias = Placed[Tensor, DP[V], CP[V], TP[V]]
 Sharded = Placed[Tensor, TP[S[0]]]

@@ -1,0 +1,147 @@
+"""The differentiable collectives: `Move` for a row of the table, `Exchange` for ragged rows.
+
+Data moves between ranks in this file and in `moves.py` alone: `host_reads.py` exchanges settings,
+and storing whole models is torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from spmd_types import (
+    MeshAxis,
+    SpmdTypeError,
+    get_local_type,
+    get_partition_spec,
+    reinterpret,
+    rules,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from spmd_moe.core.errors import MeshError, explain
+from spmd_moe.core.mesh import Axis
+from spmd_moe.core.moves import Step, awaitable, wait_for
+from spmd_moe.core.placement import P, Role, V
+from spmd_moe.core.torch_state import is_unchecked, is_unobserved
+from spmd_moe.core.validate import describe_value
+
+Dtype: TypeAlias = torch.dtype | None
+
+
+class Move(torch.autograd.Function):
+    """Run a step. `dtype` is what a sum is taken in, `grad_dtype` the same in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype, grad_dtype: Dtype
+    ) -> Tensor:
+        ctx.back = group, step.backward(), grad_dtype, dtype
+        return _moved(x, group, step, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return wait_for(move(grad, *ctx.back)), None, None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, group: ProcessGroup, step: Step) -> object:
+        return step.row.rule(x, group, src=step.src, dst=step.dst)
+
+
+def move(
+    x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype = None, grad_dtype: Dtype = None
+) -> Tensor:
+    """`Move`, with types."""
+    if is_unobserved():
+        return _moved(x, group, step, dtype)
+    return cast(Tensor, Move.apply(x, group, step, dtype, grad_dtype))  # type: ignore[no-untyped-call]  # torch does not type apply
+
+
+def _moved(x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype) -> Tensor:
+    y = step.row.run(x if dtype is None else x.to(dtype), group, step)
+    return y if dtype is None else y.to(x.dtype)
+
+
+class Exchange(torch.autograd.Function):
+    """Send rows to other ranks: `sends[r]` of them to rank r, `receives[r]` from it.
+
+    rank 0 has  a b c   sends 1 2          rank 0 gets  a d
+    rank 1 has  d e     sends 1 1    ==>   rank 1 gets  b c e
+    Backward is the same exchange with the two lists swapped.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]
+    ) -> Tensor:
+        ctx.back = group, sends, receives
+        return _exchanged(x, group, receives, sends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        group, receives, sends = ctx.back
+        moved = exchange(grad, group, receives=receives, sends=sends)
+        return wait_for(moved), None, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x: Tensor, group: ProcessGroup) -> object:
+        # Which rows a rank gets is data, so there is no whole on this axis that could be followed.
+        spec = get_partition_spec(x)
+        if spec is not None and MeshAxis.of(group) in spec.axes_with_partition_spec():
+            raise SpmdTypeError("exchange: rows go where data says; check it in a local region")
+        kinds = get_local_type(x)
+        if any(kind is not V for kind in kinds.values()):
+            raise SpmdTypeError(f"exchange: rows must be V on every axis, but are {kinds}")
+        return rules.einsum("...->...", x)
+
+
+def exchange(
+    x: Tensor, group: ProcessGroup, *, receives: Sequence[int], sends: Sequence[int]
+) -> Tensor:
+    """Rows of `x`, cut by `sends`, to the ranks of the group; see `Exchange`."""
+    if group.size() == 1:
+        return x
+    run = _exchanged if is_unobserved() else Exchange.apply
+    return cast(Tensor, run(x, group, list(receives), list(sends)))
+
+
+def _exchanged(x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]) -> Tensor:
+    return awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group))
+
+
+def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:
+    """V as P: what was on each rank was a part of a sum all along. The one way to make a P.
+
+    Say it where a contraction runs over a dim that the ranks share, or where each rank fills the
+    places of its own and leaves the others zero.
+    """
+    group, ranks = ranks_of("declare_sum", axis)
+    if ranks == 1 or is_unchecked():
+        return x
+    declared: Tensor = reinterpret(x, group, src=V, dst=P)
+    return declared
+
+
+def ranks_of(where: str, axis: Axis | ProcessGroup) -> tuple[ProcessGroup, int]:
+    """The group, and how many ranks it has."""
+    if isinstance(axis, Axis):
+        return axis.group, axis.size
+    if isinstance(axis, ProcessGroup):
+        return axis, axis.size()
+    raise _no_axis(where, axis)
+
+
+def _no_axis(where: str, axis: object) -> MeshError:
+    name = axis if isinstance(axis, str) else "tp"
+    role = repr(axis) if isinstance(axis, Role) else name.upper()
+    return MeshError(
+        explain(
+            where,
+            f"axis is {describe_value(axis)}; it must be an Axis or a ProcessGroup",
+            why="the ranks that share x are those of an axis of a mesh",
+            fixes=[f"axis=mesh[{role}]   # mesh is a MoEMesh"],
+        )
+    )

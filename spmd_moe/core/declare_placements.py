@@ -1,0 +1,92 @@
+"""Which placement each parameter and buffer of a module has: by its class, or by a declaration.
+
+A class declares in its body (`weight_ED: RouterWeight`). Modules of torch, or of other people, have
+no such bodies; `declare` says it for them, by name. Both ways fail closed: what nobody declared is
+an error where it is needed, and what is declared twice, or does not exist, is one at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+
+from torch import nn
+
+from spmd_moe.core.errors import PlacementError, explain
+from spmd_moe.core.placement import Placement, placement_of, placements_of
+
+_OF_INSTANCE = "_declared_placements"  # in the instance's own dict, so that copies have it too
+_of_class: Callable[[type], dict[str, Placement]] = cache(placements_of)
+
+
+def declare_placements(model: nn.Module, placements: Mapping[str, object]) -> None:
+    """Give parameters and buffers a placement by name: `{"head.*": SharedWeight}`.
+
+    A key is a full name, or a pattern in which `*` stands for anything. A value is a `Placed[...]`
+    or a `Placement`. Every key has to name something, and nothing may be declared twice.
+    """
+    chosen: dict[str, str] = {}
+    all_names = declarations(model)
+    known = {name for name, placement in all_names.items() if placement is not None}
+    for key, annotation in placements.items():
+        _placement(key, annotation)
+        names = [name for name in all_names if fnmatchcase(name, key)]
+        if not names:
+            raise PlacementError(
+                explain(
+                    "declare",
+                    f"{key!r} names no parameter or buffer of {type(model).__name__}",
+                    why="a declaration of nothing is a misspelt one",
+                    fixes=[f"{name!r}" for name in list(all_names)[:3]],
+                )
+            )
+        for name in names:
+            if name in chosen or name in known:
+                first = f"{chosen[name]!r}" if name in chosen else "its class or an earlier call"
+                raise PlacementError(
+                    explain(
+                        "declare",
+                        f"{key!r} names {name!r}, which is declared by {first}",
+                        why="a tensor has one placement",
+                        fixes=[f"a pattern in place of {key!r} that does not match {name!r}"],
+                    )
+                )
+            chosen[name] = key
+    for name, key in chosen.items():
+        prefix, _, own = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        vars(module).setdefault(_OF_INSTANCE, {})[own] = _placement(key, placements[key])
+
+
+def declared(module: nn.Module) -> dict[str, Placement]:
+    """The placements of a module's own parameters and buffers, by name."""
+    own: dict[str, Placement] = vars(module).get(_OF_INSTANCE, {})
+    return {**_of_class(type(module)), **own}
+
+
+def declarations(model: nn.Module) -> dict[str, Placement | None]:
+    """Each parameter and persistent buffer of a model, under every name; None: not declared."""
+    found: dict[str, Placement | None] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own = declared(module)
+        names = [name for name, p in module._parameters.items() if p is not None]
+        kept = module._non_persistent_buffers_set
+        names += [n for n, b in module._buffers.items() if b is not None and n not in kept]
+        for name in names:
+            found[f"{prefix}.{name}" if prefix else name] = own.get(name)
+    return found
+
+
+def _placement(key: str, annotation: object) -> Placement:
+    placement = annotation if isinstance(annotation, Placement) else placement_of(annotation)
+    if placement is None:
+        raise PlacementError(
+            explain(
+                "declare",
+                f"{annotation!r} for {key!r} is not a placement",
+                why="it must say what every rank holds",
+                fixes=["Placed[Tensor, DP[R], CP[R], TP[I]]   # the whole, used alike on tp"],
+            )
+        )
+    return placement

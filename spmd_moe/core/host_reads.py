@@ -1,0 +1,57 @@
+"""What the host reads and says: numbers and bytes, nothing that could have a placement.
+
+A checker that follows tensors ends here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from spmd_types import register_no_typecheck
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@register_no_typecheck
+def read_ints(x: Tensor) -> list[int]:
+    """The integers of a 1-d tensor on the host, where the sizes of an exchange are needed.
+
+    What is read differs between ranks, and no checker could follow it: it comes back as the rows
+    per rank that `exchange` and `ShardShape` are given.
+    """
+    return [_plain(n) for n in x.tolist()]
+
+
+def _plain(n: Any) -> int:
+    """An int also where one process simulates many ranks, as long as it is the same on all."""
+    same = n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n
+    return cast(int, n if same is None else same)
+
+
+@register_no_typecheck
+def draw_seed() -> int:
+    """From torch's default generator, of which every rank has its own."""
+    return int(torch.randint(2**62, ()))
+
+
+@register_no_typecheck
+def all_gather_bytes(
+    mine: bytes, groups: Sequence[ProcessGroup | None], device: str
+) -> list[bytes]:
+    """What every rank says, equally many bytes each, in the order of the ranks.
+
+    It is gathered along one group after another, so the groups of a mesh reach all of its ranks.
+    """
+    rows = torch.tensor([list(mine)], dtype=torch.uint8, device=device)
+    if type(rows) is not torch.Tensor:
+        return [mine]  # in FakeTensorMode there are no values to exchange
+    for group in groups:
+        size = dist.get_world_size(group)
+        if size > 1:
+            parts = [torch.empty_like(rows) for _ in range(size)]
+            dist.all_gather(parts, rows, group=group)
+            rows = torch.cat(parts)
+    return [bytes(row) for row in rows.tolist()]

@@ -1,0 +1,396 @@
+"""The same ranks presented twice: the dense mesh (dp, cp, tp), the expert mesh (edp, ep, etp).
+
+8 ranks as dp 2 x tp 4, and the same ranks as edp 2 x ep 2 x etp 2:
+
+    dense    tp 0  1  2  3        expert    etp 0  1
+    dp 0        0  1  2  3        ep 0          0  1    (edp 0)
+    dp 1        4  5  6  7        ep 1          2  3
+                                  ep 0          4  5    (edp 1)
+                                  ep 1          6  7
+
+`mesh[TP]` is an `Axis`: its size, this rank's place on it, and its process group. Groups are made
+or fetched once, in the constructor. An axis of size 1 is an axis like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, cast, final
+
+import torch.distributed as dist
+from spmd_types import MeshAxis
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from spmd_moe.core.errors import MeshError, explain, plural
+from spmd_moe.core.mesh_degrees import (
+    check_degrees,
+    check_dense,
+    check_device_type,
+    expert_data_degree,
+    tell_axes,
+)
+from spmd_moe.core.placement import DENSE, EXPERT, Role
+from spmd_moe.core.ranks_agree import check_ranks_agree
+from spmd_moe.core.validate import check_instance
+
+# The user's name for an axis, or his names for the adjacent axes that together play one role.
+Names = str | tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the mesh as this rank sees it. `name` is the user's own name for it."""
+
+    role: Role
+    name: str
+    size: int
+    rank: int
+    group: ProcessGroup
+
+    def __deepcopy__(self, memo: object) -> Axis:
+        """A copy of a layer is on the same axis: a process group cannot be copied."""
+        return self
+
+    def __copy__(self) -> Axis:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise _not_pickled(self)
+
+    def __str__(self) -> str:
+        return f"axis '{self.name}' ({plural(self.size, 'rank')})"
+
+
+@final
+class MoEMesh:
+    """The ranks in both presentations. Build it with `init`, `from_device_mesh` or `single`."""
+
+    def __init__(
+        self, axes: Iterable[Axis], presentations: tuple[tuple[DeviceMesh, Tensor], ...]
+    ) -> None:
+        self._axes = {axis.role: axis for axis in axes}
+        self._presentations = presentations
+        self.tell_axes: tuple[Role, ...] = ()
+        if presentations:
+            (_, dense), (_, expert) = presentations
+            self.tell_axes = tell_axes(dense.flatten(0, 1).tolist(), expert.flatten(1).tolist())
+
+    @staticmethod
+    def init(
+        device_type: str, *, dp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
+    ) -> MoEMesh:
+        """Lay the ranks of the default process group out as a new mesh; edp follows.
+
+        Every rank must call it, with the same degrees.
+        """
+        where = "MoEMesh.init"
+        check_device_type(where, device_type)
+        if not dist.is_initialized():
+            raise MeshError(
+                explain(
+                    where,
+                    "there is no default process group, and a mesh of several ranks needs one",
+                    why="the ranks have to know of each other",
+                    fixes=[
+                        "torch.distributed.init_process_group()   # before it, under torchrun",
+                        f"MoEMesh.single({device_type!r})   # one process alone",
+                    ],
+                )
+            )
+        degrees = {"dp": dp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}
+        # First of all, so that even a rank with nonsense in its degrees is told on every rank.
+        check_ranks_agree(where, degrees, [dist.group.WORLD], device_type)
+        world = dist.get_world_size()
+        check_degrees(where, degrees)
+        check_dense(where, degrees, world)
+        edp = expert_data_degree(where, ep, etp, world)
+        dense = init_device_mesh(device_type, (dp, cp, tp), mesh_dim_names=_names(DENSE))
+        expert = init_device_mesh(device_type, (edp, ep, etp), mesh_dim_names=_names(EXPERT))
+        return _of_device_meshes((dense, _own_names(DENSE)), (expert, _own_names(EXPERT)))
+
+    @staticmethod
+    def from_device_mesh(
+        dense: DeviceMesh,
+        *,
+        dp: Names | None = None,
+        cp: Names | None = None,
+        tp: Names | None = None,
+        expert: DeviceMesh | None = None,
+        edp: Names | None = None,
+        ep: Names | int | None = None,
+        etp: Names | int | None = None,
+    ) -> MoEMesh:
+        """Bind our roles to the axes of a mesh that the program already has, under its own names.
+
+        Each role takes the name of an axis, or a tuple of adjacent ones (HSDP: `dp=("replica",
+        "shard")`); a role that is left out has size 1. The expert presentation is either given
+        too, as a second mesh of the same ranks with names for `edp`, `ep` and `etp`, or derived
+        from the sizes `ep` and `etp`.
+        """
+        where = "MoEMesh.from_device_mesh"
+        bound = _bind(where, "dense", dense, {DENSE[0]: dp, DENSE[1]: cp, DENSE[2]: tp})
+        given = dict(zip(EXPERT, (edp, ep, etp), strict=True))
+        if expert is None:
+            expert = _derive_expert(where, dense, bound, given)
+            return _of_device_meshes((dense, bound), (expert, _own_names(EXPERT)))
+        expert_bound = _bind(where, "expert", expert, given)
+        _check_same_ranks(where, dense, expert)
+        return _of_device_meshes((dense, bound), (expert, expert_bound))
+
+    @staticmethod
+    def single(device_type: str = "cpu") -> MoEMesh:
+        """One process alone: every axis has size 1. Needs no process group."""
+        check_device_type("MoEMesh.single", device_type)
+        return MoEMesh((_axis_of_one(role) for role in (*DENSE, *EXPERT)), ())
+
+    def __getitem__(self, role: Role) -> Axis:
+        return self._axes[role]
+
+    @property
+    def dense(self) -> DeviceMesh:
+        return self._presentation(0)[0]
+
+    @property
+    def expert(self) -> DeviceMesh:
+        return self._presentation(1)[0]
+
+    def ranks(self, presentation: Literal["dense", "expert"]) -> Tensor:
+        """All ranks, laid out as (dp, cp, tp) or (edp, ep, etp), whatever the user's order is."""
+        return self._presentation(presentation == "expert")[1]
+
+    def check_ranks_agree(self, where: str, settings: Mapping[str, object]) -> None:
+        """Raise on every rank if `settings` differ between ranks. One small exchange."""
+        groups = [self[role].group for role in reversed(DENSE) if self[role].size > 1]
+        if groups:
+            check_ranks_agree(where, settings, groups, self.dense.device_type)
+
+    def same_layout(self, other: MoEMesh) -> bool:
+        """This rank has the same place in both."""
+        if other is self:
+            return True
+        pairs = ((self[role], other[role]) for role in self._axes)
+        return all((a.size, a.rank) == (b.size, b.rank) for a, b in pairs)
+
+    def __deepcopy__(self, memo: object) -> MoEMesh:
+        return self
+
+    def __copy__(self) -> MoEMesh:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise _not_pickled(self)
+
+    def _presentation(self, which: int) -> tuple[DeviceMesh, Tensor]:
+        if not self._presentations:
+            raise MeshError(
+                explain(
+                    "MoEMesh.single",
+                    "it has no DeviceMesh, and one is asked for",
+                    why="torch makes a DeviceMesh only under a process group",
+                    fixes=["MoEMesh.init('cpu')   # under torchrun --nproc-per-node 1"],
+                )
+            )
+        return self._presentations[which]
+
+    def __repr__(self) -> str:
+        sizes = [f"{axis.name} {axis.size}" for axis in self._axes.values()]
+        return f"MoEMesh({' x '.join(sizes[:3])} = {' x '.join(sizes[3:])})"
+
+
+def check_mesh(where: str, mesh: MoEMesh) -> None:
+    fix = "mesh = MoEMesh.single()   # one process alone; under torchrun MoEMesh.init('cpu', dp=2)"
+    check_instance(where, "mesh", mesh, MoEMesh, fix)
+
+
+def _not_pickled(held: object) -> MeshError:
+    return MeshError(
+        explain(
+            "pickle",
+            f"{held} is pickled, alone or in a layer",
+            why="a process group means nothing to another process, or after a restart",
+            fixes=["torch.save(layer.state_dict(), path)   # the weights, without the mesh"],
+        )
+    )
+
+
+# --- axes and their groups --------------------------------------------------------------------
+
+
+class _Alone(ProcessGroup):
+    """The group of one process that knows of no other; nothing is ever sent in it."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)  # type: ignore[call-arg]  # rank and size; torch types another overload
+
+    @property
+    def group_name(self) -> Any:
+        """torch.compile asks every group for it; what torch returns is more than a str."""
+        return "alone"
+
+    def __mesh_axis__(self) -> MeshAxis:
+        """How spmd_types recognises a group that torch did not make."""
+        return MeshAxis.of(1, 1)
+
+
+def _axis_of_one(role: Role) -> Axis:
+    return Axis(role, role.name, 1, 0, _Alone())
+
+
+def _of_device_meshes(*presentations: tuple[DeviceMesh, dict[Role, Names]]) -> MoEMesh:
+    axes = (
+        _axis(role, mesh, bound[role]) if role in bound else _axis_of_one(role)
+        for (mesh, bound), roles in zip(presentations, (DENSE, EXPERT), strict=True)
+        for role in roles
+    )
+    laid_out = (
+        (mesh, _in_role_order(mesh, bound, roles).reshape([_size(mesh, bound, r) for r in roles]))
+        for (mesh, bound), roles in zip(presentations, (DENSE, EXPERT), strict=True)
+    )
+    return MoEMesh(axes, tuple(laid_out))
+
+
+def _axis(role: Role, mesh: DeviceMesh, names: Names) -> Axis:
+    if isinstance(names, tuple):
+        # DeviceMesh has no public way to make one axis of several that keeps their groups known.
+        mesh = mesh[names]._flatten()
+        names = "_".join(names)
+        return Axis(role, names, mesh.size(), mesh.get_local_rank(), mesh.get_group())
+    dim = (mesh.mesh_dim_names or ()).index(names)
+    return Axis(role, names, mesh.size(dim), mesh.get_local_rank(names), mesh.get_group(names))
+
+
+def _names(roles: Sequence[Role]) -> tuple[str, ...]:
+    return tuple(role.name for role in roles)
+
+
+def _own_names(roles: Sequence[Role]) -> dict[Role, Names]:
+    return {role: role.name for role in roles}
+
+
+# --- the user's mesh --------------------------------------------------------------------------
+
+
+def _bind(
+    where: str, which: str, mesh: DeviceMesh, asked: dict[Role, Names | int | None]
+) -> dict[Role, Names]:
+    """The names that each role is bound to, once they are known to cover the mesh exactly once."""
+    have = mesh.mesh_dim_names or ()
+    bound: dict[Role, Names] = {}
+    seen: dict[str, Role] = {}
+    for role, names in asked.items():
+        if names is None:
+            continue
+        if isinstance(names, int):
+            raise _binding_error(
+                where,
+                f"{role}={names} is a size, but the name of an axis is needed",
+                f"the {which} mesh already has its sizes",
+                [f"{role}={have[0]!r}" if have else f"leave {role} out"],
+            )
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in have:
+                raise _binding_error(
+                    where,
+                    f"{role}={name!r} is not an axis of the {which} mesh, which has {list(have)}",
+                    "a role is bound to an axis by its name",
+                    [f"{role}={free!r}" for free in have if free not in seen][:1],
+                )
+            if name in seen:
+                raise _binding_error(
+                    where,
+                    f"axis {name!r} is bound twice, to {seen[name]} and to {role}",
+                    "two roles on one axis would be two placements on one axis",
+                    [f"leave {role} out   # it then has size 1"],
+                )
+            seen[name] = role
+        if isinstance(names, tuple):
+            _check_adjacent(where, role, names, have)
+        bound[role] = names[0] if isinstance(names, tuple) and len(names) == 1 else names
+    for dim, name in enumerate(have):
+        if mesh.size(dim) > 1 and name not in seen:
+            free = [role for role in asked if role not in bound]
+            raise _binding_error(
+                where,
+                f"axis {name!r} ({mesh.size(dim)} ranks) of the {which} mesh is bound to no role",
+                "the ranks along it would hold tensors without a placement",
+                [f"{free[0]}={name!r}"]
+                if free
+                else [f"pass the slice of the mesh without {name!r}"],
+            )
+    return bound
+
+
+def _check_adjacent(where: str, role: Role, names: tuple[str, ...], have: Sequence[str]) -> None:
+    first = have.index(names[0]) if names else 0
+    if not names or tuple(have[first : first + len(names)]) != names:
+        raise _binding_error(
+            where,
+            f"{role}={names} are not adjacent axes, in order, of {list(have)}",
+            "only adjacent axes can be read as one",
+            [f"{role}={tuple(have[:2])}"],
+        )
+
+
+def _derive_expert(
+    where: str, dense: DeviceMesh, bound: dict[Role, Names], given: dict[Role, Names | int | None]
+) -> DeviceMesh:
+    """The expert presentation of the dense ranks, which must be all ranks there are."""
+    for role, size in given.items():
+        if isinstance(size, str | tuple) or (role is EXPERT[0] and size is not None):
+            raise _binding_error(
+                where,
+                f"{role}={size!r}, but there is no expert mesh whose axis that could be",
+                "without expert=, ep and etp are sizes and edp follows from them",
+                ["expert=the_mesh   # or leave edp out and write ep=2"],
+            )
+    ranks = dense.mesh
+    if sorted(ranks.flatten().tolist()) != list(range(dist.get_world_size())):
+        raise _binding_error(
+            where,
+            f"the dense mesh has {ranks.numel()} of {dist.get_world_size()} ranks",
+            "new groups can be made only by all ranks together",
+            ["expert=the_mesh   # the expert mesh of the same ranks, sliced from yours"],
+        )
+    ep, etp = (1 if size is None else cast(int, size) for size in (given[r] for r in EXPERT[1:]))
+    check_ranks_agree(where, {"ep": ep, "etp": etp}, [dist.group.WORLD], dense.device_type)
+    check_degrees(where, {"ep": ep, "etp": etp})
+    edp = expert_data_degree(where, ep, etp, ranks.numel())
+    in_role_order = _in_role_order(dense, bound, DENSE)
+    return DeviceMesh(
+        dense.device_type, in_role_order.reshape(edp, ep, etp), mesh_dim_names=_names(EXPERT)
+    )
+
+
+def _in_role_order(mesh: DeviceMesh, bound: dict[Role, Names], roles: Sequence[Role]) -> Tensor:
+    order = [name for role in roles if role in bound for name in _as_tuple(bound[role])]
+    have = list(mesh.mesh_dim_names or ())
+    order += [name for name in have if name not in order]
+    return mesh.mesh.permute([have.index(name) for name in order])
+
+
+def _size(mesh: DeviceMesh, bound: dict[Role, Names], role: Role) -> int:
+    have = mesh.mesh_dim_names or ()
+    return math.prod(mesh.size(have.index(name)) for name in _as_tuple(bound.get(role, ())))
+
+
+def _as_tuple(names: Names) -> tuple[str, ...]:
+    return names if isinstance(names, tuple) else (names,)
+
+
+def _check_same_ranks(where: str, dense: DeviceMesh, expert: DeviceMesh) -> None:
+    if sorted(dense.mesh.flatten().tolist()) != sorted(expert.mesh.flatten().tolist()):
+        raise _binding_error(
+            where,
+            f"the {dense.size()} ranks of the dense mesh are not the {expert.size()} of expert=",
+            "both present the same ranks",
+            ["leave expert out and write ep=2   # the expert mesh is then derived"],
+        )
+
+
+def _binding_error(where: str, what: str, why: str, fixes: list[str]) -> MeshError:
+    return MeshError(explain(where, what, why=why, fixes=fixes))

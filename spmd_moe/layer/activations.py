@@ -1,0 +1,153 @@
+"""What an expert does between its matrices: one small record per activation, forward and backward.
+
+The backward is written out, not left to autograd, because the experts keep only `gate` and `up`
+and come back to the activation later. A record without a backward gets one from `forward`.
+
+    SWIGLU           silu(gate) * up                       gated
+    clamped_swiglu   GPT-OSS: clamped, sigmoid(1.702 gate) gated
+    SQUARED_RELU     relu(gate) ** 2                       plain: w1 and w2, no w3
+    GELU             gelu(gate), by erf                    plain
+"""
+
+# Shape letters in this file:
+#   R  rows at this rank's experts    F  hidden width of an expert
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias, final
+
+import torch
+import torch.nn.functional as fn
+from torch import Tensor
+
+from spmd_moe.core.errors import ConfigError, explain
+
+# gate_RF, up_RF (None when the activation is plain) -> h_RF
+Forward: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+# dh_RF, gate_RF, up_RF -> dgate_RF, dup_RF (None when plain)
+Backward: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+# Every activation, by name.
+ACTIVATIONS: dict[str, Activation] = {}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """An elementwise function of `gate` and, when `gated`, of `up`. The name must be its own."""
+
+    name: str
+    gated: bool
+    forward: Forward
+    derivative: Backward | None = None
+
+    def __post_init__(self) -> None:
+        # An operator's arguments are tensors and plain values: it is told the name.
+        if ACTIVATIONS.setdefault(self.name, self) != self:
+            raise ConfigError(
+                explain(
+                    "Activation",
+                    f"the name {self.name!r} stands for another activation already",
+                    why="the experts' operators find an activation by its name",
+                    fixes=[f"name={self.name + '(beta=2.0)'!r}   # with what is other in this one"],
+                )
+            )
+
+    def __deepcopy__(self, memo: object) -> Activation:
+        """A copied layer has the same: functions compare by identity."""
+        return self
+
+    def __str__(self) -> str:
+        return self.name
+
+    def backward(
+        self, dh_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of gate and up."""
+        if self.derivative is not None:
+            return self.derivative(dh_RF, gate_RF, up_RF)
+        return _derived(self.forward, dh_RF, gate_RF, up_RF)
+
+
+def clamped_swiglu(limit: float = 7.0, alpha: float = 1.702) -> Activation:
+    """GPT-OSS: gate is clamped from above, up from both sides, and up is shifted by one."""
+    name = f"clamped_swiglu(limit={limit}, alpha={alpha})"
+    # partial objects compare by identity, so the same numbers must give the same record.
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    forward = partial(_clamped_forward, limit, alpha)
+    return Activation(name, True, forward, partial(_clamped_backward, limit, alpha))
+
+
+def _derived(
+    forward: Forward, dh_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if up_RF is None:
+        pull = torch.func.vjp(lambda gate: forward(gate, None), gate_RF)[1]
+        return pull(dh_RF)[0], None
+    dgate_RF, dup_RF = torch.func.vjp(forward, gate_RF, up_RF)[1](dh_RF)
+    return dgate_RF, dup_RF
+
+
+def _swiglu_forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
+    assert up_RF is not None
+    h_RF = fn.silu(gate_RF)
+    # In place saves memory; not what autograd follows, which a checkpoint may have kept.
+    return h_RF * up_RF if h_RF.requires_grad else h_RF.mul_(up_RF)
+
+
+def _swiglu_backward(
+    dh_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    assert up_RF is not None
+    dup_RF = fn.silu(gate_RF).mul_(dh_RF)
+    return torch.ops.aten.silu_backward(dh_RF * up_RF, gate_RF), dup_RF
+
+
+def _clamped_forward(limit: float, alpha: float, gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
+    assert up_RF is not None
+    g_RF = gate_RF.clamp(max=limit)
+    return g_RF * torch.sigmoid(alpha * g_RF) * (up_RF.clamp(-limit, limit) + 1)
+
+
+def _clamped_backward(
+    limit: float, alpha: float, dh_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    assert up_RF is not None
+    g_RF = gate_RF.clamp(max=limit)
+    sig_RF = torch.sigmoid(alpha * g_RF)
+    slope_RF = sig_RF * (1 + alpha * g_RF * (1 - sig_RF))
+    dgate_RF = dh_RF * slope_RF * (up_RF.clamp(-limit, limit) + 1)
+    dup_RF = dh_RF * g_RF * sig_RF
+    # As torch.clamp has it: a value on the limit still passes its gradient.
+    return dgate_RF.masked_fill_(gate_RF > limit, 0), dup_RF.masked_fill_(up_RF.abs() > limit, 0)
+
+
+def _squared_relu_forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
+    return fn.relu(gate_RF).square()  # not in place: shared experts leave backward to autograd
+
+
+def _squared_relu_backward(
+    dh_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    return fn.relu(gate_RF).mul_(dh_RF).mul_(2), None
+
+
+def _gelu_forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
+    return fn.gelu(gate_RF)
+
+
+def _gelu_backward(
+    dh_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    return torch.ops.aten.gelu_backward(dh_RF, gate_RF), None
+
+
+SWIGLU = Activation("swiglu", True, _swiglu_forward, _swiglu_backward)
+CLAMPED_SWIGLU = clamped_swiglu()
+SQUARED_RELU = Activation("squared_relu", False, _squared_relu_forward, _squared_relu_backward)
+GELU = Activation("gelu", False, _gelu_forward, _gelu_backward)

@@ -1,0 +1,141 @@
+"""Does what the layer is given in a call fit it? Told before any token is sent."""
+
+# Shape letters in this file:
+#   D  model dim    E  experts    e  experts on this rank
+#   F  hidden dim of an expert, on this rank
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spmd_moe.core.dtypes import dtypes_match
+from spmd_moe.core.errors import (
+    DtypeError,
+    ShapeError,
+    SpmdMoeError,
+    describe,
+    explain,
+    plural,
+    short_dtype,
+)
+from spmd_moe.core.torch_state import fsdp_casts, is_dtensor
+from spmd_moe.core.validate import check_instance
+from spmd_moe.layer.experts import Experts
+from spmd_moe.layer.router import Router
+
+
+def check_inputs(
+    x: Tensor,
+    mask: Tensor | None,
+    expert_ids: Tensor | None,
+    dim: int,
+    router: Router,
+    experts: Experts,
+) -> None:
+    """Where all is well, a few comparisons."""
+    check_instance("MoE.forward", "x", x, Tensor, "torch.as_tensor(x)   # [B, L, D] or [T, D]")
+    _check_plain("x", x)
+    if x.ndim not in (2, 3):
+        _refuse_dims(x, dim)
+    if x.shape[-1] != dim:
+        _refuse(
+            f"x {describe(x)} does not end in the layer's dim {dim}",
+            "x is [B, L, D] or [T, D]",
+            f"MoEConfig(dim={x.shape[-1]}, ...)   # a layer for such tokens",
+            f"nn.Linear({x.shape[-1]}, {dim})(x)   # tokens for this layer",
+        )
+    lead = x.shape[:-1]
+    if mask is not None:
+        _check_beside("mask", mask, x, lead, torch.bool, "it says True or False of each token")
+    if expert_ids is not None:
+        top_k = router.config.top_k
+        why = f"each token has {top_k} ids"
+        _check_beside("expert_ids", expert_ids, x, (*lead, top_k), torch.int64, why)
+    if x.device != router.weight_ED.device:
+        _refuse(
+            f"x is on {x.device} and the layer on {router.weight_ED.device}",
+            "they meet in a product",
+            f"x.to({str(router.weight_ED.device)!r})",
+            f"layer.to({str(x.device)!r})",
+        )
+    if not dtypes_match(x, experts.w1_eFD):
+        _refuse_dtype(x, experts)
+
+
+def _check_plain(name: str, given: Tensor) -> None:
+    if is_dtensor(given):
+        _refuse(
+            f"{name} is a DTensor; it must be this rank's own tensor",
+            "what it holds on tp is said by the layer's src, and nowhere else",
+            f"{name}.to_local()",
+        )
+    if given.layout is not torch.strided:
+        _refuse(
+            f"{name} has the layout {given.layout}; it must be torch.strided",
+            "rows are sent as they lie in memory",
+            f"{name}.to_dense()",
+        )
+
+
+def _refuse_dims(x: Tensor, dim: int) -> None:
+    if x.ndim > 3:
+        fix = "x.flatten(1, -2)   # [B, L, D]"
+    elif x.ndim == 1 and x.shape[0] == dim:
+        fix = "x.unsqueeze(0)   # one token"
+    else:
+        fix = f"x.view(-1, {dim})"
+    _refuse(
+        f"x {describe(x)} has {plural(x.ndim, 'dim')}",
+        "x is [B, L, D] or [T, D]",
+        fix,
+    )
+
+
+def _check_beside(
+    name: str, given: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, why: str
+) -> None:
+    """Something that goes with x, token by token."""
+    check_instance("MoE.forward", name, given, Tensor, f"torch.as_tensor({name}, dtype={dtype})")
+    _check_plain(name, given)
+    if given.shape != shape:
+        _refuse(
+            f"{name} {describe(given)} does not fit x {describe(x)}",
+            why,
+            f"a {dtype} tensor of shape {list(shape)}",
+        )
+    if given.dtype is not dtype:
+        _refuse(
+            f"{name} is {describe(given)}; it must be {dtype}",
+            why,
+            f"{name}.to({dtype})",
+            error=DtypeError,
+        )
+    if given.device != x.device:
+        _refuse(
+            f"{name} is on {given.device} and x on {x.device}",
+            "they go together",
+            f"{name}.to({str(x.device)!r})",
+        )
+
+
+def _refuse_dtype(x: Tensor, experts: Experts) -> None:
+    """The experts compare the two again; here it is told before anything is sent.
+
+    Not of weights that are something else until the experts run, and may be cast then.
+    """
+    w1_eFD = experts.w1_eFD
+    known = type(w1_eFD) is nn.Parameter or is_dtensor(w1_eFD)
+    if known and not fsdp_casts(experts):
+        weights_can = x.dtype.is_floating_point and x.dtype.itemsize > 1
+        _refuse(
+            f"x is {describe(x)}, the layer {short_dtype(w1_eFD.dtype)}",
+            "a cast that nobody wrote would change the precision of the layer",
+            *([f"layer.to({x.dtype})"] if weights_can else []),
+            f"x.to({w1_eFD.dtype})",
+            error=DtypeError,
+        )
+
+
+def _refuse(what: str, why: str, *fixes: str, error: type[SpmdMoeError] = ShapeError) -> None:
+    raise error(explain("MoE.forward", what, why=why, fixes=fixes))

@@ -1,0 +1,17 @@
+"""Each token's rows become one: weigh them, if that is not done yet, and add them."""
+
+# Shape letters in this file:
+#   T  tokens    K  experts per token    D  model width    N  slots that have an expert
+
+from __future__ import annotations
+
+from spmd_moe.core.placement import Tokens
+from spmd_moe.layer.permute import Slots, fold, take_scores
+
+
+def combine(rows_ND: Tokens, slots: Slots, scores_TK: Tokens | None = None) -> Tokens:
+    """Add each token's rows, in the order of its choices; with scores, each times its weight."""
+    if scores_TK is not None:
+        scores_N = take_scores(scores_TK, slots)
+        rows_ND = (rows_ND * scores_N.unsqueeze(1)).to(rows_ND.dtype)
+    return fold(rows_ND, slots)

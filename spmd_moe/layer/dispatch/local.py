@@ -1,0 +1,49 @@
+"""All experts are here: sort the rows, and that is all."""
+
+# Shape letters in this file:
+#   T  tokens    K  experts per token    D  model width    E  experts
+#   N  slots that have an expert    R  rows at this rank's experts
+
+from __future__ import annotations
+
+from typing import final
+
+from spmd_moe.core.errors import ConfigError, explain
+from spmd_moe.core.mesh import MoEMesh, check_mesh
+from spmd_moe.core.placement import EP, ETP, RowSums, Tokens
+from spmd_moe.layer import routing_faults
+from spmd_moe.layer.dispatch.protocol import Arrived
+from spmd_moe.layer.permute import Gather, Slots, take_scores
+from spmd_moe.layer.router import Routing
+
+
+@final
+class Local:
+    """The dispatcher of a rank that has all experts, whole: `Local(mesh)`, of any number."""
+
+    def __init__(self, mesh: MoEMesh) -> None:
+        check_mesh("Local", mesh)
+        self.axes = mesh[EP], mesh[ETP]
+        for axis in self.axes:
+            if axis.size > 1:
+                raise ConfigError(
+                    explain(
+                        "Local",
+                        f"the experts are sharded on {axis}",
+                        why="Local sends nothing, so every rank needs every expert whole",
+                        fixes=["AllToAll(mesh, num_experts)"],
+                    )
+                )
+
+    def dispatch(
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
+    ) -> tuple[Arrived, None]:
+        routing_faults.check_alone(routing.fault, routing.logits_TE)
+        scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
+        # Nothing is sent, so rows need not be made before the experts read them.
+        gather = Gather(slots.token_N, slots.row_TK)
+        # spmd: allow argument - etp has size 1 here, where V is R
+        return Arrived(x_TD, scores_R, routing.counts_E, gather), None
+
+    def collect(self, y_RD: RowSums, state: None) -> Tokens:
+        return y_RD  # spmd: allow return - etp has size 1 here, where P is V

@@ -1,0 +1,281 @@
+"""The layer. Its forward is the way of the data; the rest of the file chooses the parts.
+
+enter -> route -> dispatch -> experts -> collect -> combine -> leave
+"""
+
+# Shape letters in this file:
+#   T  tokens of this rank    D  model width    K  experts per token    E  experts
+#   N  slots that have an expert    R  rows at this rank's experts    B  sequences    L  length
+#   e  experts on this rank    F  hidden width of an expert, on this rank
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.export import register_dataclass
+
+from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
+from spmd_moe.core.local_tensor import is_simulating
+from spmd_moe.core.mesh import MoEMesh, check_mesh
+from spmd_moe.core.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
+from spmd_moe.core.torch_state import is_unchecked
+from spmd_moe.core.validate import check_instance, check_one_of, check_positive_ints, settings_of
+from spmd_moe.layer.activations import SWIGLU, Activation
+from spmd_moe.layer.balance_losses import (
+    LossTerms,
+    declare_sums,
+    loss_terms,
+    reduce_on_tp,
+)
+from spmd_moe.layer.boundary import INSIDE, Boundary, Frame
+from spmd_moe.layer.check_inputs import check_inputs
+from spmd_moe.layer.combine import combine
+from spmd_moe.layer.dispatch import AllToAll, Dispatcher, Local
+from spmd_moe.layer.dispatch.protocol import check_dispatcher
+from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
+from spmd_moe.layer.grouped_matmul import Matmul, check_matmul
+from spmd_moe.layer.permute import sort_by_expert
+from spmd_moe.layer.router import Router, RouterConfig, Routing
+from spmd_moe.layer.router_logits import mask_rows
+from spmd_moe.layer.selection_bias import count_in_backward
+from spmd_moe.layer.shared_experts import ReplicatedShared, ShardedShared
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class SharedConfig:
+    """An expert for all tokens: its hidden width, whether a gate scales it, how it is placed."""
+
+    hidden_dim: int
+    gated: bool = False
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive_ints("SharedConfig", hidden_dim=self.hidden_dim)
+        for name in ("gated", "sharded"):
+            check_instance("SharedConfig", name, getattr(self, name), bool, f"{name}=True")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """What the layer computes, and how the caller holds tokens.
+
+    `width` is that of a token, `hidden` that of one expert inside. `bias` gives the experts biases.
+    `weigh` says where the router's weights are applied, `keep` what waits for backward. `shared`
+    adds an expert that all tokens pass. `src` and `dst` are the kinds of the tokens on tp, as they
+    come and as they go: S(0), rows of its own on each rank, or R or I, all rows on each. `balance`
+    is what experts are balanced over, and so which sums `MoEOutput.losses` has; None has none. By
+    sequence, tokens that are S(0) on tp are sequences cut along their length: row b of `[B, L, D]`
+    is a piece of the same sequence on every rank of tp.
+    """
+
+    dim: int
+    hidden_dim: int
+    router: RouterConfig
+    activation: Activation = SWIGLU
+    bias: bool = False
+    score_application: ScoreApplication = ScoreApplication.BEFORE_SECOND_MATMUL
+    recompute: ExpertRecompute = ExpertRecompute.NONE
+    shared: SharedConfig | None = None
+    src: Kind = INSIDE
+    dst: Kind = INSIDE
+    balance: Literal["batch", "sequence"] | None = None
+
+    def __post_init__(self) -> None:
+        """What is wrong on any mesh. What does not fit a mesh, the parts of the layer refuse."""
+        where = "MoEConfig"
+        check_positive_ints(where, dim=self.dim, hidden_dim=self.hidden_dim)
+        check_instance(
+            where, "router", self.router, RouterConfig, "router=RouterConfig(8, top_k=2)"
+        )
+        check_instance(where, "bias", self.bias, bool, "bias=True")
+        check_instance(where, "activation", self.activation, Activation, "activation=SWIGLU")
+        check_instance(
+            where,
+            "score_application",
+            self.score_application,
+            ScoreApplication,
+            "score_application=ScoreApplication.BEFORE_SECOND_MATMUL",
+        )
+        check_instance(
+            where, "recompute", self.recompute, ExpertRecompute, "recompute=ExpertRecompute.NONE"
+        )
+        if self.shared is not None:
+            fix = f"shared=SharedConfig({self.hidden_dim})"
+            check_instance(where, "shared", self.shared, SharedConfig, fix)
+        check_one_of(where, "balance", self.balance, ("batch", "sequence", None))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MoEOutput:
+    """The tokens, the sums that losses are made of, and how this rank's tokens chose."""
+
+    # spmd: allow unknown - placed as the boundary is
+    hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
+    losses: LossTerms | None  # None where MoEConfig.balance is None
+    counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
+    dropped: TokenSums  # int64: choices of no expert, or that found no room; not of masked tokens
+
+
+register_dataclass(MoEOutput)  # as its losses are
+
+
+@final
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer on a mesh.
+
+    Every rank of the mesh builds it, with the same config: ranks that differ are told so. Its
+    weights are NaN until `init_weights` or a checkpoint sets them. Without a `dispatcher`, the
+    layer takes `Local` where a rank has all experts whole, else `AllToAll`; without a `matmul` for
+    its experts, what suits dtype and device. All ranks of the ep and etp groups call the layer
+    together, each with tokens of its own, which may be none.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        mesh: MoEMesh,
+        dispatcher: Dispatcher[Any] | None = None,
+        *,
+        matmul: Matmul | None = None,
+    ) -> None:
+        super().__init__()
+        check_instance(
+            "MoE", "config", config, MoEConfig, "MoEConfig(dim=64, hidden_dim=128, router=...)"
+        )
+        check_mesh("MoE", mesh)
+        made_for = getattr(dispatcher, "num_experts", None)
+        parts = {"dispatcher": type(dispatcher).__name__, "matmul": type(matmul).__name__}
+        mesh.check_ranks_agree(
+            "MoE", {**settings_of(config), **parts, "dispatcher.num_experts": made_for}
+        )
+        check_matmul("MoE", matmul)
+        num_experts, shared = config.router.num_experts, config.shared
+        self.config, self.mesh = config, mesh
+        self.data_axes = [mesh[role] for role in DENSE if mesh[role].size > 1]
+        self.experts = Experts(
+            num_experts,
+            config.dim,
+            config.hidden_dim,
+            mesh,
+            activation=config.activation,
+            bias=config.bias,
+            recompute=config.recompute,
+            matmul=matmul,
+        )
+        if dispatcher is None:
+            alone = mesh[EP].size * mesh[ETP].size == 1
+            dispatcher = Local(mesh) if alone else AllToAll(mesh, num_experts)
+        check_dispatcher(dispatcher, num_experts, mesh)
+        self.dispatcher: Dispatcher[Any] = dispatcher
+        self.shared: ReplicatedShared | ShardedShared | None = None
+        if shared is not None:
+            kind = ShardedShared if shared.sharded else ReplicatedShared
+            self.shared = kind(config.dim, shared.hidden_dim, config.activation, shared.gated, mesh)
+        self.boundary = Boundary(
+            mesh[TP], config.src, config.dst, count_rows=shared is not None and shared.sharded
+        )
+        self.weigh_in_combine = config.score_application is ScoreApplication.IN_COMBINE
+        self.fixed = getattr(dispatcher, "fixed_shapes", False)
+        # Where ranks of tp do not meet, none waits; where the host reads nothing, none can raise.
+        roles = mesh.tell_axes if self.boundary.meets and not self.fixed else ()
+        tell = [mesh[role] for role in roles if mesh[role].size > 1]
+        self.router = Router(config.router, config.dim, mesh, tell=tell)
+        if self.fixed and self.boundary.must_count:
+            name = type(dispatcher).__name__
+            raise ConfigError(
+                explain(
+                    "MoE",
+                    f"{name}, and tokens that are S(0) on {mesh[TP]} and are gathered there",
+                    why="such ranks tell each other their numbers of rows, and the host reads them",
+                    fixes=["src=R   # the layer then shares the rows out, evenly"],
+                )
+            )
+
+    def forward(
+        self,
+        x: Tensor,  # spmd: allow unknown - the caller's; the boundary makes tokens of it
+        mask: Tensor | None = None,  # spmd: allow unknown - as x
+        expert_ids: Tensor | None = None,  # spmd: allow unknown - as x
+    ) -> MoEOutput:
+        """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
+        try:
+            check_inputs(x, mask, expert_ids, self.config.dim, self.router, self.experts)
+        except SpmdMoeError:
+            self._tell_refused(x)
+            raise
+        x_TD, frame = self.boundary.enter(x)
+        mask_T = None if mask is None else self.boundary.own_rows(mask, frame)
+        if expert_ids is not None:
+            expert_ids = self.boundary.own_rows(expert_ids, frame, 1)
+        routing = self.router(x_TD, mask_T, expert_ids)
+        scores_TK = routing.scores_TK
+        early_TK, late_TK = (None, scores_TK) if self.weigh_in_combine else (scores_TK, None)
+        # With fixed shapes every slot has a row, also one without an expert; that row is zeros.
+        slots = sort_by_expert(routing.expert_ids_TK, routing.complete or self.fixed)
+        arrived, state = self.dispatcher.dispatch(x_TD, early_TK, routing, slots)
+        y_RD = self.experts(
+            arrived.rows_RD, arrived.counts_e, arrived.scores_R, arrived.gather, arrived.padded
+        )
+        rows_ND = self.dispatcher.collect(y_RD, state)
+        beside_TD = None
+        if self.shared is not None:  # now, while rows are on their way back
+            beside_TD = self.shared(mask_rows(x_TD, mask_T), frame.shape)
+        y_TD = combine(rows_ND, slots, late_TK)
+        if beside_TD is not None:  # masked again: an activation of 0 need not be 0
+            y_TD = mask_rows(y_TD + beside_TD, mask_T)
+
+        if self.training:
+            y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
+        losses = self._loss_terms(x, frame, routing, mask_T)
+        lost = routing.dropped
+        if arrived.dropped is not None:
+            lost = lost + arrived.dropped
+        # spmd: allow unknown - which axes is data
+        counts_E, dropped = (declare_sums(n, self.data_axes) for n in (routing.counts_E, lost))
+        return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
+
+    def extra_repr(self) -> str:
+        config, by = self.config, type(self.dispatcher).__name__
+        sizes = f"{config.dim} to {config.hidden_dim}, {config.activation}"
+        choices = f"{config.router.num_experts} experts, {config.router.top_k} for each token"
+        return f"{sizes}, {choices}, {config.src} to {config.dst} on tp, {by} on {self.mesh}"
+
+    @torch.no_grad()
+    # spmd: allow unknown - the caller's
+    def _tell_refused(self, x: Tensor) -> None:
+        """Take part with no tokens, up to where all who would wait raise a `RoutingError`."""
+        if self.fixed or is_simulating():
+            return  # there nobody reads what is told, and here this call is that of all ranks
+        with suppress(Exception):  # what the caller has to hear is why his input is refused
+            like, dim = self.experts.w1_eFD, self.config.dim
+            none_0D = torch.zeros(0, dim, dtype=like.dtype, device=like.device)
+            if not is_unchecked():  # a checker wants it of the kinds that x has
+                none_0D = x.reshape(-1).narrow(0, 0, 0).to(like.dtype).view(0, dim)
+            x_0D, _ = self.boundary.enter(none_0D)
+            routing = self.router(x_0D, refused=True)
+            early_0K = None if self.weigh_in_combine else routing.scores_TK
+            slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
+            self.dispatcher.dispatch(x_0D, early_0K, routing, slots)
+
+    # spmd: allow unknown - the caller's
+    def _loss_terms(
+        self, x: Tensor, frame: Frame, routing: Routing, mask_T: Tokens | None
+    ) -> LossTerms | None:
+        if self.config.balance is None:
+            return None
+        group_T, groups = None, 1
+        if self.config.balance == "sequence":
+            # Counted out of x itself, so that it is on every axis what x is.
+            rows = torch.ones_like(x.select(-1, 0), dtype=torch.int64)
+            rows_BL = rows if x.ndim > 2 else rows.unsqueeze(0)
+            groups, sequence_BL = rows_BL.shape[0], rows_BL.cumsum(0) - 1
+            group_T = self.boundary.own_rows(sequence_BL, frame)
+        terms = loss_terms(routing, self.mesh, group_T, groups, mask_T)
+        return reduce_on_tp(terms, self.mesh) if self.boundary.whole else terms

@@ -1,0 +1,78 @@
+"""The router's product, in a dtype of its own, of tokens that are not padding."""
+
+# Shape letters in this file:
+#   T  tokens    D  model width    E  experts
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as fn
+from spmd_types import rules
+from torch import Tensor
+
+from spmd_moe.core.dtypes import as_dtype, no_autocast
+from spmd_moe.core.placement import Tokens, Whole
+from spmd_moe.core.torch_state import is_unobserved
+
+
+class _Gate(torch.autograd.Function):
+    """Keeps what the caller has anyway, not what it is made into: tokens in float32 are twice those
+    of a model in bfloat16, and tokens without padding are a copy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_ED: Tensor, mask_T: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED, mask_T)
+        return _product(x_TD, weight_ED, mask_T, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_ED, mask_T = ctx.saved_tensors
+        dtype = grad_TE.dtype
+        dx_TD = dw_ED = None
+        with no_autocast(x_TD):
+            if ctx.needs_input_grad[0]:
+                dx_TD = grad_TE @ as_dtype(weight_ED, dtype)
+                dx_TD = as_dtype(_masked(dx_TD, mask_T), x_TD.dtype)
+            if ctx.needs_input_grad[1]:
+                dw_ED = grad_TE.t() @ as_dtype(_masked(x_TD, mask_T), dtype)
+                dw_ED = as_dtype(dw_ED, weight_ED.dtype)
+        return dx_TD, dw_ED, None, None
+
+    @staticmethod
+    def spmd_typecheck(*, x_TD: Tensor, weight_ED: Tensor, mask_T: Tensor | None) -> object:
+        if mask_T is None:
+            return rules.einsum("td,ed->te", x_TD, weight_ED)
+        return rules.einsum("td,ed,t->te", x_TD, weight_ED, mask_T, linear_in=(0, 1))
+
+
+def router_logits(
+    x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, dtype: torch.dtype
+) -> Tokens:
+    """The logits, in `dtype`, also under autocast: choices depend on small bits. 0 of padding."""
+    if is_unobserved():
+        return _product(x_TD, weight_ED, mask_T, dtype)  # spmd: allow unknown - a kernel
+    if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype:  # autograd keeps the same
+        with no_autocast(x_TD):
+            return fn.linear(x_TD, weight_ED)
+    logits_TE: Tokens = _Gate.apply(x_TD, weight_ED, mask_T, dtype)  # type: ignore[no-untyped-call]  # torch
+    return logits_TE
+
+
+def mask_rows(x_TD: Tokens, mask_T: Tokens | None) -> Tokens:
+    """Whatever stands in padding, or is made of it, reaches neither values nor gradients."""
+    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)
+
+
+# spmd: allow unknown - a kernel
+def _product(x_TD: Tensor, weight_ED: Tensor, mask_T: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with no_autocast(x_TD):
+        return fn.linear(as_dtype(_masked(x_TD, mask_T), dtype), as_dtype(weight_ED, dtype))
+
+
+# spmd: allow unknown - a kernel
+def _masked(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
+    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)

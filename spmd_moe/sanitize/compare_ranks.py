@@ -1,0 +1,226 @@
+"""Do the ranks hold the same? Hashes are gathered along each axis, and all ranks reach one verdict.
+
+What is exchanged is a few numbers for each tensor, of a whole step at once. Before that the ranks
+make sure that they have passed the same boundaries in the same order, so that no exchange waits for
+a rank that takes no part in it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spmd_moe.core.errors import SanitizerError, explain
+from spmd_moe.core.host_reads import all_gather_bytes, read_ints
+from spmd_moe.core.mesh import Axis, MoEMesh
+from spmd_moe.core.placement import DENSE, EXPERT, I, Placement, R, S
+from spmd_moe.core.ranks_agree import ranks_by_text
+from spmd_moe.core.redistribute import redistribute
+
+ROLES = (*DENSE, *EXPERT)
+NONE = 1 << 62  # more than any position
+_TEXT = 4096  # bytes that an error may have when it is told to all ranks
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One tensor at one place of a step, as a hash."""
+
+    what: str  # "boundary", "state" or "gradient"
+    where: str
+    name: str
+    form: str  # its dtype and shape, which may differ between ranks
+    placement: Placement
+    line: str
+    hash: Tensor
+
+    def declared_same_on(self, axis: Axis) -> bool:
+        return same_on(self.placement, axis)
+
+
+def as_stored(x: Tensor, placement: Placement, mesh: MoEMesh) -> tuple[Tensor, Placement]:
+    """Of a DTensor, this rank's part, and its kinds on the axes along which all have that part."""
+    stored: Any = x
+    if not is_stored_in_parts(x):
+        return x, placement
+    others: set[int] = set()
+    for dim, how in enumerate(stored.placements):
+        if not how.is_replicate():
+            others |= set(dist.get_process_group_ranks(stored.device_mesh.get_group(dim)))
+    others.discard(dist.get_rank())
+    kinds = (k for k in placement if others.isdisjoint(_ranks(mesh[k.role])))
+    return stored.to_local(), Placement(tuple(kinds))
+
+
+def is_stored_in_parts(x: Tensor) -> bool:
+    """A DTensor, of whose storage its declared placement says nothing."""
+    return hasattr(x, "placements")
+
+
+def _ranks(axis: Axis) -> list[int]:
+    return dist.get_process_group_ranks(axis.group) if axis.size > 1 else []
+
+
+def same_on(placement: Placement, axis: Axis) -> bool:
+    """All ranks of the axis are to hold the same, and there are several."""
+    return axis.size > 1 and axis.role in placement and placement[axis.role] in (R, I)
+
+
+def compare(seen: Sequence[Seen], mesh: MoEMesh, step: int, device: torch.device) -> None:
+    """Raise on all ranks if something that is declared R or I differs along an axis."""
+    _same_way(seen, mesh, step, device)
+    gathered = {axis.role: _along(seen, axis) for axis in _axes(mesh)}
+    first = torch.full((1,), NONE, device=device)
+    for number, role in enumerate(ROLES):
+        if role in gathered and gathered[role][0]:
+            places, all_hashes = gathered[role]
+            differs = (all_hashes != all_hashes.narrow(0, 0, 1)).any(0)
+            at = torch.tensor(places, device=device) * len(ROLES) + number
+            first = torch.minimum(first, torch.where(differs, at, NONE).min())
+    owner, key = first_of(first, mesh)
+    if key == NONE:
+        return
+    text = ""
+    if owner == dist.get_rank():
+        place, number = divmod(key, len(ROLES))
+        axis = mesh[ROLES[number]]
+        places, all_hashes = gathered[axis.role]
+        held = _by_value(all_hashes.select(1, places.index(place)).tolist(), axis)
+        text = _different(seen[place], axis, held, step)
+    tell(text, mesh, device)
+
+
+def _axes(mesh: MoEMesh) -> list[Axis]:
+    return [mesh[role] for role in ROLES if mesh[role].size > 1]
+
+
+def _along(seen: Sequence[Seen], axis: Axis) -> tuple[list[int], Tensor]:
+    """Places of what is declared the same on the axis, and the hashes of all its ranks."""
+    places = [i for i, s in enumerate(seen) if s.declared_same_on(axis)]
+    if not places:
+        return places, torch.empty(0)
+    mine = torch.stack([seen[i].hash for i in places]).unsqueeze(0)
+    return places, redistribute(mine, axis, src=S(0), dst=R)
+
+
+def _by_value(values: Sequence[int], axis: Axis) -> list[list[int]]:
+    """The ranks that hold the same, group by group."""
+    held: dict[int, list[int]] = {}
+    for rank, value in zip(dist.get_process_group_ranks(axis.group), values, strict=True):
+        held.setdefault(value, []).append(rank)
+    return list(held.values())
+
+
+def _different(seen: Seen, axis: Axis, held: list[list[int]], step: int) -> str:
+    kind = seen.placement[axis.role]
+    why, fix = _ADVICE[seen.what, "I" if kind is I else "R"]
+    return explain(
+        seen.where,
+        f"{seen.name} {seen.form} is {kind!r} on {axis}, but in step {step} not the same on all: "
+        f"ranks {' | '.join(map(str, held))}",
+        why=why,
+        fixes=[fix],
+        at=seen.line,
+    )
+
+
+_SEED = "draw random numbers from one seed on all of these ranks, and let no choice differ"
+_ALIKE = "change it alike on all of these ranks, by sums over all of them"
+_ADVICE = {
+    ("boundary", "R"): ("what follows takes R to be the same on all ranks", _SEED),
+    ("boundary", "I"): ("the ranks all do the same with what is I, and so stay the same", _SEED),
+    ("state", "R"): ("the ranks were given other values, or have changed them differently", _ALIKE),
+    ("state", "I"): ("the ranks were given other values, or have changed them differently", _ALIKE),
+    ("gradient", "R"): (
+        "a rank has a part of it (P), to be summed over the axis before the optimizer uses it, and "
+        "then to be scaled alike, not by what one rank knows",
+        "redistribute(p.grad, axis, src=P, dst=R)   # once, for every such axis",
+    ),
+    ("gradient", "I"): (
+        "ranks that use a parameter differently have parts of its gradient, still to be summed",
+        "redistribute(p, axis, src=I, dst=R)   # where they use it; its backward sums",
+    ),
+}
+
+
+# --- the same way on all ranks ----------------------------------------------------------------
+
+
+def _same_way(seen: Sequence[Seen], mesh: MoEMesh, step: int, device: torch.device) -> None:
+    """Raise on all ranks if some have passed other boundaries than the rest, or in other order."""
+    marks = [_mark(s) for s in seen]
+    mine = torch.tensor([[dist.get_rank(), len(marks), zlib.crc32(repr(marks).encode())]])
+    rows = by_rank(gather_all(mine.to(device), mesh))
+    if all(row[1:] == rows[0][1:] for row in rows):
+        return
+    longest = max(count for _, count, _ in rows)
+    padded = torch.tensor([[dist.get_rank(), *marks, *[0] * (longest - len(marks))]], device=device)
+    ways = [way[1:] for way in by_rank(gather_all(padded, mesh))]
+    place = next(i for i in range(longest) if len({way[i] for way in ways}) > 1)
+    here = seen[place] if place < len(seen) else None
+    passed = "nothing more" if here is None else f"{here.where}, {here.name}"
+    each = by_text(f"{dist.get_rank()} {passed}", mesh, device)
+    text = ""
+    if dist.get_rank() == rows[0][0]:
+        text = explain(
+            "sanitize",
+            f"in step {step} the ranks part at boundary {place}: {each}",
+            why="ranks that do not do the same end up waiting for each other",
+            fixes=["let no condition depend on the rank, or on values that differ between ranks"],
+            at=here.line if here is not None else None,
+        )
+    tell(text, mesh, device)
+
+
+def _mark(seen: Seen) -> int:
+    """A number for a boundary: never 0, which stands for none."""
+    return zlib.crc32(f"{seen.where} {seen.name} {seen.placement}".encode()) + 1
+
+
+# --- all ranks --------------------------------------------------------------------------------
+
+
+def gather_all(rows: Tensor, mesh: MoEMesh) -> Tensor:
+    """The rows of all ranks of the mesh."""
+    for role in reversed(DENSE):
+        rows = redistribute(rows, mesh[role], src=S(0), dst=R)
+    return rows
+
+
+def by_rank(rows: Tensor) -> list[list[int]]:
+    """Rows of integers on the host, ordered by their first column."""
+    width = rows.shape[1]
+    flat = read_ints(rows.flatten())
+    return sorted(flat[i : i + width] for i in range(0, len(flat), width))
+
+
+def first_of(key: Tensor, mesh: MoEMesh) -> tuple[int, int]:
+    """The smallest key of all ranks, and the first rank that has it."""
+    mine = torch.cat([key.new_tensor([dist.get_rank()]), key]).unsqueeze(0)
+    rows = by_rank(gather_all(mine, mesh))
+    least = min(value for _, value in rows)
+    return next(rank for rank, value in rows if value == least), least
+
+
+def by_text(text: str, mesh: MoEMesh, device: torch.device) -> str:
+    """Who says what, where each text begins with the number of its rank."""
+    said = (line.split(" ", 1) for line in _texts(text, mesh, device))
+    return ranks_by_text(sorted((int(rank), rest) for rank, rest in said))
+
+
+def tell(text: str, mesh: MoEMesh, device: torch.device) -> None:
+    """Raise the error of the one rank that has a text, on all ranks, in its words."""
+    raise SanitizerError(next(filter(None, _texts(text, mesh, device))))
+
+
+def _texts(text: str, mesh: MoEMesh, device: torch.device) -> list[str]:
+    mine = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
+    said = all_gather_bytes(mine, [mesh[role].group for role in reversed(DENSE)], str(device))
+    return [row.rstrip(b"\0").decode(errors="replace") for row in said]

@@ -1,0 +1,249 @@
+"""Between backward and the optimizer's step: gradients reduced, their norm, and clipping.
+
+loss.backward()
+reduce_gradients(model, mesh)          # without FSDP, which reduces in backward
+clip_grad_norm_(model, mesh, 1.0)
+optimizer.step()
+optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.errors import ConfigError, GradientError, explain
+from spmd_moe.core.mesh import Axis, MoEMesh, check_mesh
+from spmd_moe.core.placement import P, R, Role, S
+from spmd_moe.core.redistribute import redistribute
+from spmd_moe.train.dtensor_storage import shard_group
+from spmd_moe.train.obligations import Obligation, trained
+from spmd_moe.train.reduced_gradients import is_sum, note_sum, rest_of_sum
+
+BUCKET_BYTES = 64 * 2**20  # gradients that travel together; a copy of so much exists meanwhile
+
+Trained: TypeAlias = tuple[Obligation, nn.Parameter]
+
+
+@torch.no_grad()
+def reduce_gradients(model: nn.Module, mesh: MoEMesh) -> None:
+    """Sum every gradient over the axes on which its parameter is R. Every rank must call it.
+
+    Once for each step, after the backward of its last micro-batch; again only after `zero_grad`,
+    whether that sets gradients to None or to zero.
+    Sums are taken in float32 at least. A gradient that is None on some ranks counts as zero there.
+    """
+    check_mesh("reduce_gradients", mesh)
+    pairs = trained(model, mesh)
+    _check_new(pairs)
+    for bucket in _buckets(pairs, mesh):
+        _reduce(bucket, [mesh[role] for role in _owed(bucket[0][0], mesh)])
+    for _, parameter in pairs:
+        if parameter.grad is not None:
+            note_sum(parameter)
+
+
+def _check_new(pairs: Sequence[Trained]) -> None:
+    """Nothing in the gradients was summed before."""
+    rests: list[tuple[str, Tensor]] = []
+    for row, parameter in pairs:
+        if isinstance(parameter, DTensor):
+            raise GradientError(
+                explain(
+                    "reduce_gradients",
+                    f"{row.name!r} is sharded by parallelize",
+                    why="FSDP has reduced its gradient in backward already",
+                    fixes=["leave reduce_gradients out"],
+                )
+            )
+        rest = rest_of_sum(parameter)
+        if rest is not None:
+            rests.append((row.name, rest))
+    if not rests:
+        return  # as ever where zero_grad sets gradients to None: nothing waits for a device
+    device = rests[0][1].device
+    counts = torch.stack([rest.to(device) for _, rest in rests]).tolist()
+    summed = [name for (name, _), count in zip(rests, counts, strict=True) if count]
+    if summed:
+        raise GradientError(
+            explain(
+                "reduce_gradients",
+                f"the gradient of {summed[0]!r} has been reduced before",
+                why="what was summed over the ranks then would be summed again",
+                fixes=["optimizer.zero_grad()   # after each step, before the next backward"],
+            )
+        )
+
+
+def _owed(row: Obligation, mesh: MoEMesh) -> tuple[Role, ...]:
+    return tuple(role for role in row.reduce_axes if mesh[role].size > 1)
+
+
+def _buckets(pairs: Sequence[Trained], mesh: MoEMesh) -> Iterator[list[Trained]]:
+    """Parameters that are reduced together: over the same axes, of one dtype, not too many."""
+    filling: dict[object, list[Trained]] = {}
+    room: dict[object, int] = {}
+    for row, parameter in pairs:
+        key = (_owed(row, mesh), parameter.dtype, parameter.device)
+        if not key[0]:
+            continue
+        room[key] = room.get(key, BUCKET_BYTES) - parameter.numel() * parameter.itemsize
+        filling.setdefault(key, []).append((row, parameter))
+        if room[key] <= 0:
+            yield filling.pop(key)
+            del room[key]
+    yield from filling.values()
+
+
+def _reduce(bucket: list[Trained], axes: list[Axis]) -> None:
+    """One exchange for the bucket on each axis.
+
+    The last numbers of it count the ranks that have each gradient, so that a parameter without
+    one on all ranks stays without, as in one process.
+    """
+    parameters = [parameter for _, parameter in bucket]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    some = grads[0]
+    have = torch.tensor([float(p.grad is not None) for p in parameters])
+    flat = torch.cat([*(g.reshape(-1) for g in grads), have.to(some.device, some.dtype)])
+    for axis in axes:
+        # spmd: allow move - gradients, whose kinds are data: parts of a sum on these axes
+        flat = redistribute(flat, axis, src=P, dst=R, dtype=sum_dtype(flat))
+    *sums, have = flat.split([*(g.numel() for g in grads), len(grads)])
+    torch._foreach_copy_(grads, [s.view_as(g) for s, g in zip(sums, grads, strict=True)])
+    if any(parameter.grad is None for parameter in parameters):  # else nothing waits for a device
+        for parameter, grad, ranks in zip(parameters, grads, have.tolist(), strict=True):
+            parameter.grad = grad if ranks else None
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    model: nn.Module,
+    mesh: MoEMesh,
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+    pipeline: ProcessGroup | None = None,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Scale the gradients so that their norm over the whole model is at most `max_norm`.
+
+    Returns the norm before, which is what one process with the whole model computes, the same on
+    all ranks. With `pipeline`, the model is one stage of a pipeline whose ranks that group has.
+    """
+    check_mesh("clip_grad_norm_", mesh)
+    norm_type = float(norm_type)
+    if not norm_type > 0:
+        raise ConfigError(
+            explain(
+                "clip_grad_norm_",
+                f"norm_type is {norm_type}",
+                why="a norm is a root of a sum of powers, or a maximum",
+                fixes=["norm_type=2.0", "norm_type=math.inf"],
+            )
+        )
+    pairs = trained(model, mesh)
+    total = _total_norm(pairs, mesh, norm_type, pipeline, model)
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise GradientError(
+            explain(
+                "clip_grad_norm_",
+                "the norm of the gradients is not finite",
+                why="scaling by it would make every gradient unusable",
+                fixes=["error_if_nonfinite=False   # torch's own way: scale all the same"],
+            )
+        )
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for _, same in _alike([_local(p.grad) for _, p in pairs if p.grad is not None]):
+        if foreach is False:
+            for grad in same:
+                grad.mul_(scale.to(grad.device))
+        else:
+            torch._foreach_mul_(same, scale.to(same[0].device))
+    return total
+
+
+def _total_norm(
+    pairs: Sequence[Trained],
+    mesh: MoEMesh,
+    norm_type: float,
+    pipeline: ProcessGroup | None,
+    model: nn.Module,
+) -> Tensor:
+    """Each part is counted once: powers are added over the axes on which ranks have other parts.
+
+    Over which, and in which dtype, follows from the parameters: which of them have a gradient can
+    differ from rank to rank.
+    """
+    parts: dict[tuple[ProcessGroup, ...], list[nn.Parameter]] = {}
+    for row, parameter in pairs:
+        stored = isinstance(parameter, DTensor)  # by parallelize: FSDP reduces in backward
+        owing = parameter.grad is not None and not stored and _owed(row, mesh)
+        if owing and not is_sum(parameter):
+            raise GradientError(
+                explain(
+                    "clip_grad_norm_",
+                    f"the gradient of {row.name!r} is still to be summed over "
+                    f"{', '.join(map(str, _owed(row, mesh)))}",
+                    why="a sum that is not taken has no norm",
+                    fixes=["reduce_gradients(model, mesh)   # before it, after the last backward"],
+                )
+            )
+        shards = shard_group(parameter)
+        over = [*([shards] if shards else []), *(mesh[role].group for role in row.norm_axes)]
+        parts.setdefault(tuple(over), []).append(parameter)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    sums = [torch.zeros((), device=device)]
+    for groups, parameters in parts.items():
+        power = _power(parameters, norm_type, device)
+        for group in groups:
+            power = _over(power, group, norm_type)
+        sums.append(power)
+    power = _joined(sums, norm_type)
+    if pipeline is not None:
+        power = _over(power, pipeline, norm_type)
+    return power if math.isinf(norm_type) else power ** (1.0 / norm_type)
+
+
+def _power(parameters: list[nn.Parameter], norm_type: float, device: torch.device) -> Tensor:
+    """The norm of some gradients to the power of its type, or their maximum; 0 where none are."""
+    dtype = reduce(torch.promote_types, map(sum_dtype, parameters))
+    powers = [torch.zeros((), dtype=dtype, device=device)]
+    grads = [_local(p.grad) for p in parameters if p.grad is not None]
+    for _, same in _alike([grad for grad in grads if grad.numel()]):  # an empty one has no maximum
+        norms = torch.stack(torch._foreach_norm(same, norm_type, sum_dtype(same[0]))).to(device)
+        powers.append(norms.amax() if math.isinf(norm_type) else (norms**norm_type).sum())
+    return _joined(powers, norm_type).to(dtype)
+
+
+def _joined(powers: list[Tensor], norm_type: float) -> Tensor:
+    widest = max((power.dtype for power in powers), key=lambda dtype: dtype.itemsize)
+    stacked = torch.stack([power.to(widest) for power in powers])
+    return stacked.amax() if math.isinf(norm_type) else stacked.sum()
+
+
+def _over(power: Tensor, group: ProcessGroup, norm_type: float) -> Tensor:
+    """The powers of all ranks joined: gathered, so that one way serves sums and maxima."""
+    every = redistribute(power.reshape(1), group, src=S(0), dst=R)
+    return every.amax() if math.isinf(norm_type) else every.sum()
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _alike(tensors: list[Tensor]) -> Iterator[tuple[object, list[Tensor]]]:
+    """Tensors of one device and dtype together: what one foreach kernel takes."""
+    groups: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    yield from groups.items()

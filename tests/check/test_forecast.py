@@ -1,0 +1,130 @@
+"""The plan's collectives are those that a traced run issues: each one, in order, to the byte."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from spmd_moe import (
+    MoE,
+    MoEConfig,
+    MoEMesh,
+    RouterConfig,
+    ScoreApplication,
+    SharedConfig,
+    init_weights,
+)
+from spmd_moe.check import Case, Layout
+from spmd_moe.check.forecast import Collective, forecast, group
+from spmd_moe.check.mirror_world import Issued
+from spmd_moe.check.signatures import signatures
+from spmd_moe.check.trace import Configuration, Trace, standing, trace
+from spmd_moe.core.placement import CP, DENSE, DP, EXPERT, TP, I, Placement, R, S, V
+from spmd_moe.core.shard_shape import ShardShape
+from spmd_moe.layer.activations import SQUARED_RELU
+from spmd_moe.layer.boundary import INSIDE
+from spmd_moe.layer.dispatch import AllGather, AllToAll
+from spmd_moe.layer.router import first_in_turn
+
+PLAIN = MoEConfig(16, 24, RouterConfig(12, 2, force_balance=True))
+CONFIGS = {
+    "plain": PLAIN,
+    "whole": dataclasses.replace(PLAIN, src=R, dst=I, balance="batch"),
+    "gathered": dataclasses.replace(PLAIN, dst=R, shared=SharedConfig(24, gated=True)),
+    "invariant": dataclasses.replace(
+        PLAIN, src=I, dst=R, shared=SharedConfig(24, gated=True, sharded=True)
+    ),
+    "late": dataclasses.replace(
+        PLAIN, score_application=ScoreApplication.IN_COMBINE, activation=SQUARED_RELU
+    ),
+    "not gated": dataclasses.replace(
+        PLAIN,
+        activation=SQUARED_RELU,
+        shared=SharedConfig(24),
+        router=RouterConfig(12, 3, force_balance=True),
+    ),
+}
+LAYOUTS = [Layout(dp=2, tp=4, ep=2, etp=2), Layout(cp=2, tp=3, ep=3), Layout()]
+DISPATCHERS = {"all_to_all": AllToAll, "all_gather": AllGather}
+# bfloat16, in which sums are wider than what travels, on the layout that has every collective.
+CASES = [(name, layout, torch.float32) for name in CONFIGS for layout in LAYOUTS]
+CASES += [(name, LAYOUTS[0], torch.bfloat16) for name in CONFIGS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _signatures_are_read() -> Iterator[None]:
+    with signatures({"spmd_moe"}):
+        yield
+
+
+def traced(
+    config: MoEConfig, dispatcher: Any, configuration: Configuration, dtype: torch.dtype
+) -> tuple[Trace, list[Collective]]:
+    """A run in which all ranks are like this one, and the plan of such a world."""
+    planned: list[Collective] = []
+    layout, rank = configuration.layout, configuration.rank
+
+    def target(mesh: MoEMesh, tokens: int) -> Case:
+        layer = MoE(config, mesh, dispatcher(mesh, config.router.num_experts))
+        init_weights(layer, mesh, seed=0)
+        tp = mesh[TP]
+        mine = ShardShape.even(tokens, tp.size).sizes[tp.rank]
+        rows = mine if config.src == INSIDE else tokens
+        x = torch.randn(rows, config.dim, dtype=dtype, requires_grad=True)
+        planned.extend(forecast(layer.to(dtype), layout, rank, [mine] * layout.world, dtype))
+        kind = S(0) if config.src == INSIDE else config.src
+        return Case(layer, (x,), (Placement((DP[V], CP[V], TP[kind])),))
+
+    with standing(configuration.layout, configuration.rank) as here:
+        return trace(target, configuration, {"spmd_moe"}, here), planned
+
+
+@pytest.fixture
+def mirrors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """The plan of a world in which all ranks are like one, and so begin with its expert too."""
+
+    def like(rank: int) -> None:
+        def first(place: int, places: int, num_experts: int) -> int:
+            return first_in_turn(rank, places, num_experts)
+
+        monkeypatch.setattr("spmd_moe.check.forecast.first_in_turn", first)
+
+    return like
+
+
+def said(layout: Layout, rank: int, when: str, issued: Issued) -> tuple[Any, ...]:
+    roles = [r for r in (*DENSE, *EXPERT) if tuple(group(layout, rank, r)) == issued.group]
+    return when, issued.op, roles, issued.shape, issued.dtype
+
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize(("config", "layout", "dtype"), CASES, ids=str)
+def test_the_forecast_is_what_happens(
+    config: str,
+    layout: Layout,
+    dtype: torch.dtype,
+    dispatcher: str,
+    mirrors: Callable[[int], None],
+) -> None:
+    # All ranks have what this one has; a whole on tp is therefore one that divides.
+    some = [(6 * layout.tp, 0), (layout.tp, layout.world - 1), (0, 0)]
+    if CONFIGS[config].src == INSIDE:
+        some += [(5, layout.world - 1), (1, 0)]
+    for tokens, rank in some:
+        made = DISPATCHERS[dispatcher]
+        mirrors(rank)
+        run, planned = traced(CONFIGS[config], made, Configuration(layout, tokens, rank), dtype)
+        assert [str(f) for f in run.findings] == []
+        happened = [said(layout, rank, "forward", i) for i in run.forward]
+        happened += [said(layout, rank, "backward", i) for i in run.backward]
+        foreseen = [(c.when, c.op, c.role, c.shape, c.dtype) for c in planned]
+        assert len(happened) == len(foreseen)
+        for (when, op, roles, *rest), (when_, op_, role, *rest_) in zip(
+            happened, foreseen, strict=True
+        ):
+            assert (when, op, rest) == (when_, op_, rest_) and role in roles
+        assert bool(happened) == (layout.world > 1)

@@ -1,0 +1,77 @@
+"""The sanitizer on what is unlike a layer in training: other modules, other ways, other ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from spmd_moe import (
+    DP,
+    ConfigError,
+    MoEMesh,
+    Placed,
+    R,
+    SanitizerError,
+    declare_placements,
+    sanitize,
+)
+from tests.support.workers import run
+
+
+class Norm(nn.Module):
+    """Without parameters."""
+
+    def forward(self, x_TD: Placed[Tensor, DP[R]]) -> Placed[Tensor, DP[R]]:
+        return x_TD / x_TD.norm()
+
+
+def of_torch() -> str:
+    """A class that says nothing of its parameter, whose gradient nobody sums."""
+    mesh, model = MoEMesh.init("cpu", dp=2), nn.Linear(4, 4, bias=False)
+    nn.init.ones_(model.weight)
+    declare_placements(model, {"weight": Placed[Tensor, DP[R]]})
+    optimizer = torch.optim.SGD(model.parameters())
+    try:
+        with sanitize(model, mesh, 1.0):
+            model(torch.full((1, 4), 1.0 + mesh[DP].rank)).sum().backward()
+            optimizer.step()
+    except SanitizerError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.gloo
+def test_what_is_declared_by_name_is_watched() -> None:
+    for text in run(2, of_torch):
+        assert text.startswith("'weight': gradient f32[4, 4] is R on axis 'dp' (2 ranks)")
+
+
+def one_rank_alone(rate: float) -> str:
+    """Rank 0 runs the model, rank 1 leaves at once."""
+    mesh, norm = MoEMesh.init("cpu", dp=2), Norm()
+    try:
+        with sanitize(norm, mesh, rate) as watcher:
+            watcher.step()
+            if dist.get_rank() == 0:
+                norm(torch.ones(2, 4))
+    except SanitizerError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.gloo
+def test_a_rank_that_leaves_early_waits_for_no_one() -> None:
+    for text in run(2, one_rank_alone, 1.0):
+        assert text.startswith("sanitize: in step 1 the ranks part at boundary 0: Norm.forward, 'x")
+        assert "on ranks [0] | nothing more on ranks [1]" in text
+    assert run(2, one_rank_alone, 0.5) == ["", ""]  # that step is not watched
+
+
+def test_a_wrong_rate_is_told_where_it_is_given() -> None:
+    """Not in contextlib, which enters the context."""
+    mesh = MoEMesh.single()
+    here = pytest.raises(ConfigError, match=r"at:  .*test_sanitize_edges\.py:\d+$")
+    with here, sanitize(nn.Linear(1, 1), mesh, rate=2):
+        pass
