@@ -28,9 +28,11 @@ TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>  
 # all other tests, among which are those that run mypy (with one cache). Each takes about as long.
 # There is one more than CI has cores, for many tests wait most of the time.
 BESIDE = (
-    "layer redistribute dispatch experts experts_memory permute determinism router forecast",
-    "sanitize parallelize checkpoint decode losses obligations compile_layer "
-    "recompute collectives compile_parts check check_values faults workers mesh",
+    "layer/moe core/redistribute layer/dispatch layer/experts layer/experts_memory layer/permute "
+    "layer/determinism layer/router check/forecast",
+    "sanitize/sanitizer train/parallelize train/checkpoint layer/decode layer/balance_losses "
+    "train/obligations layer/compile_layer train/recompute core/collectives layer/compile_parts "
+    "check/check check/values layer/routing_faults support/workers core/mesh",
 )
 
 
@@ -44,10 +46,15 @@ def start(number: int, words: str) -> int:
     return subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT).returncode
 
 
+def _test_file(name: str) -> str:
+    folder, _, file = name.partition("/")
+    return f"tests/{folder}/test_{file}.py"
+
+
 def in_parts(words: list[str], *, long: bool) -> int:
     """All tests, in several processes; what those beside say is shown when all others are done."""
     base = [sys.executable, "-m", *words] + ([] if long else ["-m", "not long"])
-    parts = [[f"tests/test_{name}.py" for name in line.split()] for line in BESIDE]
+    parts = [[_test_file(name) for name in line.split()] for line in BESIDE]
     others = [f"--ignore={file}" for files in parts for file in files]
     with ExitStack() as ending:
         beside = [ending.enter_context(aside([*base, *files])) for files in parts]

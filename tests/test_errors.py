@@ -38,9 +38,8 @@ from spmd_moe import (
     redistribute,
 )
 from spmd_moe.core.collectives import declare_sum, exchange
-from spmd_moe.layer import routing_faults
+from spmd_moe.layer import balance_losses, routing_faults
 from spmd_moe.layer.activations import SWIGLU, Activation
-from spmd_moe.layer.balance_losses import Totals, reduce_loss_terms
 from spmd_moe.layer.dispatch import AllToAll, FixedCapacity, Local
 from spmd_moe.layer.expert_load import expert_load
 from spmd_moe.layer.experts import ExpertRecompute, Experts
@@ -225,7 +224,7 @@ CASES: dict[str, Callable[[], object]] = {
     ),
     "init_std": lambda: init_weights(_layer(), MoEMesh.single(), seed=0, std=-1.0),
     "init_meta": lambda: init_weights(_layer().to("meta"), MoEMesh.single(), seed=0),
-    "losses_none": lambda: reduce_loss_terms(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
+    "losses_none": lambda: balance_losses.reduce_loss_terms(None, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_no_list": lambda: update_selection_bias(_layer().router, MoEMesh.single(), 0.1),  # type: ignore[arg-type]  # wrong on purpose
     "bias_of_layers": lambda: update_selection_bias([_layer()], MoEMesh.single(), 0.1),  # type: ignore[list-item]  # wrong on purpose
     "bias_by_nan": lambda: update_selection_bias([_layer().router], MoEMesh.single(), float("nan")),
@@ -284,9 +283,9 @@ def _initialised(pick: Callable[[MoE], tuple[torch.nn.Module, MoEMesh]]) -> None
         init_weights(*pick(MoE(MoEConfig(4, 8, RouterConfig(8, 2)), mesh)), seed=0)
 
 
-def _of_sequences() -> Totals:
+def _of_sequences() -> balance_losses.Totals:
     one = torch.ones(1)
-    return Totals(one, one, one, one, by_sequence=True)
+    return balance_losses.Totals(one, one, one, one, by_sequence=True)
 
 
 def _local_on_two() -> object:

@@ -57,7 +57,6 @@ def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: TokenSums) -> Toke
 
 
 @torch.no_grad()
-# spmd: allow bypass - counts have no gradient
 def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float) -> None:
     """After each optimizer step: a push towards the experts that were chosen too seldom.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+_ENOUGH = "R is allowed where V is said, and V is enough here"
 _SAME = "INSIDE is S(0): the same program"
 _COUNTS = "R and I differ in their gradients alone, and numbers that the host reads have none"
 _IN_TURN = "choices in turn are for benchmarks, and no module that is checked here has them"
@@ -10,7 +11,7 @@ ARGUED: dict[str, str] = {
     "boundary:own_rows:dst=S(0):1": _SAME,
     "boundary:leave:src=S(0):1": _SAME,
     "boundary:_shape:dst=I:1": _COUNTS,
-    "balance_losses:update_selection_bias:retyped:2": "R is allowed where V is said, and V is enough here",
+    "selection_bias:update_selection_bias:retyped:2": _ENOUGH,
     "dispatch.all_gather:_count:dst=I:1": _COUNTS,
     "router:__call__:retyped:2": _IN_TURN,
     "router:__call__:retyped:3": _IN_TURN,

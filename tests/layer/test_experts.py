@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as fn
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spmd_moe.check.thread_ranks import threaded
-from spmd_moe.core.errors import ConfigError
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.layer.activations import (
     CLAMPED_SWIGLU,
@@ -30,7 +28,7 @@ from spmd_moe.layer.activations import (
 )
 from spmd_moe.layer.experts import ExpertRecompute, Experts, Gather, ScoreApplication, experts_ffn
 from spmd_moe.layer.grouped_ffn import Weights
-from spmd_moe.layer.grouped_matmul import Matmul, PerExpert, TorchGroupedMM, choose_matmul
+from spmd_moe.layer.grouped_matmul import Matmul, PerExpert, TorchGroupedMM
 from spmd_moe.layer.moe import MoE, MoEConfig
 from spmd_moe.layer.per_expert import neighbours
 from spmd_moe.layer.router import RouterConfig
@@ -327,74 +325,6 @@ def test_initial_weights_are_small_and_biases_zero() -> None:
     assert layer.b1_eF is not None and not layer.b1_eF.any()
     y = layer(case.leaves()["x"], torch.tensor(case.counts))
     assert 0 < y.abs().max() < 0.1
-
-
-# --- how it is computed -----------------------------------------------------------------------
-
-
-def test_the_choice_of_a_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_matmul(torch.float64, cpu, (5, 7)) == PerExpert()
-    assert choose_matmul(torch.float32, cpu, (16, 24)) == PerExpert()
-    bf16 = any(v for k, v in torch.cpu.get_capabilities().items() if k.endswith("bf16"))
-    chosen = choose_matmul(torch.bfloat16, cpu, (16, 24))
-    assert chosen == PerExpert(compute=None if bf16 else torch.float32)
-    monkeypatch.setattr("spmd_moe.layer.grouped_matmul._WIDENED_ON_THIS_CPU", {torch.bfloat16})
-    assert choose_matmul(torch.bfloat16, cpu, (16, 24)) == PerExpert(compute=torch.float32)
-    assert choose_matmul(torch.bfloat16, torch.device("meta"), (16, 24)) == PerExpert()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose_matmul(torch.bfloat16, cuda, (16, 24)) == TorchGroupedMM()
-    assert choose_matmul(torch.bfloat16, cuda, (16, 20)) == PerExpert()
-    assert choose_matmul(torch.float32, cuda, (16, 24)) == PerExpert()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_matmul(torch.bfloat16, cuda, (16, 24)) == PerExpert()
-
-
-class NoHostReads(TorchDispatchMode):
-    """Refuses to bring a value to the host, where a GPU would be waited for."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a read on the host"
-        return func(*args, **(kwargs or {}))
-
-
-def test_all_at_once_never_reads_on_the_host() -> None:
-    case = Case(SWIGLU, MIXED, bias=True, dtype=torch.float32)
-    layer, given, counts_e = case.layer(TorchGroupedMM()), case.leaves(), torch.tensor(case.counts)
-    with NoHostReads():
-        layer(given["x"], counts_e, given["scores"]).sum().backward()
-    with pytest.raises(AssertionError, match="a read on the host"), NoHostReads():
-        counts_e[0].item()
-
-
-@pytest.mark.parametrize("matmul", [PerExpert(), TorchGroupedMM()], ids=str)
-def test_repeats_are_bitwise_equal(matmul: Matmul) -> None:
-    case = Case(SWIGLU, MIXED, bias=True, dtype=torch.float32)
-    first, second = case.by_layer(matmul), case.by_layer(matmul)
-    assert all(t.any() and torch.equal(t, second[name]) for name, t in first.items())
-
-
-def test_a_block_of_no_rows_is_refused() -> None:
-    with pytest.raises(ConfigError, match="PerExpert: row_block is 0; it must be an integer of 1"):
-        PerExpert(row_block=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
-    """With row_block=4 and a hidden width of whole vectors (of 512 bits, twice unrolled), a row has
-    the same bits however many rows its expert has."""
-    compute = torch.float32 if dtype is torch.bfloat16 else None
-    case = Case(SWIGLU, (300, 0), bias=False, dtype=dtype, widths=(48, 64))
-    layer, given = case.layer(PerExpert(compute, row_block=4)), case.leaves()
-    with torch.no_grad():
-        whole = layer(given["x"], torch.tensor([300, 0]), given["scores"])
-        assert whole.any()
-        for n in (1, 2, 3, 4, 5, 7, 8, 33, 299):
-            part = layer(given["x"][:n], torch.tensor([n, 0]), given["scores"][:n])
-            assert torch.equal(part, whole[:n]), n
 
 
 @by_name
