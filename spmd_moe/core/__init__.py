@@ -1,0 +1,12 @@
+"""The vocabulary and the moves, on which everything else is built.
+
+Read in this order:
+
+    errors, placement, declare_placements   exceptions; kinds, roles and `Placed`
+    shard_shape, mesh                       rows per rank; the ranks as two meshes
+    moves, collectives, redistribute        the table of moves, and how a tensor takes one
+
+The rest are small helpers: `validate` (settings), `mesh_degrees`, `ranks_agree` (settings that
+differ between ranks), `dtypes`, `host_reads`, `torch_state` (is torch tracing?) and `local_tensor`
+(many ranks simulated in one process).
+"""
