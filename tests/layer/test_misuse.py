@@ -212,23 +212,25 @@ OTHER_KINDS = {
     f"AllGather: num_experts is True; {NUMBER}": made(AllGather, ALONE, True),
     "AllGather: mesh is None; it must be an MoEMesh.": made(AllGather, None, 8),
     "Local: mesh is the class MoEMesh; it must be an MoEMesh.": made(Local, MoEMesh),
-    "RouterConfig: scale is '2'; it must be a finite number above 0.": made(
-        RouterConfig, 8, 2, scale="2"
+    "RouterConfig: route_scale is '2'; it must be a finite number above 0.": made(
+        RouterConfig, 8, 2, route_scale="2"
     ),
-    "RouterConfig: scale is 0.0; it must be a finite number above 0.": made(
-        RouterConfig, 8, 2, scale=0.0
+    "RouterConfig: route_scale is 0.0; it must be a finite number above 0.": made(
+        RouterConfig, 8, 2, route_scale=0.0
     ),
-    "RouterConfig: scale is inf; it must be a finite number above 0.": made(
-        RouterConfig, 8, 2, scale=float("inf")
+    "RouterConfig: route_scale is inf; it must be a finite number above 0.": made(
+        RouterConfig, 8, 2, route_scale=float("inf")
     ),
     "RouterConfig: jitter is 'x'; it must be a number from 0 to below 1.": made(
         RouterConfig, 8, 2, jitter="x"
     ),
-    "RouterConfig: score is ['softmax'].": made(RouterConfig, 8, 2, score=["softmax"]),
+    "RouterConfig: score_func is ['softmax'].": made(RouterConfig, 8, 2, score_func=["softmax"]),
     f"RouterConfig: num_experts is nan; {NUMBER}": made(RouterConfig, float("nan"), 2),
-    f"RouterConfig: group_best is 2.0; {NUMBER}": made(RouterConfig, 8, 2, group_best=2.0),
-    "RouterConfig: normalize is a str; it must be a bool.": made(
-        RouterConfig, 8, 2, normalize="no"
+    f"RouterConfig: group_score_top_k is 2.0; {NUMBER}": made(
+        RouterConfig, 8, 2, group_score_top_k=2.0
+    ),
+    "RouterConfig: route_norm is a str; it must be a bool.": made(
+        RouterConfig, 8, 2, route_norm="no"
     ),
     "SharedConfig: gated is an int; it must be a bool.": made(SharedConfig, 8, gated=1),
     "MoEConfig: bias is a str; it must be a bool.": made(

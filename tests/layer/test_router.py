@@ -138,7 +138,7 @@ CASES = [
 
 @pytest.mark.parametrize(("score", "top_k", "normalize"), CASES)
 def test_weights_and_gradients(score: ScoreName, top_k: int, normalize: bool) -> None:
-    config = in_float64(5, top_k, score=score, normalize=normalize, scale=2.5)
+    config = in_float64(5, top_k, score_func=score, route_norm=normalize, route_scale=2.5)
     router, x = router_of(config), draw(0, TOKENS, WIDTH)
     routing = check(router, x)
     wanted = choices_by_definition(routing, torch.zeros(5), config)
@@ -151,7 +151,7 @@ def test_weights_and_gradients(score: ScoreName, top_k: int, normalize: bool) ->
 
 @pytest.mark.parametrize("score", NAMES)
 def test_probabilities_are_scores_as_shares_of_one(score: ScoreName) -> None:
-    routing = router_of(in_float64(5, 2, score=score))(draw(0, TOKENS, WIDTH))
+    routing = router_of(in_float64(5, 2, score_func=score))(draw(0, TOKENS, WIDTH))
     for logits, probs in zip(routing.logits_TE, routing.probs_TE, strict=True):
         scores = scores_by_definition(list(logits), score)
         scores = shares(scores) if score == "softmax_chosen" else scores
@@ -165,7 +165,7 @@ def test_every_score_is_tested() -> None:
 
 @pytest.mark.parametrize("score", NAMES)
 def test_extreme_logits_have_finite_weights_and_slopes(score: ScoreName) -> None:
-    router = router_of(in_float64(4, 2, score=score))
+    router = router_of(in_float64(4, 2, score_func=score))
     x = (torch.tensor([[-1e4], [1e4], [0.0]], dtype=torch.float64) * draw(0, 3, WIDTH)).detach()
     routing = router(x.requires_grad_())
     routing.scores_TK.sum().backward()
@@ -184,7 +184,7 @@ def test_the_gate_has_its_own_precision(
     router = router_of(RouterConfig(5, 2, score_func=score, dtype=gate)).to(model)
     x = draw(0, TOKENS, WIDTH).to(model).requires_grad_()
     routing = router(x)
-    exact = router_of(in_float64(5, 2, score=score))
+    exact = router_of(in_float64(5, 2, score_func=score))
     with torch.no_grad():
         exact.weight_ED.copy_(router.weight_ED)
     want = exact(x.detach().to(torch.float64), expert_ids_TK=routing.expert_ids_TK)
@@ -205,7 +205,7 @@ STEERING = torch.tensor([0.9, -0.4, 0.0, 0.6, -0.8, 0.2], dtype=torch.float64)
 
 @pytest.mark.parametrize("score", NAMES)
 def test_bias_steers_the_choice_and_not_the_weight(score: ScoreName) -> None:
-    config, x = in_float64(6, 2, score=score), draw(0, TOKENS, WIDTH)
+    config, x = in_float64(6, 2, score_func=score), draw(0, TOKENS, WIDTH)
     plain, steered = router_of(config), router_of(config, STEERING)
     free, biased = plain(x), steered(x)
     wanted = choices_by_definition(biased, STEERING, config)
@@ -217,7 +217,7 @@ def test_bias_steers_the_choice_and_not_the_weight(score: ScoreName) -> None:
 
 
 def test_no_gradient_reaches_the_bias() -> None:
-    router = router_of(in_float64(6, 2, score="sigmoid"), STEERING)
+    router = router_of(in_float64(6, 2, score_func="sigmoid"), STEERING)
     router.bias_E.requires_grad_()
     router(draw(0, TOKENS, WIDTH)).scores_TK.sum().backward()
     assert router.bias_E.grad is None
@@ -240,7 +240,7 @@ def test_choice_within_the_best_groups(
         "num_limited_groups": kept,
         "group_score_top_k": group_best,
     }
-    config = in_float64(num_experts, top_k, score=score, **limits)
+    config = in_float64(num_experts, top_k, score_func=score, **limits)
     bias = draw(3, num_experts) * 0.3 * biased
     x = draw(0, 40, WIDTH)
     routing = check(router_of(config, bias), x)
@@ -253,7 +253,7 @@ def test_choice_within_the_best_groups(
 
 def test_groups_of_one_expert() -> None:
     """There is no second best to add."""
-    config = in_float64(4, 2, groups=4, groups_kept=2, group_best=2)
+    config = in_float64(4, 2, num_expert_groups=4, num_limited_groups=2, group_score_top_k=2)
     x = draw(0, TOKENS, WIDTH)
     assert torch.equal(
         router_of(config)(x).expert_ids_TK, router_of(in_float64(4, 2))(x).expert_ids_TK
@@ -263,7 +263,9 @@ def test_groups_of_one_expert() -> None:
 @pytest.mark.parametrize("score", NAMES)
 def test_forced_balance(score: ScoreName) -> None:
     """Experts in turn; weights and gradients as if the scores had chosen them."""
-    routing = check(router_of(in_float64(7, 3, score=score, balanced=True)), draw(0, 7, WIDTH))
+    routing = check(
+        router_of(in_float64(7, 3, score_func=score, force_balance=True)), draw(0, 7, WIDTH)
+    )
     assert routing.expert_ids_TK.flatten().tolist() == [slot % 7 for slot in range(21)]
     assert routing.counts_E.tolist() == [3] * 7
     assert routing.complete
@@ -279,7 +281,7 @@ REPLAYED = torch.tensor([[4, 0], [NONE, 2], [1, NONE], [NONE, NONE], [3, 3], [2,
 @pytest.mark.parametrize("score", NAMES)
 def test_choices_from_outside(score: ScoreName, normalize: bool) -> None:
     """Weights come from the live scores; a choice of no expert weighs nothing."""
-    config = in_float64(5, 2, score=score, normalize=normalize, scale=1.5)
+    config = in_float64(5, 2, score_func=score, route_norm=normalize, route_scale=1.5)
     routing = check(router_of(config), draw(0, TOKENS, WIDTH), expert_ids_TK=REPLAYED)
     assert torch.equal(routing.expert_ids_TK, REPLAYED)
     assert routing.scores_TK[REPLAYED < 0].tolist() == [0.0] * 4
@@ -289,7 +291,10 @@ def test_choices_from_outside(score: ScoreName, normalize: bool) -> None:
 
 
 def test_replay_of_the_routers_own_choice_changes_nothing() -> None:
-    router, x = router_of(in_float64(5, 2, score="sigmoid", normalize=True)), draw(0, TOKENS, WIDTH)
+    router, x = (
+        router_of(in_float64(5, 2, score_func="sigmoid", route_norm=True)),
+        draw(0, TOKENS, WIDTH),
+    )
     first = router(x)
     again = router(x, expert_ids_TK=first.expert_ids_TK)
     assert torch.equal(first.scores_TK, again.scores_TK) and first.scores_TK.abs().max() > 0.1
@@ -304,7 +309,7 @@ def test_replay_of_the_routers_own_choice_changes_nothing() -> None:
 def test_masked_tokens(
     score: ScoreName, normalize: bool, balanced: bool, given: Tensor | None
 ) -> None:
-    config = in_float64(5, 2, score=score, normalize=normalize, balanced=balanced)
+    config = in_float64(5, 2, score_func=score, route_norm=normalize, force_balance=balanced)
     router, x = router_of(config), draw(0, TOKENS, WIDTH).requires_grad_()
     mask = torch.tensor([True, False, True, True, False, False, True])
     routing = check(router, x.detach(), mask_T=mask, expert_ids_TK=given)
@@ -322,7 +327,10 @@ def test_masked_tokens(
 
 @pytest.mark.parametrize("score", NAMES)
 def test_all_tokens_masked(score: ScoreName) -> None:
-    router, x = router_of(in_float64(5, 2, score=score, normalize=True)), draw(0, TOKENS, WIDTH)
+    router, x = (
+        router_of(in_float64(5, 2, score_func=score, route_norm=True)),
+        draw(0, TOKENS, WIDTH),
+    )
     routing = router(x.requires_grad_(), torch.zeros(TOKENS, dtype=torch.bool))
     routing.scores_TK.sum().backward()
     assert routing.counts_E.tolist() == [0] * 5 and (routing.expert_ids_TK == NONE).all()
@@ -335,7 +343,9 @@ def test_all_tokens_masked(score: ScoreName) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("score", NAMES)
 def test_no_tokens(score: ScoreName, groups: int, balanced: bool) -> None:
-    router = router_of(in_float64(4, 2, score=score, groups=groups, balanced=balanced))
+    router = router_of(
+        in_float64(4, 2, score_func=score, num_expert_groups=groups, force_balance=balanced)
+    )
     routing = router(torch.zeros(0, WIDTH, dtype=torch.float64))
     assert routing.expert_ids_TK.shape == routing.scores_TK.shape == (0, 2)
     assert routing.logits_TE.shape == routing.probs_TE.shape == (0, 4)

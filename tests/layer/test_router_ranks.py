@@ -74,7 +74,7 @@ def test_forced_balance_of_ranks_with_one_token_each(experts: int, top_k: int) -
 
 
 def test_forced_balance_does_not_count_padding() -> None:
-    router = router_of(in_float64(4, 1, balanced=True))
+    router = router_of(in_float64(4, 1, force_balance=True))
     mask = torch.arange(16) % 4 == 0
     assert router(draw(0, 16, WIDTH), mask).counts_E.tolist() == [1] * 4
 
