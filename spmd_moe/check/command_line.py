@@ -24,14 +24,14 @@ Run a module as single ranks of worlds that are not there, with every tensor typ
 up to --world ranks, several numbers of tokens, the coordinates where something can differ. Needs
 one process and no GPU.
 
-TARGET is package.module:callable, a function (mesh, tokens) -> Built:
+TARGET is package.module:callable, a function (mesh, tokens) -> Case:
 
-    from spmd_moe.check import Built
+    from spmd_moe.check import Case
 
     def target(mesh, tokens):
         layer = MyLayer(mesh)                       # parameters declare their placements
         x = torch.randn(tokens, 64)                 # the tokens of one cell of dp and cp
-        return Built(layer, (x,), (Placed[Tensor, DP[V], CP[V], TP[R]],))
+        return Case(layer, (x,), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 
 exit status: 0 nothing found, 1 something found, 2 could not check
 """

@@ -1,11 +1,11 @@
 """What is checked: a function that builds a module and one call of it, for a given mesh.
 
-    def target(mesh: MoEMesh, tokens: int) -> Built:
+    def target(mesh: MoEMesh, tokens: int) -> Case:
         layer = MyLayer(mesh)
-        return Built(layer, (torch.randn(tokens, 64),), (Placed[Tensor, DP[V], CP[V], TP[R]],))
+        return Case(layer, (torch.randn(tokens, 64),), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 
 `tokens` is how many tokens a cell of dp and cp has; what of them this rank holds is the target's to
-say, as it is in the program that the layer is for. `Built` gives each tensor argument the placement
+say, as it is in the program that the layer is for. `Case` gives each tensor argument the placement
 that it has when it comes; parameters and buffers are declared by their classes. A layout that the
 module cannot do is refused with a ValueError.
 """
@@ -41,7 +41,7 @@ class Case:
         if len(self.placements) > len(self.args):
             what = f"{len(self.placements)} placements are given for {len(self.args)} arguments"
             why = "a placement of nothing is one that something else should have"
-            raise cannot("Built", what, why, "None   # the placement of what is no tensor")
+            raise cannot("Case", what, why, "None   # the placement of what is no tensor")
         given = (*self.placements, *[None] * (len(self.args) - len(self.placements)))
         for number, (arg, annotation) in enumerate(zip(self.args, given, strict=True)):
             if not isinstance(arg, Tensor) or isinstance(arg, DTensor):
@@ -51,7 +51,7 @@ class Case:
             if placement is None:
                 raise CannotCheckError(
                     explain(
-                        "Built",
+                        "Case",
                         f"argument {number} is a tensor without a placement",
                         why="the check follows placements, and has to start from one",
                         fixes=["Case(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"],
@@ -76,7 +76,7 @@ def cannot(where: str, what: str, why: str, *fixes: str) -> CannotCheckError:
 def load(name: str) -> Target:
     """The target that `package.module:callable` names; modules of this directory are found too."""
     module_name, _, attribute = name.partition(":")
-    why = "a target is a callable (mesh, tokens) -> Built in a module that can be imported"
+    why = "a target is a callable (mesh, tokens) -> Case in a module that can be imported"
     if not module_name or not attribute:
         what = f"{name!r} does not have the form package.module:callable"
         raise cannot("TARGET", what, why, "my_package.my_module:target")
@@ -114,7 +114,7 @@ def build(target: Target, mesh: MoEMesh, tokens: int) -> Case:
             "TARGET", what, why, "raise ValueError   # where a layout is refused"
         ) from error
     if not isinstance(built, Case):
-        raise cannot("TARGET", f"it returns {type(built).__name__}, not Built", why, fix)
+        raise cannot("TARGET", f"it returns {type(built).__name__}, not Case", why, fix)
     if not any(isinstance(arg, Tensor) for arg in built.args):
         raise cannot("TARGET", "none of the arguments it builds is a tensor", why, fix)
     for name, t in (*built.module.named_parameters(), *enumerate(built.args)):

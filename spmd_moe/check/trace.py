@@ -118,7 +118,7 @@ def _whole_placements(built: Case, mesh: MoEMesh) -> None:
             what = f"argument {describe(tensor)} is placed {placement}, which says nothing of "
             fix = f"{missing.split(', ')[0].upper()}[V]   # if the ranks have different ones there"
             why = "what the ranks of an axis hold decides what may be computed of it"
-            raise cannot("Built", what + missing, why, fix)
+            raise cannot("Case", what + missing, why, fix)
 
 
 def _as_from_a_model(built: Case) -> Case:

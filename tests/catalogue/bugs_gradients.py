@@ -14,7 +14,7 @@ GRADIENTS = [
         edit(
             "layer.router",
             """redistribute(
-            self.weight_ED, self.tp, src=I, dst=R, grad_dtype=wide(self.weight_ED)
+            self.weight_ED, self.tp, src=I, dst=R, grad_dtype=sum_dtype(self.weight_ED)
         )""",
             "self.weight_ED",
         ),
@@ -227,7 +227,9 @@ SUMS = [
         "the shared expert's parts are never summed",
         edit(
             "layer.shared_experts",
-            "redistribute(part_TD, self.tp, src=P, dst=S(0), shape=shape, dtype=wide(part_TD))",
+            "redistribute(\n"
+            "            part_TD, self.tp, src=P, dst=S(0), shape=shape, dtype=sum_dtype(part_TD)\n"
+            "        )",
             "part_TD.narrow(0, shape.offsets[self.tp.rank] if shape else 0, x_TD.shape[0])",
         ),
         target="shared",

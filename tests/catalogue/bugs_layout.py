@@ -124,7 +124,7 @@ LAYOUTS = [
         "the length of all ranks is taken to be this rank's times their number",
         edit(
             "layer.boundary",
-            "return ShardShape.ragged(host_ints(redistribute(rows, self.tp, src=S(0), dst=R)))",
+            "return ShardShape.ragged(read_ints(redistribute(rows, self.tp, src=S(0), dst=R)))",
             "return ShardShape.even(x_TD.shape[0] * self.tp.size, self.tp.size)",
         ),
         target="shared",
@@ -188,8 +188,8 @@ LAYOUTS = [
         "a gather of rows takes every rank to have as many as this one",
         edit(
             "layer.dispatch.all_gather",
-            "gathered, axis, src=S(0), dst=R, shape=shape, grad_dtype=wide(x)",
-            "gathered, axis, src=S(0), dst=R, grad_dtype=wide(x)",
+            "gathered, axis, src=S(0), dst=R, shape=shape, grad_dtype=sum_dtype(x)",
+            "gathered, axis, src=S(0), dst=R, grad_dtype=sum_dtype(x)",
         ),
         target="gathering",
         layout="tp 2 ep 2",

@@ -12,9 +12,9 @@ STATE = [
         "B13a",
         "the selection bias follows counts that are not summed over tp",
         edit(
-            "layer.balance_losses",
-            "summed_LE: Whole = _summed(counted_LE, [mesh[role] for role in DENSE])",
-            "summed_LE: Whole = _summed(counted_LE, [mesh[role] for role in DENSE[:2]])",
+            "layer.selection_bias",
+            "summed_LE: Whole = sum_over(counted_LE, [mesh[role] for role in DENSE])",
+            "summed_LE: Whole = sum_over(counted_LE, [mesh[role] for role in DENSE[:2]])",
         ),
         target="step",
         layout=TP_2,

@@ -83,7 +83,7 @@ def rules(run: Callable[..., torch.Tensor]) -> set[str]:
     found = set()
     for mistake in report.mistakes():
         file, _, line = mistake.finding.at.rpartition(":")
-        inside = file.endswith("check_targets.py") and int(line) in lines
+        inside = file.endswith("faulty_targets.py") and int(line) in lines
         if inside or mistake.finding.rule in ("X10", "X5"):
             found.add(mistake.finding.rule)
     return found
@@ -167,7 +167,7 @@ UNREAD = """\
 from __future__ import annotations
 from typing import TYPE_CHECKING
 from torch import nn
-from spmd_moe.check import Built
+from spmd_moe.check import Case
 from spmd_moe.core.placement import DP, R, V, Placed
 from tests.support import faulty_targets as t
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class Part(t.Module):
         return x
 def target(mesh, tokens):
     import torch
-    return Built(Part(mesh, t.shared_out), (torch.randn(tokens, 4),), (t.Whole,))
+    return Case(Part(mesh, t.shared_out), (torch.randn(tokens, 4),), (t.Whole,))
 """
 
 
@@ -247,7 +247,7 @@ CANNOT = [
     ([f"{HERE}:no_such"], "has no callable 'no_such'"),
     ([f"{HERE}:raises"], "raises RuntimeError"),
     ([f"{HERE}:no_tensor"], "none of the arguments"),
-    ([f"{HERE}:not_built"], "returns Module, not Built"),
+    ([f"{HERE}:not_built"], "returns Module, not Case"),
     ([f"{HERE}:no_placement"], "without a placement"),
     ([f"{HERE}:elsewhere"], "lies on meta"),
     ([f"{HERE}:too_many_placements"], "2 placements are given for 1 arguments"),

@@ -222,7 +222,7 @@ def test_the_host_reads_no_more_than_it_must(
     dispatcher: Any, degrees: dict[str, int], changes: dict[str, Any], reads: int
 ) -> None:
     """Each makes it wait for all that a device has been told to do."""
-    assert threaded(2, reads_of, dispatcher, degrees, changes) == [Counter(host_ints=reads)] * 2
+    assert threaded(2, reads_of, dispatcher, degrees, changes) == [Counter(read_ints=reads)] * 2
 
 
 # --- types ------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def at_the_end_of_much() -> None:
 
 DIFFERING = {
     other_width: "MoE: the ranks were called with different settings: "
-    "width=12 on ranks [0] | width=6 on ranks [1, 2, 3].",
+    "dim=12 on ranks [0] | dim=6 on ranks [1, 2, 3].",
     other_router: "MoE: the ranks were called with different settings: "
     "router.top_k=1 on ranks [0, 2] | router.top_k=2 on ranks [1, 3].",
     other_dispatcher: "MoE: the ranks were called with different settings: "

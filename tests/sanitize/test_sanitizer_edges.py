@@ -72,6 +72,6 @@ def test_a_rank_that_leaves_early_waits_for_no_one() -> None:
 def test_a_wrong_rate_is_told_where_it_is_given() -> None:
     """Not in contextlib, which enters the context."""
     mesh = MoEMesh.single()
-    here = pytest.raises(ConfigError, match=r"at:  .*test_sanitize_edges\.py:\d+$")
+    here = pytest.raises(ConfigError, match=r"at:  .*test_sanitizer_edges\.py:\d+$")
     with here, sanitize(nn.Linear(1, 1), mesh, rate=2):
         pass

@@ -192,7 +192,7 @@ def test_an_error_of_the_plugin_is_told_in_tests_and_nowhere_else(
 ) -> None:
     package = tmp_path / "package"
     shutil.copytree(ROOT / "spmd_moe", package / "spmd_moe")
-    broken = package / "spmd_moe" / "static" / "hooks.py"
+    broken = package / "spmd_moe" / "static" / "expression_hooks.py"
     source = broken.read_text()
     first = "    receiver = ctx.type if isinstance(ctx, MethodContext) else None\n"
     assert first in source
@@ -214,7 +214,7 @@ def test_an_edited_rule_is_seen_at_once_and_torch_stays_cached(tmp_path: Path) -
     config.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\nfollow_imports = silent\n")
     words = ("-v", "--cache-dir", str(GUEST_CACHE), "wrong.py")
     assert "placement-operation" in run(tmp_path, *words, package=package)
-    rules = package / "spmd_moe" / "static" / "rules.py"
+    rules = package / "spmd_moe" / "static" / "operator_rules.py"
     text = rules.read_text()
     rule = 'if tensors == {"P"} and linearity == "linear"'
     assert rule in text
