@@ -19,7 +19,7 @@ GRADIENTS = [
             "self.weight_ED",
         ),
         rule="types",
-        at="gate(x_TD, weight_ED",
+        at="router_logits(x_TD, weight_ED",
     ),
     Bug(
         "B01b",
