@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial, update_wrapper
-from typing import Any, final
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import update_wrapper
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import nn
@@ -15,7 +16,10 @@ from torch.utils.checkpoint import (
 )
 
 from spmd_moe.core.errors import ConfigError, explain
+from spmd_moe.core.host_reads import Reads
 from spmd_moe.core.validate import describe_value
+
+Contexts: TypeAlias = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 # What is dear to do twice and cheap to keep: whatever waits for other ranks, and the choices, which
 # a second computation in another precision might not repeat.
@@ -29,7 +33,7 @@ def recompute(blocks: Iterable[nn.Module], *, exchanges: bool = False) -> None:
     With `exchanges` nothing but the block's inputs is kept. Names, parameters and counters are as
     before; call it before `parallelize`.
     """
-    contexts = {} if exchanges else {"context_fn": _keep_exchanges}
+    contexts = _keep_nothing if exchanges else _keep_exchanges
     for block in _modules(blocks):
         vars(block)["forward"] = _Again(block.forward, contexts)
 
@@ -42,12 +46,14 @@ class _Again:
     function as it is, and the copy of the block would run the block that it was copied from.
     """
 
-    def __init__(self, forward: Callable[..., Any], contexts: dict[str, Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], contexts: Callable[[], Contexts]) -> None:
         update_wrapper(self, forward)
         self._forward, self._contexts = forward, contexts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(self._forward, *args, use_reentrant=False, **self._contexts, **kwargs)
+        return checkpoint(
+            self._forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs
+        )
 
 
 def _modules(blocks: object) -> list[nn.Module]:
@@ -73,4 +79,21 @@ def _policy(_: object, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPo
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keep_exchanges = partial(create_selective_checkpoint_contexts, _policy)
+def _keep_nothing() -> Contexts:
+    """No result is kept but the numbers that the host has read: reading them waits for a device."""
+    reads = Reads()
+    return reads.recording(), reads.replaying()
+
+
+def _keep_exchanges() -> Contexts:
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    record, replay = _keep_nothing()
+    return _both(forward, record), _both(again, replay)
+
+
+@contextmanager
+def _both(
+    first: AbstractContextManager[Any], second: AbstractContextManager[Any]
+) -> Iterator[None]:
+    with first, second:
+        yield

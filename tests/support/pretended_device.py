@@ -29,8 +29,16 @@ import spmd_moe
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 _PACKAGE = str(Path(spmd_moe.__file__).parent)
 # Methods that read values on the host without an operator that a dispatch mode sees.
-_READING_METHODS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__")
-_READING_METHODS += ("__index__",)
+_READING_METHODS = [
+    "tolist",
+    "item",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+]
 _READING_OPERATORS = frozenset(
     [
         "_local_scalar_dense",
@@ -86,15 +94,15 @@ class OnDevice(Tensor):
             device=torch.device("meta"),
         )
         made.held = held
-        return cast(OnDevice, made)
+        return made
 
     # Asked inside autograd functions, where torch does not call `__torch_function__`.
-    device = property(lambda self: CUDA)  # type: ignore[assignment]  # torch types an attribute
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]  # as above
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]  # as above
-    is_meta = property(lambda self: False)  # type: ignore[assignment]  # as above
+    device = property(lambda self: CUDA)
+    is_cpu = property(lambda self: False)
+    is_cuda = property(lambda self: True)
+    is_meta = property(lambda self: False)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]  # torch leaves it untyped
         return f"OnDevice({self.held})"
 
     @classmethod
@@ -106,11 +114,11 @@ class OnDevice(Tensor):
             asked = getattr(getattr(func, "__self__", None), "__name__", "")
             if asked in _ANSWERS:
                 return _ANSWERS[asked]
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]  # torch leaves it untyped
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _run(func, args, dict(kwargs or {}))
 
@@ -154,7 +162,7 @@ def pretended_device(capability: tuple[int, int] = (9, 0)) -> Iterator[Log]:
                 ("get_device_capability", lambda device=None: capability),
             ):
                 patches.enter_context(mock.patch.object(torch.cuda, name, value))
-            patches.enter_context(_Mode())
+            patches.enter_context(_Mode())  # type: ignore[no-untyped-call]  # torch
             yield _LOG
     finally:
         _LOG = before
