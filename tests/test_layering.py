@@ -29,7 +29,8 @@ FOLDERS = {
     "balance_losses selection_bias check_inputs moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
     "parallelize checkpoint.state checkpoint.files checkpoint.save_load checkpoint",
-    "sanitize": "tensor_digest signatures boundaries compare_ranks gradient_sums watch_job",
+    "signatures": "allow_comments tensor_walk annotated_functions interception",
+    "sanitize": "tensor_digest boundaries compare_ranks gradient_sums watch_job",
     "check": "mirror_world cut_dims target signatures findings declarations source_escapes layouts "
     "source_lines lineage observer trace compare_runs thread_ranks whole_tensors values sweep "
     "reports forecast plan run command_line",

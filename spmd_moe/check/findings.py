@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import linecache
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
+
+from spmd_moe.signatures.allow_comments import find_allowing, read_allow_comments
 
 # Every rule by its name: what it demands. The README prints this table.
 RULES = {
@@ -55,22 +56,10 @@ def finding(rule: str, at: str, where: str, what: str, why: str, *fixes: str) ->
     return Finding(rule, at, "\n".join(lines))
 
 
-# --- allowed in place ---------------------------------------------------------------------------
-
-_ALLOWED = re.compile(r"# spmd: allow ([\w ,]+) - \S")
-
-
-def allowed(what: str, file: str, line: int) -> bool:
-    """Whether a comment on the line, or on one of its own before it, allows `what`, and says why.
-
-    `# spmd: allow detach - counts have no gradient`
-    """
-    lines = [linecache.getline(file, line)]
-    before = linecache.getline(file, line - 1)
-    if before.lstrip().startswith("#"):
-        lines.append(before)
-    matches = (_ALLOWED.search(text) for text in lines)
-    return any(what in re.split(r"[ ,]+", m[1]) for m in matches if m is not None)
+def allowed(code: str, file: str, line: int) -> bool:
+    """True where a comment says so: `# spmd: allow detach - counts have no gradient`."""
+    comments = read_allow_comments("".join(linecache.getlines(file)))
+    return find_allowing(comments, code, line) is not None
 
 
 def short(file: str) -> str:

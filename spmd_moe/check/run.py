@@ -14,11 +14,12 @@ import torch
 
 from spmd_moe.check.layouts import Layout, layouts
 from spmd_moe.check.reports import Report
-from spmd_moe.check.signatures import packages_of, signatures
+from spmd_moe.check.signatures import signatures
 from spmd_moe.check.sweep import Result, check_layout
 from spmd_moe.check.target import CannotCheckError, Target, build, cannot
 from spmd_moe.core.errors import PlacementError
 from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.signatures.annotated_functions import packages_of
 
 Tell = Callable[[int, int, Result], None]
 WORLD = 8  # ranks of the largest layout, unless another is asked for

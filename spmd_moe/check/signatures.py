@@ -1,22 +1,18 @@
-"""Signatures as the types to check: what goes in and what comes out has the kinds that are written.
+"""Declared placements checked at every call of an annotated function.
 
-Checked code has no statement for a checker. For the time of a trace its annotated functions are
-wrapped: on the way in, tensors are seen on the presentation (dense or expert) that the signature
-names; on the way out, each must have the kinds that the signature gives it.
+During a trace the annotated functions are intercepted. Tensors are reinterpreted for the
+presentation (dense or expert) that the signature names; each argument and each result must have its
+declared kinds. Checked code needs no statement for a checker.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
-import sys
 import threading
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from inspect import BoundArguments
 from typing import Any, final
 from unittest import mock
 from weakref import WeakKeyDictionary
@@ -33,36 +29,30 @@ from spmd_types import (
     set_current_mesh,
 )
 from spmd_types.checker import typecheck
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spmd_moe.check.cut_dims import cut_dims, mark
 from spmd_moe.check.target import cannot
 from spmd_moe.core.errors import PlacementError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.placement import (
-    DENSE,
-    EXPERT,
-    Kind,
-    Placement,
-    Role,
-    V,
-    annotations_of,
-    placement_of,
-)
+from spmd_moe.core.placement import DENSE, EXPERT, Kind, Placement, Role, V, placement_of
+from spmd_moe.signatures.annotated_functions import AnnotatedFunction, annotated_functions
+from spmd_moe.signatures.interception import intercepted
+from spmd_moe.signatures.tensor_walk import DeclaredTensor
 
 
 class _Here(threading.local):
-    """The mesh of the rank that this thread is, while it is checked, and what ran there."""
+    """The mesh of the rank that this thread checks, and the annotated functions that it ran."""
 
     mesh: MoEMesh | None = None
-    ran: tuple[str, ...] = ()
+    ran: frozenset[str] = frozenset()
 
 
 _HERE = _Here()
 
-# spmd_types patches torch when a thread starts to check and takes the patch back when it ends. It
-# says itself that several threads are not provided for; while `signatures` is open the patch stays.
+# spmd_types patches torch while a thread checks, and does not support several threads. While
+# `signatures` is entered, the patches stay.
 _PATCHES = [
     (_checker, "_install_autograd_apply_patch", "_remove_autograd_apply_patch"),
     (_vmap, "install", "uninstall"),
@@ -72,12 +62,19 @@ _PATCHES = [
 
 @contextmanager
 def signatures(packages: Iterable[str]) -> Iterator[None]:
-    """Let `checked` read the signatures in these packages; entered once, around all threads."""
-    modules = _loaded(set(packages))
+    """Check the annotated functions of these packages inside `checked`. Enter it once, before any
+    threads start."""
+    functions = list(annotated_functions(packages))
+    presentations = {each: _presentation_of(each) for each in functions}
+
+    def run(each: AnnotatedFunction, bound: BoundArguments) -> Any:
+        mesh = _HERE.mesh
+        if mesh is None:
+            return each.original(*bound.args, **bound.kwargs)
+        return _checked_call(each, bound, mesh, presentations[each])
+
     with ExitStack() as stack:
-        stack.callback(_READ.clear)
-        for owner, name in _annotated(modules):
-            stack.callback(_wrap(owner, name, modules))
+        stack.enter_context(intercepted(functions, run))
         for module, patch, unpatch in _PATCHES:
             getattr(module, patch)()
             stack.callback(getattr(module, unpatch))
@@ -88,8 +85,8 @@ def signatures(packages: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def checked(mesh: MoEMesh) -> Iterator[None]:
-    """Strict local checking of this rank; `what_ran` tells which annotated functions it saw."""
-    _HERE.mesh, _HERE.ran = mesh, ()
+    """Strict local checking of this rank."""
+    _HERE.mesh, _HERE.ran = mesh, frozenset()
     try:
         with set_current_mesh(axes(mesh, DENSE)), typecheck(strict_mode="strict", local=True):
             yield
@@ -97,18 +94,13 @@ def checked(mesh: MoEMesh) -> Iterator[None]:
         _HERE.mesh = None
 
 
-def what_ran() -> tuple[str, ...]:
+def what_ran() -> frozenset[str]:
+    """Qualified names of the annotated functions that ran since `checked` was entered."""
     return _HERE.ran
 
 
-def packages_of(module: nn.Module) -> set[str]:
-    """The top-level packages, or programs, that a module's classes come from; not torch's own."""
-    found = {type(part).__module__ for part in module.modules()}
-    return {name.partition(".")[0] for name in found} - {"torch", "spmd_types"}
-
-
 def declare(x: Tensor, placement: Placement, mesh: MoEMesh) -> Tensor:
-    """Give a tensor that comes from outside its type."""
+    """Give a tensor that checked code receives from outside its type."""
     kinds = {
         axis(mesh, k.role): V if isinstance(k.kind, Shard) else k.kind
         for k in placement
@@ -121,7 +113,7 @@ def declare(x: Tensor, placement: Placement, mesh: MoEMesh) -> Tensor:
 
 
 def _mark(x: Tensor, placement: Placement, mesh: MoEMesh) -> None:
-    """The dims that are cut; where V is said, none is known."""
+    """Record the sharded dims; for V, none is known."""
     dims, known = cut_dims(x), _axes(mesh).by_role
     said = {known[k.role]: k.kind for k in placement if mesh[k.role].size > 1}
     kept = {a: d for a, d in dims.items() if a not in said}
@@ -135,7 +127,7 @@ def presentation(placement: Placement) -> tuple[Role, ...]:
 @final
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """What spmd_types calls the axes of a mesh; asked for at every signature."""
+    """spmd_types' names of the axes of a mesh; cached, since every call needs them."""
 
     by_role: dict[Role, MeshAxis]
     named: dict[tuple[Role, ...], dict[str, MeshAxis]]  # of each presentation
@@ -164,140 +156,58 @@ def axis(mesh: MoEMesh, role: Role) -> MeshAxis:
     return _axes(mesh).by_role[role]
 
 
-# --- wrapping ---------------------------------------------------------------------------------
+# --- calls ------------------------------------------------------------------------------------
 
 
-def _loaded(packages: set[str]) -> list[types.ModuleType]:
-    """The modules of these packages that are loaded, this checker's own left out."""
-    here = __name__.rpartition(".")[0]
-    return [
-        module
-        for name, module in sorted(sys.modules.items())
-        if name.partition(".")[0] in packages and not name.startswith(here) and module is not None
-    ]
+def _presentation_of(function: AnnotatedFunction) -> tuple[Role, ...] | None:
+    """That of the first placement in a signature, records not counted."""
+    found = filter(None, map(placement_of, function.hints.values()))
+    return next(map(presentation, found), None)
 
 
-def _annotated(modules: Iterable[types.ModuleType]) -> Iterator[tuple[Any, str]]:
-    """Every function and method that has a placement in its signature, with its owner."""
-    for module in modules:
-        owners = [module, *(c for c in vars(module).values() if _is_class_of(c, module))]
-        for owner in owners:
-            for name, function in list(vars(owner).items()):
-                ours = isinstance(function, types.FunctionType)
-                if ours and function.__module__ == module.__name__ and _is_annotated(function):
-                    yield owner, name
-
-
-def _is_class_of(value: object, module: types.ModuleType) -> bool:
-    return isinstance(value, type) and value.__module__ == module.__name__
-
-
-def _is_annotated(function: Callable[..., Any]) -> bool:
-    """With a placement, or with something that cannot be read, and may be one."""
-    hints, unknown = annotations_of(function)
-    return bool(unknown) or any(placement_of(hint) is not None for hint in hints.values())
-
-
-def _roles(hints: Mapping[str, Any]) -> tuple[Role, ...] | None:
-    """The presentation that a signature speaks of, where it has a placement."""
-    found = (placement_of(hint) for hint in hints.values())
-    first = next((placement for placement in found if placement is not None), None)
-    return None if first is None else presentation(first)
-
-
-def _wrap(owner: Any, name: str, modules: Iterable[types.ModuleType]) -> Callable[[], None]:
-    function = vars(owner)[name]
-    (hints, unknown), signature = annotations_of(function), inspect.signature(function)
-    label = f"{function.__module__.removeprefix('spmd_moe.')}.{function.__qualname__}"
-    roles = _roles(hints)
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        mesh = _HERE.mesh
-        if mesh is None:
-            return function(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs)
-        for n, written in unknown.items():
-            readable(bound.arguments.get(n), n, written, function)
-        if roles is None:
-            return readable(function(*args, **kwargs), "return", unknown.get("return"), function)
-        _HERE.ran += (label,)
-        with set_current_mesh(axes(mesh, roles)):
-            for n, value in bound.arguments.items():
-                if n in hints:
-                    where = f"{label}, argument {n}"
-                    bound.arguments[n] = _as_declared(value, hints[n], mesh, where, crossing=True)
-            result = function(*bound.args, **bound.kwargs)
-            readable(result, "return", unknown.get("return"), function)
-            try:
-                return _as_declared(result, hints.get("return"), mesh, f"{label}, result")
-            except PlacementError as error:
-                vars(error)["function"] = function.__code__  # the report points there
-                raise
-
-    # Where `from x import f` has bound the function already, it must be wrapped too.
-    places = [(owner, name)]
-    if isinstance(owner, types.ModuleType):
-        places += [(m, n) for m in modules for n, v in list(vars(m).items()) if v is function]
-    for place, n in places:
-        setattr(place, n, run)
-
-    def restore() -> None:
-        for place, n in places:
-            setattr(place, n, function)
-
-    return restore
+def _checked_call(
+    each: AnnotatedFunction, bound: BoundArguments, mesh: MoEMesh, roles: tuple[Role, ...] | None
+) -> Any:
+    for name, written in each.unreadable.items():
+        readable(bound.arguments.get(name), name, written, each.function)
+    _HERE.ran |= {each.name}
+    with nullcontext() if roles is None else set_current_mesh(axes(mesh, roles)):
+        for name, value in bound.arguments.items():
+            found = each.argument(name, value)
+            bound.arguments[name] = _as_declared(value, found, mesh, each.name, crossing=True)
+        result = each.original(*bound.args, **bound.kwargs)
+        readable(result, "return", each.unreadable.get("return"), each.function)
+        try:
+            return _as_declared(result, each.result(result), mesh, each.name)
+        except PlacementError as error:
+            vars(error)["function"] = each.original.__code__  # the report points there
+            raise
 
 
 _NO_PLACEMENT = {"torch", "Tensor", "Optional", "None", "list", "tuple", "dict", "str", "int"}
 
 
-def readable(value: Any, name: str, written: str | None, owner: Any) -> Any:
-    """`value`, if no tensor is in it whose annotation cannot be read, and may be a placement."""
+def readable(value: Any, name: str, written: str | None, owner: Any) -> None:
+    """Raise if a value holds a tensor and its annotation, which may place it, is unreadable."""
     if written is None or set(re.findall(r"\w+", written)) <= _NO_PLACEMENT:
-        return value
+        return
     if any(isinstance(x, Tensor) for x in tree_leaves(value)):
         what = f"{name!r} is annotated {written!r}, in which a name does not exist when it runs"
         why = "a placement that cannot be read would be taken for none"
         fix = "import it without a condition   # not under `if TYPE_CHECKING:`"
         raise cannot(f"{owner.__module__}.{owner.__qualname__}", what, why, fix)
-    return value
 
 
-# --- comparing --------------------------------------------------------------------------------
-
-
-# Asked at every call, of few annotations, which live as long as what they stand in; kept, so that
-# an id stays theirs.
-_READ: dict[int, tuple[Any, Placement | None]] = {}
-
-
-def _placement_of(hint: Any) -> Placement | None:
-    read = _READ.get(id(hint))
-    if read is None:
-        read = _READ[id(hint)] = hint, placement_of(hint)
-    return read[1]
-
-
-def _as_declared(value: Any, hint: Any, mesh: MoEMesh, where: str, crossing: bool = False) -> Any:
-    """`value`, after every tensor in it that has a declared placement was found to have it."""
-    if isinstance(value, Tensor):
-        placement = _placement_of(hint)
-        return value if placement is None else _seen(value, placement, mesh, where, crossing)
-    if isinstance(value, tuple) and typing.get_origin(hint) is tuple and ... not in hint.__args__:
-        parts = zip(value, typing.get_args(hint), strict=True)
-        return tuple(_as_declared(v, h, mesh, where) for v, h in parts)
-    if is_dataclass(value) and not isinstance(value, type):
-        declared = _field_hints(type(value))
-        for field in fields(value):
-            inside = f"{where}.{field.name}"
-            _as_declared(getattr(value, field.name), declared.get(field.name), mesh, inside)
-    return value
-
-
-@functools.cache
-def _field_hints(record: type) -> dict[str, Any]:
-    return annotations_of(record)[0]
+def _as_declared(
+    value: Any, found: Iterable[DeclaredTensor], mesh: MoEMesh, where: str, crossing: bool = False
+) -> Any:
+    """`value`, with its declared tensors as tensors of the presentation that is declared."""
+    changed: dict[int, Tensor] = {}
+    for path, x, placement in found:
+        seen = _seen(x, placement, mesh, f"{where}, {path}", crossing)
+        if seen is not x:
+            changed[id(x)] = seen
+    return tree_map_only(Tensor, lambda x: changed.get(id(x), x), value) if changed else value
 
 
 def _seen(x: Tensor, placement: Placement, mesh: MoEMesh, where: str, crossing: bool) -> Tensor:

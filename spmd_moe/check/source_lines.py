@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import CodeType, FrameType
 from typing import final
 
+from spmd_moe.signatures.interception import TRAMPOLINE
+
 
 @final
 class Lines:
@@ -39,6 +41,8 @@ class Lines:
 
 def is_checked(frame: FrameType, packages: set[str]) -> bool:
     name = str(frame.f_globals.get("__name__", ""))
+    if frame.f_code.co_filename == TRAMPOLINE:
+        return False
     return name.partition(".")[0] in packages and not name.startswith(_NOT_CHECKED)
 
 
@@ -47,6 +51,7 @@ _RUNS = ("spmd_moe.check.trace", "spmd_moe.check.values")
 # The typed collectives are what checked code stands on; their insides have types of their own.
 _NOT_CHECKED = (
     "spmd_moe.check",
+    "spmd_moe.signatures",
     "spmd_moe.core.collectives",
     "spmd_moe.core.moves",
     "spmd_moe.core.host_reads",

@@ -64,7 +64,7 @@ def plural(number: int, what: str) -> str:
 
 # Frames below these packages are ours or our tools', never the line that the user has to change.
 _NOT_THE_USER = ("spmd_moe", "spmd_types", "torch", "contextlib", "runpy", "threading")
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parents[1])
 
 
 def explain(
@@ -96,7 +96,7 @@ def users_line(frame: FrameType | None = None) -> str:
     frame = frame or sys._getframe(1)
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        # The sanitizer puts code of this package into functions of others: theirs by name only.
+        # An intercepted function runs code of this package with the globals of the program.
         if package not in _NOT_THE_USER and not frame.f_code.co_filename.startswith(_HERE):
             return f"{_short_path(frame.f_code.co_filename)}:{frame.f_lineno}"
         if frame.f_back is None:

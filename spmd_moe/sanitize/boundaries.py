@@ -1,66 +1,52 @@
-"""Annotated functions, found by their signatures, and seen at work without a line in them.
+"""Annotated functions of a model, and an observer that sees their declared tensors.
 
-While boundaries are open, the code of each such function is that of `_instead`, which lets the
-caller's observer see what goes in and what comes out. Every reference to the function leads there,
-whoever imported it; when they are closed, the function is what it was, to the bytecode.
+Functions are intercepted from outside, so the model needs no line for it, and between watched steps
+runs its own bytecode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import BoundArguments
 from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
 
+from spmd_moe.core.errors import users_line
 from spmd_moe.core.placement import Placement
-from spmd_moe.sanitize.signatures import (
-    OPEN,
-    Observer,
-    annotated,
-    modules_of,
-    placements_in,
-    watched,
+from spmd_moe.signatures.annotated_functions import (
+    AnnotatedFunction,
+    annotated_functions,
+    packages_of,
 )
+from spmd_moe.signatures.interception import intercepted
+
+# It gets the function, the path of a tensor, the tensor, its declared placement, the user's line.
+Observer = Callable[[str, str, Tensor, Placement, str], None]
 
 
 @final
 class Boundaries:
-    """The annotated functions of some modules that have a placement of interest."""
+    """The annotated functions with a placement that `matters`, in the packages of a model."""
 
     def __init__(self, model: nn.Module, matters: Callable[[Placement], bool]) -> None:
-        self._watched = [
-            watched(function, hints)
-            for function, hints in annotated(modules_of(model))
-            if any(matters(p) for hint in hints.values() for p in placements_in(hint))
-        ]
+        found = annotated_functions(packages_of(model))
+        self._functions = [each for each in found if any(map(matters, each.placements()))]
 
-    @property
-    def names(self) -> list[str]:
-        return sorted(each.name for each in self._watched)
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Show `observer` each declared tensor on its way into and out of the functions."""
 
-    def open(self, observer: Observer) -> None:
-        for number, each in enumerate(self._watched):
-            key = f"{number} {each.name}"
-            OPEN[key] = each, observer
-            code = _instead.__code__
-            consts = tuple(key if const == _KEY else const for const in code.co_consts)
-            free = each.code.co_freevars  # a function keeps its cells, so their number too
-            each.function.__code__ = code.replace(co_consts=consts, co_freevars=free)
+        def run(each: AnnotatedFunction, bound: BoundArguments) -> Any:
+            line = users_line(sys._getframe(3))
+            for seen in each.arguments(bound):
+                observer(each.name, *seen, line)
+            result = each.original(*bound.args, **bound.kwargs)
+            for seen in each.result(result):
+                observer(each.name, *seen, line)
+            return result
 
-    def close(self) -> None:
-        for each in self._watched:
-            each.function.__code__ = each.code
-        OPEN.clear()
-
-
-# --- in place of a function -------------------------------------------------------------------
-
-_KEY = "the function's key"
-
-
-def _instead(*args: Any, **kwargs: Any) -> Any:
-    # Runs with the globals of another function, so what it needs is imported here.
-    from spmd_moe.sanitize.signatures import pass_through
-
-    key = "the function's key"
-    return pass_through(key, args, kwargs)
+        with intercepted(self._functions, run):
+            yield

@@ -11,7 +11,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
 import torch
@@ -59,6 +59,7 @@ class Sanitizer:
         self._seen: list[Seen] = []
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
+        self._intercepted = ExitStack()
         self._leader: weakref.ref[Optimizer] | None = None
         self._settled = False
 
@@ -128,13 +129,13 @@ class Sanitizer:
         if (self.now - self.first) % self.period:
             return
         self.watching, self._settled = True, False
-        self._boundaries.open(self._at_boundary)
+        self._intercepted.enter_context(self._boundaries.observed(self._at_boundary))
         self._gradients.open()
         self._handles.append(self.model.register_forward_pre_hook(self._before_model))
 
     def _close(self) -> None:
         self.watching = False
-        self._boundaries.close()
+        self._intercepted.close()
         self._gradients.close()
         for handle in self._handles:
             handle.remove()

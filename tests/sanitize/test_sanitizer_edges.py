@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spmd_moe import (
     DP,
+    TP,
     ConfigError,
     MoEMesh,
     Placed,
@@ -18,6 +19,7 @@ from spmd_moe import (
     sanitize,
 )
 from tests.support.workers import run
+from tests.support.wrong_results import WRONG, Model
 
 
 class Norm(nn.Module):
@@ -64,9 +66,29 @@ def one_rank_alone(rate: float) -> str:
 @pytest.mark.gloo
 def test_a_rank_that_leaves_early_waits_for_no_one() -> None:
     for text in run(2, one_rank_alone, 1.0):
-        assert text.startswith("sanitize: in step 1 the ranks part at boundary 0: Norm.forward, 'x")
-        assert "on ranks [0] | nothing more on ranks [1]" in text
+        assert text.startswith("sanitize: in step 1 the ranks part at boundary 0: Norm.forward, ")
+        assert "Norm.forward, argument x_TD on ranks [0] | nothing more on ranks [1]" in text
     assert run(2, one_rank_alone, 0.5) == ["", ""]  # that step is not watched
+
+
+def of_wrong_results() -> list[str]:
+    """What the sanitizer reports for each function of `wrong_results`."""
+    mesh, found = MoEMesh.init("cpu", tp=2), []
+    for function in WRONG:
+        try:
+            with sanitize(Model(function), mesh, 1.0) as watcher:
+                watcher.model(torch.full((2, 8), 1.0 + mesh[TP].rank))
+        except SanitizerError as error:
+            found.append(str(error).splitlines()[0])
+    return found
+
+
+@pytest.mark.gloo
+def test_a_wrong_tensor_is_found_in_every_container() -> None:
+    form = "f32[2, 8] is R on axis 'tp' (2 ranks)"
+    want = [f"{name}: {path} {form}" for name, path in WRONG.values()]
+    for found in run(2, of_wrong_results):
+        assert [line.partition(", but")[0] for line in found] == want
 
 
 def test_a_wrong_rate_is_told_where_it_is_given() -> None:
