@@ -1,4 +1,17 @@
-"""Checks of typed MoE code, the layer's and others'. Nothing in the layer imports this."""
+"""Checks in one process: plan, traced and with values. Nothing in the layer imports them.
+
+Read in this order:
+
+    target, layouts, run, sweep            what is checked, on which layouts, in which processes
+    trace, mirror_world                    one rank of a world, run in this process
+    signatures, declarations, cut_dims     declared placements, and what they say of each tensor
+    observer, source_lines, lineage        every operation of checked code
+    source_escapes, compare_runs           what is found in the source, and between several runs
+    values, thread_ranks, whole_tensors    all ranks as threads, with real numbers
+    findings, reports                      the rules; how findings are shown
+    plan, forecast                         collectives and bytes, from sizes alone
+    command_line                           `spmd-moe`
+"""
 
 from spmd_moe.check.layouts import Layout as Layout
 from spmd_moe.check.layouts import layouts as layouts

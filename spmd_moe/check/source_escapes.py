@@ -1,7 +1,7 @@
-"""Ways around the type checker that stand in checked code: X3, read from the source.
+"""Uses of the type checker's escapes in checked code (X3), read from the source.
 
-Run-time patches would miss a decorator that has already been applied, or a name that was imported
-early. The source has them all.
+Patching the escapes at run time would miss decorators that are already applied and names that are
+already imported.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Set
 from spmd_moe.check.findings import Finding, allowed, finding, short
 
 ESCAPES = {
-    "no_typecheck": "what runs under it is followed by no check",
-    "register_no_typecheck": "what it names is followed by no check",
-    "mutate_type": "it gives a tensor another type and leaves its values as they are",
+    "no_typecheck": "no check follows what runs under it",
+    "register_no_typecheck": "no check follows what it names",
+    "mutate_type": "it changes the type of a tensor without changing its values",
 }
 
 
 def escapes(ran: Mapping[str, Set[int]]) -> Iterator[Finding]:
-    """Those in the functions of which a line ran, and those outside of any function."""
+    """Findings for the escapes in functions of which a line ran, and outside of functions."""
     for file, lines in sorted(ran.items()):
         for line, name, span in _used(file, "".join(linecache.getlines(file))):
             entered = span is None or any(span[0] <= n <= span[1] for n in lines)
@@ -43,10 +43,10 @@ Span = tuple[int, int] | None
 
 @functools.lru_cache(maxsize=256)
 def _used(file: str, text: str) -> tuple[tuple[int, str, Span], ...]:
-    """Lines that use one of them, with the function they are in; an import does not use it."""
+    """Lines that use an escape, each with the lines of its function; imports do not count."""
     try:
         tree = ast.parse(text)
-    except SyntaxError:  # not a file, but what a console was given
+    except SyntaxError:  # the input of a console
         return ()
     renamed = {
         alias.asname or alias.name: alias.name

@@ -1,8 +1,8 @@
-"""Do the ranks hold the same? Hashes are gathered along each axis, and all ranks reach one verdict.
+"""Comparison of hashes between ranks, with the same verdict on all of them.
 
-What is exchanged is a few numbers for each tensor, of a whole step at once. Before that the ranks
-make sure that they have passed the same boundaries in the same order, so that no exchange waits for
-a rank that takes no part in it.
+The hashes of a whole step are gathered at once along each axis. Before that, the ranks check that
+they passed the same boundaries in the same order, so that no rank waits for one that does not take
+part.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from spmd_moe.core.ranks_agree import ranks_by_text
 from spmd_moe.core.redistribute import redistribute
 
 ROLES = (*DENSE, *EXPERT)
-NONE = 1 << 62  # more than any position
-_TEXT = 4096  # bytes that an error may have when it is told to all ranks
+NONE = 1 << 62  # above any position
+_TEXT = 4096  # bytes of an error message that is sent to all ranks
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One tensor at one place of a step, as a hash."""
+    """One tensor at one point of a step, as a hash."""
 
     what: str  # "boundary", "state" or "gradient"
     where: str
@@ -46,7 +46,7 @@ class Seen:
 
 
 def as_stored(x: Tensor, placement: Placement, mesh: MoEMesh) -> tuple[Tensor, Placement]:
-    """Of a DTensor, this rank's part, and its kinds on the axes along which all have that part."""
+    """The local part of a DTensor, with its kinds on the axes whose ranks all hold that part."""
     stored: Any = x
     if not is_stored_in_parts(x):
         return x, placement
@@ -60,7 +60,7 @@ def as_stored(x: Tensor, placement: Placement, mesh: MoEMesh) -> tuple[Tensor, P
 
 
 def is_stored_in_parts(x: Tensor) -> bool:
-    """A DTensor, of whose storage its declared placement says nothing."""
+    """True for a DTensor; its declared placement does not describe its storage."""
     return hasattr(x, "placements")
 
 
@@ -69,12 +69,12 @@ def _ranks(axis: Axis) -> list[int]:
 
 
 def same_on(placement: Placement, axis: Axis) -> bool:
-    """All ranks of the axis are to hold the same, and there are several."""
+    """True if the axis has several ranks and all of them must hold the same tensor."""
     return axis.size > 1 and axis.role in placement and placement[axis.role] in (R, I)
 
 
 def compare(seen: Sequence[Seen], mesh: MoEMesh, step: int, device: torch.device) -> None:
-    """Raise on all ranks if something that is declared R or I differs along an axis."""
+    """Raise on all ranks if a tensor that is declared R or I differs along an axis."""
     _same_way(seen, mesh, step, device)
     gathered = {axis.role: _along(seen, axis) for axis in _axes(mesh)}
     first = torch.full((1,), NONE, device=device)
@@ -102,7 +102,7 @@ def _axes(mesh: MoEMesh) -> list[Axis]:
 
 
 def _along(seen: Sequence[Seen], axis: Axis) -> tuple[list[int], Tensor]:
-    """Places of what is declared the same on the axis, and the hashes of all its ranks."""
+    """Positions of the tensors that must be equal on the axis, and the hashes of all its ranks."""
     places = [i for i, s in enumerate(seen) if s.declared_same_on(axis)]
     if not places:
         return places, torch.empty(0)
@@ -111,7 +111,7 @@ def _along(seen: Sequence[Seen], axis: Axis) -> tuple[list[int], Tensor]:
 
 
 def _by_value(values: Sequence[int], axis: Axis) -> list[list[int]]:
-    """The ranks that hold the same, group by group."""
+    """Groups of ranks that hold equal values."""
     held: dict[int, list[int]] = {}
     for rank, value in zip(dist.get_process_group_ranks(axis.group), values, strict=True):
         held.setdefault(value, []).append(rank)
@@ -131,30 +131,30 @@ def _different(seen: Seen, axis: Axis, held: list[list[int]], step: int) -> str:
     )
 
 
-_SEED = "draw random numbers from one seed on all of these ranks, and let no choice differ"
-_ALIKE = "change it alike on all of these ranks, by sums over all of them"
+_SEED = "use the same random seed and the same choices on all of these ranks"
+_ALIKE = "update it identically on all of these ranks, from sums over all of them"
 _ADVICE = {
-    ("boundary", "R"): ("what follows takes R to be the same on all ranks", _SEED),
-    ("boundary", "I"): ("the ranks all do the same with what is I, and so stay the same", _SEED),
-    ("state", "R"): ("the ranks were given other values, or have changed them differently", _ALIKE),
-    ("state", "I"): ("the ranks were given other values, or have changed them differently", _ALIKE),
+    ("boundary", "R"): ("later code relies on R being the same on all ranks", _SEED),
+    ("boundary", "I"): ("all ranks compute the same from an I tensor, and must stay equal", _SEED),
+    ("state", "R"): ("the ranks were initialized differently, or updated it differently", _ALIKE),
+    ("state", "I"): ("the ranks were initialized differently, or updated it differently", _ALIKE),
     ("gradient", "R"): (
-        "a rank has a part of it (P), to be summed over the axis before the optimizer uses it, and "
-        "then to be scaled alike, not by what one rank knows",
-        "redistribute(p.grad, axis, src=P, dst=R)   # once, for every such axis",
+        "each rank holds a part of it (P), which must be summed over the axis before the optimizer "
+        "uses it, and scaled equally on all ranks",
+        "redistribute(p.grad, axis, src=P, dst=R)   # once for each such axis",
     ),
     ("gradient", "I"): (
-        "ranks that use a parameter differently have parts of its gradient, still to be summed",
+        "ranks that use a parameter differently hold parts of its gradient, which must be summed",
         "redistribute(p, axis, src=I, dst=R)   # where they use it; its backward sums",
     ),
 }
 
 
-# --- the same way on all ranks ----------------------------------------------------------------
+# --- order of boundaries ----------------------------------------------------------------------
 
 
 def _same_way(seen: Sequence[Seen], mesh: MoEMesh, step: int, device: torch.device) -> None:
-    """Raise on all ranks if some have passed other boundaries than the rest, or in other order."""
+    """Raise on all ranks if the boundaries that they passed, or their order, differ."""
     marks = [_mark(s) for s in seen]
     mine = torch.tensor([[dist.get_rank(), len(marks), zlib.crc32(repr(marks).encode())]])
     rows = by_rank(gather_all(mine.to(device), mesh))
@@ -171,16 +171,16 @@ def _same_way(seen: Sequence[Seen], mesh: MoEMesh, step: int, device: torch.devi
     if dist.get_rank() == rows[0][0]:
         text = explain(
             "sanitize",
-            f"in step {step} the ranks part at boundary {place}: {each}",
-            why="ranks that do not do the same end up waiting for each other",
-            fixes=["let no condition depend on the rank, or on values that differ between ranks"],
+            f"in step {step} the ranks diverge at boundary {place}: {each}",
+            why="ranks that issue different collectives wait for each other",
+            fixes=["remove conditions on the rank, or on values that differ between ranks"],
             at=here.line if here is not None else None,
         )
     tell(text, mesh, device)
 
 
 def _mark(seen: Seen) -> int:
-    """A number for a boundary: never 0, which stands for none."""
+    """A number that identifies a boundary; never 0, which stands for none."""
     return zlib.crc32(f"{seen.where} {seen.name} {seen.placement}".encode()) + 1
 
 
@@ -210,13 +210,13 @@ def first_of(key: Tensor, mesh: MoEMesh) -> tuple[int, int]:
 
 
 def by_text(text: str, mesh: MoEMesh, device: torch.device) -> str:
-    """Who says what, where each text begins with the number of its rank."""
+    """Each text with the ranks that sent it; a text begins with the number of its rank."""
     said = (line.split(" ", 1) for line in _texts(text, mesh, device))
     return ranks_by_text(sorted((int(rank), rest) for rank, rest in said))
 
 
 def tell(text: str, mesh: MoEMesh, device: torch.device) -> None:
-    """Raise the error of the one rank that has a text, on all ranks, in its words."""
+    """Raise on all ranks the error whose text one of them holds."""
     raise SanitizerError(next(filter(None, _texts(text, mesh, device))))
 
 

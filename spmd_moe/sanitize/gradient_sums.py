@@ -1,8 +1,8 @@
-"""Are gradients summed over the ranks, once and alike?
+"""Check that each gradient is summed once over the ranks, and scaled like all others.
 
-What backward hands to a parameter is caught as a sketch, a few sums that are linear in it. Where a
-parameter is R its gradient is P: the sketch of what the optimizer gets must be the sum of the
-ranks' sketches. Scaled alike for all parameters it may be (clipped, averaged), but not scaled up.
+A hook records a sketch of each gradient during backward: a few sums that are linear in it. The
+gradient of an R parameter is P, so the sketch of what the optimizer gets must be the sum of the
+ranks' sketches. A scale (clipping, averaging) must be the same for all parameters and at most 1.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from spmd_moe.sanitize.compare_ranks import (
 )
 from spmd_moe.sanitize.tensor_digest import COLUMNS, fingerprint, sketch
 
-_SLACK = 0.05  # rounding of sums in bfloat16 stays below; the smallest mistake is far above
-_NO_PART = 1e-3  # of the parts' norm: what is left of a sum then is rounding
+_SLACK = 0.05  # above rounding of bfloat16 sums, far below the smallest mistake
+_NO_PART = 1e-3  # of the parts' norm; a smaller sum is rounding
 _PPM = 1_000_000
 
 Named = tuple[str, nn.Parameter, Placement]
@@ -42,7 +42,7 @@ Named = tuple[str, nn.Parameter, Placement]
 
 @final
 class Gradients:
-    """Those of the parameters that have a placement."""
+    """The gradients of the parameters that have a placement."""
 
     def __init__(self, parameters: Sequence[Named], mesh: MoEMesh) -> None:
         self.parameters, self.mesh = parameters, mesh
@@ -71,14 +71,14 @@ class Gradients:
         self._parts[number] = part
 
     def seen(self, line: str) -> list[Seen]:
-        """The gradients as they are now, to be compared along the axes."""
+        """The current gradients, for comparison along the axes."""
         return [
             _seen(name, parameter.grad, *as_stored(parameter, placement, self.mesh), line)
             for name, parameter, placement in self.parameters
         ]
 
     def check_sums(self, step: int, line: str) -> None:
-        """Raise on all ranks if a gradient is not the sum of its parts, scaled as all others."""
+        """Raise on all ranks if a gradient is not the sum of its parts, scaled like all others."""
         caught = [n for n in sorted(self._parts) if self.parameters[n][1].grad is not None]
         device = self.parameters[0][1].device
         scale, strays = self._scales(caught, device)
@@ -98,7 +98,7 @@ class Gradients:
         index = torch.tensor([*caught, NONE], device=device)
         key = torch.where(wrong, index, NONE).amin().view(1)
         owner, number = first_of(key, self.mesh)
-        if number == NONE:  # all within the slack, though not by the rounded figures
+        if number == NONE:  # all within the slack; only the rounded figures were not
             return
         text = ""
         if owner == dist.get_rank():
@@ -108,9 +108,9 @@ class Gradients:
         tell(text, self.mesh, device)
 
     def _scales(self, caught: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """How many times the sum of its parts each gradient is; and which are no multiple of it."""
+        """The scale of each gradient to the sum of its parts, and which are no multiple of it."""
         empty = torch.zeros(COLUMNS + 1, dtype=torch.float64, device=device)
-        # A row for every parameter, also for those without a gradient here: ranks may differ.
+        # A row for every parameter, with or without a gradient here: ranks may differ.
         parts = torch.stack([self._parts.get(n, empty) for n in range(len(self.parameters))])
         for role in ROLES:
             parts = self._summed(parts, role)
@@ -123,13 +123,13 @@ class Gradients:
         scale = (have * want).sum(1) / want.square().sum(1)
         clear = want.norm(dim=1) > _NO_PART * norm
         stray = (have - scale.unsqueeze(1) * want).norm(dim=1) > _SLACK * scale.abs() * norm
-        # One more of which nothing is known: on this rank there may be no gradient at all.
+        # One unknown row is added, because this rank may have no gradient at all.
         return fn.pad(torch.where(clear, scale, torch.nan), [0, 1], value=torch.nan), fn.pad(
             stray & clear, [0, 1]
         )
 
     def _summed(self, parts: Tensor, role: Role) -> Tensor:
-        """The parts of what is R on an axis, added up over its ranks."""
+        """The parts, with those of parameters that are R on an axis summed over its ranks."""
         axis = self.mesh[role]
         rows = [i for i, (_, _, p) in enumerate(self.parameters) if role in p and p[role] is R]
         if axis.size == 1 or not rows:
@@ -153,11 +153,11 @@ class Gradients:
             f"'{name}'",
             f"gradient {describe(parameter)} is, in step {step}, {found}",
             why="a gradient is summed once over the axes on which its parameter is R, and over no "
-            "other; any scale is the same for all parameters, and at most 1",
+            "other; a scale must be the same for all parameters, and at most 1",
             fixes=[
-                "reduce each gradient once in a step, after its last backward pass",
-                "optimizer.zero_grad()   # if it held something before",
-                "sanitizer.reduced()   # after the reduction, if gradients are then changed",
+                "reduce each gradient once per step, after the last backward pass",
+                "optimizer.zero_grad()   # if it held an earlier value",
+                "sanitizer.reduced()   # after the reduction, if the gradients are changed later",
             ],
             at=line,
         )
@@ -175,10 +175,10 @@ def _seen(
 
 
 def _fair(low: int, high: int) -> bool:
-    """One scale for all, and none above 1."""
+    """True if all scales are equal within the slack, and none is above 1."""
     return high <= _PPM * (1 + _SLACK) and high - low <= 2 * _SLACK * high
 
 
 def _as_ints(scales: Tensor) -> Tensor:
-    """Millionths; 0 where nothing is known."""
+    """Scales in millionths; 0 where unknown."""
     return (scales.nan_to_num(0.0, 0.0, 0.0).clamp(-1e6, 1e6) * _PPM).round().to(torch.int64)

@@ -1,7 +1,7 @@
-"""Two small summaries of a tensor: a hash, for equality to the bit, and a sketch, linear in it.
+"""Two small summaries of a tensor: a hash for bitwise equality, and a linear sketch.
 
-Both stay on the device and wait for nothing. Ranks that hold the same bits get the same hash; the
-sketch of a sum over ranks is the sum of the ranks' sketches.
+Both stay on the device and need no synchronization. Ranks that hold the same bits get the same
+hash; the sketch of a sum over ranks is the sum of the ranks' sketches.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-_BLOCK = 1 << 12  # words that are weighted alike in every row
-_ROWS = 64  # rows at a time, so that what is made on the way stays small
-COLUMNS = 8  # numbers in a sketch; behind them stands the square of the norm
+_BLOCK = 1 << 12  # words; each row has the same weights
+_ROWS = 64  # rows at a time, to bound temporary memory
+COLUMNS = 8  # numbers in a sketch, followed by the squared norm
 
 
 @torch.no_grad()
 def fingerprint(x: Tensor) -> Tensor:
-    """An int64 that depends on every bit of `x` and on where it stands, on shape and dtype."""
+    """An int64 that depends on every bit of `x` and its position, on shape and dtype."""
     words = _words(x)
     whole = words.shape[0] // _BLOCK * _BLOCK
     rows, rest = words[:whole].view(-1, _BLOCK), words[whole:]
@@ -35,7 +35,7 @@ def fingerprint(x: Tensor) -> Tensor:
 
 
 def _words(x: Tensor) -> Tensor:
-    """The bits of `x`, eight bytes in each number."""
+    """The bytes of `x`, eight in each int64."""
     flat = x.detach().contiguous().view(-1)
     if flat.storage_offset() * flat.itemsize % 8:
         flat = flat.clone()
@@ -45,7 +45,7 @@ def _words(x: Tensor) -> Tensor:
 
 
 def _mixed(words: Tensor, weights: Tensor) -> Tensor:
-    """Weighted, so that places count. High bits are folded down: alone, two that change cancel."""
+    """Weighted by position. High bits are folded down; otherwise two flipped ones could cancel."""
     weighted = words * weights
     return weighted.bitwise_xor_(weighted >> 32)
 
@@ -59,7 +59,7 @@ def _weights(device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def sketch(x: Tensor) -> Tensor:
-    """`COLUMNS` sums of the numbers of `x`, with signs drawn once for all ranks, and its norm."""
+    """`COLUMNS` sums over `x` with random signs, the same on all ranks, and its squared norm."""
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     columns = x.shape[-1] if x.ndim > 1 and x.shape[-1] >= COLUMNS else x.numel()
     matrix = wide.reshape(-1, columns) if columns else wide.reshape(1, 0)

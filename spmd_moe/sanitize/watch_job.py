@@ -1,8 +1,8 @@
-"""Watch a running job: some of its steps, and of these every boundary, parameter and gradient.
+"""The sanitizer of a running job: every boundary, parameter and gradient of some of its steps.
 
-A step ends when the optimizer is about to use the gradients. In a step that is watched, annotated
-functions and parameters are hooked; what is declared R or I leaves a hash there, and at the end
-of the step the ranks compare what they have. Between watched steps nothing is left in place.
+A step ends when the optimizer is about to use the gradients. In a watched step, annotated functions
+and parameters are hooked, and each tensor that is declared R or I is hashed; at the end of the step
+the ranks compare their hashes. Between watched steps no hook is left.
 """
 
 from __future__ import annotations
@@ -30,17 +30,34 @@ from spmd_moe.sanitize.gradient_sums import Gradients, Named
 from spmd_moe.sanitize.tensor_digest import fingerprint
 
 VARIABLE = "SPMD_MOE_SANITIZE"
-_MANY = 10_000  # hashes that wait to be compared, in a job that runs forwards only
+_MANY = 10_000  # hashes that may accumulate in a job without backward
 
 
 @contextmanager
 def sanitize(
     model: nn.Module, mesh: MoEMesh, rate: float | None = None, *, step: int = 0
 ) -> Iterator[Sanitizer]:
-    """Watch one in `1 / rate` steps of a job, the first one included; 0, or no rate, watches none.
+    """Check a running job for tensors that differ between ranks against their declared placement.
 
-    Without `rate`, the environment variable SPMD_MOE_SANITIZE says it. `step` is the number of the
-    first step, for messages. Every rank must enter, with the same rate.
+    Every rank must enter, with the same rate.
+
+    Args:
+        model: The model; annotated functions of the packages of its classes are watched.
+        mesh: The mesh that its placements refer to.
+        rate: The fraction of steps to watch, the first one included. Default: the environment
+            variable SPMD_MOE_SANITIZE, or 0.
+        step: The number of the first step, for messages.
+
+    Returns:
+        A context manager that yields the `Sanitizer`.
+
+    Raises:
+        ConfigError: The rate is not a number from 0 to 1, or another sanitizer is active.
+        SanitizerError: Raised on all ranks, at the end of a watched step.
+
+    Example:
+        with sanitize(model, mesh, rate=0.1):
+            train(model)
     """
     check_mesh("sanitize", mesh)
     watcher = Sanitizer(model, mesh, _period(rate), step)
@@ -50,7 +67,7 @@ def sanitize(
 
 @final
 class Sanitizer:
-    """What `sanitize` yields: the program may tell it what it cannot see."""
+    """The object that `sanitize` yields; its methods mark events that it cannot observe."""
 
     def __init__(self, model: nn.Module, mesh: MoEMesh, period: int, step: int) -> None:
         self.model, self.mesh, self.period, self.now = model, mesh, period, step
@@ -64,12 +81,12 @@ class Sanitizer:
         self._settled = False
 
     def reduced(self) -> None:
-        """Look at the gradients now, since they are changed between here and the optimizer."""
+        """Check the gradients now, because they change before the optimizer step (clipping)."""
         if self.watching and not self._settled:
             self._look_at_gradients(users_line())
 
     def step(self) -> None:
-        """End a step, in a loop without an optimizer of torch."""
+        """End a step, in a loop without a `torch.optim` optimizer."""
         if self.period and self.axes:
             self._end_of_step(users_line(), gradients=False)
 
@@ -83,14 +100,18 @@ class Sanitizer:
         self.device = self._where_model_is()
         global _at_work
         if _at_work:
-            _refuse("another sanitizer is at work", "a function is watched once", "leave it first")
+            _refuse(
+                "another sanitizer is active",
+                "a function is watched by one sanitizer at a time",
+                "leave the other `with sanitize(...)` first",
+            )
         _at_work = True
         self._prepare()
         handle = register_optimizer_step_pre_hook(self._before_optimizer)
         try:
             self._open()
             yield
-            # Whatever this rank has seen, or watched: another one may have something to compare.
+            # Also without hashes on this rank: another rank may have some to compare.
             compare(self._seen, self.mesh, self.now, self.device)
         finally:
             _at_work = False
@@ -144,7 +165,7 @@ class Sanitizer:
         self._known.clear()
 
     def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """The first optimizer that has parameters of ours ends the steps."""
+        """End the step, if this is the first optimizer with parameters of the model."""
         leader = self._leader() if self._leader else None
         if leader is None:
             has = (id(p) for group in optimizer.param_groups for p in group["params"])
@@ -173,10 +194,10 @@ class Sanitizer:
         if self._gradients.parameters:
             self._gradients.check_sums(self.now, line)
 
-    # --- what is seen ---------------------------------------------------------------------------
+    # --- hashes ---------------------------------------------------------------------------------
 
     def _before_model(self, model: nn.Module, args: Any) -> None:
-        """Parameters and buffers, before they are used."""
+        """Hash parameters and buffers before the forward."""
         if len(self._seen) > _MANY:
             compare(self._seen, self.mesh, self.now, self.device)
             self._seen.clear()
@@ -196,7 +217,7 @@ class Sanitizer:
             self._seen.append(seen)
 
     def _hash(self, x: Tensor) -> Tensor:
-        """Taken once of a tensor that passes several boundaries unchanged."""
+        """The hash of `x`; cached while `x` passes several boundaries unchanged."""
         if x.is_inference():  # has no version
             return fingerprint(x)
         known = self._known.get(id(x))
@@ -211,7 +232,7 @@ _at_work = False
 
 
 def _period(rate: float | None) -> int:
-    """Of how many steps one is watched; 0 for none at all."""
+    """One step in this many is watched; 0 for none."""
     said: object = os.environ.get(VARIABLE, "0") if rate is None else rate
     try:
         chosen = float(str(said))
@@ -220,7 +241,7 @@ def _period(rate: float | None) -> int:
     if not 0.0 <= chosen <= 1.0:
         _refuse(
             f"the rate is {said!r}; it must be a number from 0 to 1",
-            "it is the share of the steps that are watched",
+            "it is the fraction of steps that are watched",
             f"rate=0.1   # or {VARIABLE}=0.1, for one step in ten",
         )
     return round(1 / chosen) if chosen else 0

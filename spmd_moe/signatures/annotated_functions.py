@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import BoundArguments, Parameter, Signature
-from types import FunctionType, ModuleType
+from types import FunctionType, GenericAlias, ModuleType
 from typing import Any, final
 
 import torch
@@ -71,7 +71,8 @@ def annotated_functions(packages: Iterable[str]) -> Iterator[AnnotatedFunction]:
     cannot be read, in the loaded modules of these packages."""
     chosen, known = set(packages), set[int]()
     for name, module in sorted(sys.modules.items()):
-        if name.partition(".")[0] not in chosen or name.startswith(_CHECKERS):
+        is_chosen = name.partition(".")[0] in chosen and not name.startswith(_CHECKERS)
+        if not is_chosen or not isinstance(module, ModuleType):
             continue
         for function in _functions_of(module):
             if id(function) not in known:
@@ -81,9 +82,9 @@ def annotated_functions(packages: Iterable[str]) -> Iterator[AnnotatedFunction]:
                     yield found
 
 
-def _functions_of(module: object) -> Iterator[FunctionType]:
+def _functions_of(module: ModuleType) -> Iterator[FunctionType]:
     """Functions that a module defines, also in its classes and the classes in those."""
-    owners: list[Any] = [module] if isinstance(module, ModuleType) else []
+    owners: list[Any] = [module]
     for owner in owners:  # grows
         for value in list(vars(owner).values()):
             if isinstance(value, type) and value not in owners:
@@ -112,9 +113,9 @@ def _annotated(function: FunctionType) -> AnnotatedFunction | None:
     for parameter in signature.parameters.values():
         hint = hints.get(parameter.name)
         if parameter.kind is Parameter.VAR_POSITIONAL and hint is not None:
-            hints[parameter.name] = tuple[hint, ...]
+            hints[parameter.name] = GenericAlias(tuple, (hint, ...))
         if parameter.kind is Parameter.VAR_KEYWORD and hint is not None:
-            hints[parameter.name] = dict[str, hint]
+            hints[parameter.name] = GenericAlias(dict, (str, hint))
     return AnnotatedFunction(function, original, signature, hints, unreadable)
 
 

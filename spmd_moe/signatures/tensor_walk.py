@@ -9,10 +9,10 @@ from __future__ import annotations
 import types
 import typing
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import lru_cache
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
@@ -100,11 +100,11 @@ def _fields(record: Any) -> dict[str, Any]:
 
 def _items(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
     """What a container holds: the step of the path to an item, the item, its annotation."""
-    kinds = list(_alternatives(hint))
-    if _is_record(type(value)):
-        inner = next((typing.get_args(k) for k in kinds if typing.get_origin(k) is type(value)), ())
-        known = dict(zip(getattr(type(value), "__parameters__", ()), inner, strict=False))
-        for name, of_field in _fields(type(value)).items():
+    kinds, record = list(_alternatives(hint)), cast(Hashable, type(value))
+    if _is_record(record):
+        inner = next((typing.get_args(k) for k in kinds if typing.get_origin(k) is record), ())
+        known = dict(zip(getattr(record, "__parameters__", ()), inner, strict=False))
+        for name, of_field in _fields(record).items():
             yield f".{name}", getattr(value, name, None), _specialized(of_field, known)
     elif isinstance(value, Mapping | tuple | list | deque):
         keyed = value.items() if isinstance(value, Mapping) else enumerate(value)

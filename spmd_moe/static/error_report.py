@@ -73,10 +73,10 @@ class Report:
 def _malformed(comment: AllowComment) -> str:
     """What is wrong with a comment; empty if nothing is."""
     if comment.words not in CODES.keys() | TRACED:
-        words = len(comment.words.replace(",", " ").split())
-        return ("it names no code", "there is no such code", "a comment allows one code")[
-            min(words, 2)
-        ]
+        if not comment.words:
+            return "it names no code"
+        one = comment.words.replace(",", " ").split() == [comment.words]
+        return "there is no such code" if one else "a comment allows one code"
     return "" if comment.reason else "it gives no reason"
 
 

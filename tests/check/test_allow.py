@@ -26,7 +26,7 @@ def at_the_end_of_the_statement(m: t.Module, x: Tensor) -> Tensor:
 
 
 # spmd: allow detach - a test
-@torch.enable_grad()  # type: ignore[untyped-decorator]  # torch does not type it
+@torch.enable_grad()
 def above_the_decorator(m: t.Module, x: Tensor) -> Tensor:
     y = x.detach()
     return x + y

@@ -61,7 +61,11 @@ BUGS = [
     Bug("clip", "'weight_DD': gradient", "is R on axis 'dp' (2 ranks)"),
     Bug("sign", "'weight_DD': gradient", "no multiple of the sum"),
     Bug("bias", "'moe.router.bias_E': value", "is R on axis 'dp' (2 ranks)", late=1),
-    Bug("ahead", "sanitize: in step 2 the ranks part", "Block.dropped, argument x_TD on ranks [1]"),
+    Bug(
+        "ahead",
+        "sanitize: in step 2 the ranks diverge",
+        "Block.dropped, argument x_TD on ranks [1]",
+    ),
 ]
 
 

@@ -66,7 +66,9 @@ def one_rank_alone(rate: float) -> str:
 @pytest.mark.gloo
 def test_a_rank_that_leaves_early_waits_for_no_one() -> None:
     for text in run(2, one_rank_alone, 1.0):
-        assert text.startswith("sanitize: in step 1 the ranks part at boundary 0: Norm.forward, ")
+        assert text.startswith(
+            "sanitize: in step 1 the ranks diverge at boundary 0: Norm.forward, "
+        )
         assert "Norm.forward, argument x_TD on ranks [0] | nothing more on ranks [1]" in text
     assert run(2, one_rank_alone, 0.5) == ["", ""]  # that step is not watched
 
