@@ -16,7 +16,7 @@ from torch import nn
 from spmd_moe.core.placement import Placement, annotations_of
 from spmd_moe.signatures.tensor_walk import DeclaredTensor, declared_tensors, placements_in
 
-_NOT_THE_PROGRAM = {"torch", "spmd_types", "builtins", "typing"}
+_NOT_THE_PROGRAM = {"torch", "spmd_types", *sys.stdlib_module_names}
 _CHECKERS = tuple(f"spmd_moe.{f}" for f in ("signatures", "sanitize", "check", "static"))
 
 

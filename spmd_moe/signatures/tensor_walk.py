@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 import typing
-from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from functools import lru_cache
@@ -51,7 +50,7 @@ def placements_in(hint: Any, above: tuple[Any, ...] = ()) -> Iterator[Placement]
     """Every placement in an annotation, its parts, and the fields of records that it names."""
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is Annotated:
-            yield from filter(None, [placement_of(kind)])
+            yield cast(Placement, placement_of(kind))
             continue
         record = typing.get_origin(kind) or kind
         parts = list(typing.get_args(kind))
@@ -85,9 +84,8 @@ def _placement(hint: Any) -> Placement | None:
 
 def _is_record(kind: Any) -> bool:
     """Whether a class is a dataclass or a named tuple."""
-    if not isinstance(kind, type):
-        return False
-    return is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+    is_named_tuple = _is_class(kind, tuple) and hasattr(kind, "_fields")
+    return is_named_tuple or (isinstance(kind, type) and is_dataclass(kind))
 
 
 @lru_cache(maxsize=1024)
@@ -98,6 +96,9 @@ def _fields(record: Any) -> dict[str, Any]:
 # --- containers -------------------------------------------------------------------------------
 
 
+_PLAIN = (int, float, str, bytes, type(None))
+
+
 def _items(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
     """What a container holds: the step of the path to an item, the item, its annotation."""
     kinds, record = list(_alternatives(hint)), cast(Hashable, type(value))
@@ -106,9 +107,10 @@ def _items(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
         known = dict(zip(getattr(record, "__parameters__", ()), inner, strict=False))
         for name, of_field in _fields(record).items():
             yield f".{name}", getattr(value, name, None), _specialized(of_field, known)
-    elif isinstance(value, Mapping | tuple | list | deque):
-        keyed = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, item in keyed:
+    elif isinstance(value, Mapping | tuple | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            if isinstance(item, _PLAIN):  # there may be many
+                continue
             of_item = (_of_item(kind, key, value) for kind in kinds)
             yield f"[{key!r}]", item, next((h for h in of_item if h is not None), None)
 
@@ -122,14 +124,18 @@ def _specialized(hint: Any, known: Mapping[Any, Any]) -> Any:
 
 
 def _of_item(kind: Any, key: Any, value: Any) -> Any:
-    """The annotation of an item, where `kind` is one of a container like `value`."""
+    """The annotation of an item, if `kind` is the annotation of a container like `value`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(value, Mapping):
         if typing.is_typeddict(kind):
             return _fields(kind).get(key)
-        return inner[-1] if inner and issubclass(origin, Mapping) else None
-    if not inner or not issubclass(origin, Iterable) or issubclass(origin, Mapping):
+        return inner[-1] if inner and _is_class(origin, Mapping) else None
+    if not inner or not _is_class(origin, Iterable) or _is_class(origin, Mapping):
         return None
     if origin is tuple and ... not in inner:
         return inner[key] if len(inner) == len(value) else None
     return inner[0]
+
+
+def _is_class(kind: Any, parent: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, parent)

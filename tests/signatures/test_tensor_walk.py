@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar
 
 import pytest
 import torch
@@ -78,6 +78,8 @@ CASES: dict[str, tuple[Any, Any, list[tuple[str, str]]]] = {
     "an odd length": ((one, one, one), tuple[A, A], []),
     "an odd container": ([one], dict[str, A], []),
     "text": ("text", Sequence[str], []),
+    "many numbers": ([1, 2.0, one], list[Any], []),
+    "a literal": (["a", one], Literal["a"] | list[A], [("x[1]", "tp:R")]),
 }
 
 
