@@ -32,6 +32,7 @@ CASES: dict[str, tuple[bool, str]] = {
     "in a string that ends above": (False, 's = """\n# spmd: allow detach - text"""\ny = x  #<'),
     "commented-out code": (False, "# y = x.detach()  # spmd: allow detach - old\ny = x  #<"),
     "behind prose": (False, "y = x  # as above  # spmd: allow detach - text  #<"),
+    "in the middle of a comment": (False, "y = x  # see spmd: allow detach - text"),
     "prose": (False, "y = x  # spmd: allow this odd detach and more - words"),
     "two codes": (False, "y = x  # spmd: allow detach, raw - a reason"),
     "two words": (False, "y = x  # spmd: allow raw detach - a reason"),
