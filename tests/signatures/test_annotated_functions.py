@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from spmd_moe import TP, Placed, R
 from spmd_moe.core.errors import users_line
+from spmd_moe.layer import permute
+from spmd_moe.layer.dispatch import all_to_all
 from spmd_moe.signatures.annotated_functions import (
     AnnotatedFunction,
     annotated_functions,
@@ -103,6 +105,13 @@ def test_which_functions_are_found() -> None:
     assert found.keys() == FOUND
     assert found["unreadable"].unreadable == {"x": "NotThere"}
     assert packages_of(Model()) == {"tests"}
+
+
+def test_a_function_is_found_once_also_where_an_earlier_module_imports_it() -> None:
+    assert all_to_all.__name__ < permute.__name__
+    assert vars(all_to_all)["expert_major"] is permute.expert_major
+    names = [each.name for each in annotated_functions(["spmd_moe"])]
+    assert names.count("expert_major") == 1
 
 
 def test_every_reference_is_intercepted_and_restored() -> None:
