@@ -33,7 +33,7 @@ FOLDERS = {
     "sanitize": "tensor_digest boundaries compare_ranks gradient_sums watch_job",
     "check": "mirror_world cut_dims target signatures findings declarations source_escapes layouts "
     "source_lines lineage observer trace compare_runs thread_ranks whole_tensors values sweep "
-    "reports forecast plan run command_line",
+    "reports forecast plan run subcommands command_check command_plan command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_variables "
     "annotations syntax_tree messages collective_calls torch_names error_report end_of_module "
     "reread_file daemon problems_found expression_hooks module_calls settings call_arguments "
