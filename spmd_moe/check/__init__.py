@@ -13,12 +13,40 @@ Read in this order:
     command_line                           `spmd-moe`
 """
 
-from spmd_moe.check.layouts import Layout as Layout
-from spmd_moe.check.layouts import layouts as layouts
-from spmd_moe.check.plan import Plan as Plan
-from spmd_moe.check.plan import make_plan as make_plan
-from spmd_moe.check.reports import Report as Report
-from spmd_moe.check.run import check as check
-from spmd_moe.check.run import run_checks as run_checks
-from spmd_moe.check.target import CannotCheckError as CannotCheckError
-from spmd_moe.check.target import Case as Case
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+# The static check reads `check.rules` and must not load torch: the rest is loaded when asked for.
+if TYPE_CHECKING:
+    from spmd_moe.check.layouts import Layout as Layout
+    from spmd_moe.check.layouts import layouts as layouts
+    from spmd_moe.check.plan import Plan as Plan
+    from spmd_moe.check.plan import make_plan as make_plan
+    from spmd_moe.check.reports import Report as Report
+    from spmd_moe.check.run import check as check
+    from spmd_moe.check.run import run_checks as run_checks
+    from spmd_moe.check.target import CannotCheckError as CannotCheckError
+    from spmd_moe.check.target import Case as Case
+else:
+    _HOME = {
+        "Layout": "layouts",
+        "layouts": "layouts",
+        "Plan": "plan",
+        "make_plan": "plan",
+        "Report": "reports",
+        "check": "run",
+        "run_checks": "run",
+        "CannotCheckError": "target",
+        "Case": "target",
+    }
+    __all__ = list(_HOME)
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value  # `layouts` is a module as well, and its function is meant
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOME})

@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from spmd_moe.check.findings import RULES
 from spmd_moe.check.reports import line
+from spmd_moe.check.rules import rules_text
 from spmd_moe.check.run import SECONDS, WORLD, run_checks
 from spmd_moe.check.subcommands import Subcommand, layout, number, seconds
 from spmd_moe.check.sweep import Result
@@ -30,10 +30,9 @@ TARGET is package.module:callable, a function (mesh, tokens) -> Case:
         x = torch.randn(tokens, 64)                 # the tokens of one cell of dp and cp
         return Case(layer, (x,), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 """
-RULE_LIST = "\n".join(f"  {name:<8} {text}" for name, text in RULES.items())
 EPILOG = f"""\
 rules:
-{RULE_LIST}
+{rules_text()}
 
 exit status: 0 nothing found, 1 something found, 2 could not check
 """

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TypeAlias
 
-from spmd_moe.check.findings import Finding, allowed, finding, short
+from spmd_moe.check.findings import Finding, allowed, finding, short_path
 from spmd_moe.check.mirror_world import Issued
 from spmd_moe.check.observer import Operand, Point, Seen, Types
 from spmd_moe.check.trace import Trace
+from spmd_moe.core.messages import kinds_text, plural
 from spmd_moe.core.placement import DENSE, EXPERT
 
 Found: TypeAlias = Iterator[tuple[Trace, Finding]]
@@ -97,12 +98,11 @@ def _depends_on_size(point: Point, many: Trace, a: Seen, few: Trace, b: Seen) ->
 
 
 def _shown(results: Sequence[Types]) -> str:
-    return ", ".join(" ".join(f"{a}:{k}" for a, k in types) or "no type" for types in results)
+    return ", ".join(kinds_text(types) or "no type" for types in results)
 
 
 def _tokens(trace: Trace) -> str:
-    n = trace.configuration.tokens
-    return f"{n} token{'' if n == 1 else 's'}"
+    return plural(trace.configuration.tokens, "token")
 
 
 # --- other coordinates --------------------------------------------------------------------------
@@ -200,7 +200,9 @@ def _both_even(a: Seen, b: Seen, axes: set[str]) -> bool:
 def _uneven(point: Point, a: Seen, b: Seen, first: Trace, other: Trace) -> Finding:
     assert a.even is not None and b.even is not None
     sides = ((first, a.even), (other, b.even))
-    have = ", ".join(f"rank {t.configuration.rank} has {rows} rows" for t, (_, rows) in sides)
+    have = ", ".join(
+        f"rank {t.configuration.rank} has {plural(rows, 'row')}" for t, (_, rows) in sides
+    )
     return finding(
         "X5",
         point.at,
@@ -298,7 +300,11 @@ def _misfit(a: Trace, b: Trace, when: str, number: int, rule: str) -> bool:
 def _other(rule: str, when: str, number: int, *sides: tuple[str, Issued | None]) -> Finding:
     what = ", ".join(f"with {name} {_said(issued)}" for name, issued in sides)
     issued = next(i for _, i in sides if i is not None)
-    at = "backward" if issued.caller is None else f"{short(issued.caller[0])}:{issued.caller[1]}"
+    at = (
+        "backward"
+        if issued.caller is None
+        else f"{short_path(issued.caller[0])}:{issued.caller[1]}"
+    )
     return finding(
         rule,
         at,
@@ -312,4 +318,4 @@ def _other(rule: str, when: str, number: int, *sides: tuple[str, Issued | None])
 def _said(issued: Issued | None) -> str:
     if issued is None:
         return "there is none"
-    return f"it is {issued.op} of {list(issued.shape)} over {len(issued.group)} ranks"
+    return f"it is {issued.op} of {list(issued.shape)} over {plural(len(issued.group), 'rank')}"

@@ -1,34 +1,15 @@
-"""What a check finds, and the rules by which it finds it."""
+"""Findings of the checks, and the comments that allow a line to break a rule."""
 
 from __future__ import annotations
 
 import linecache
 from dataclasses import dataclass
-from pathlib import Path
 from typing import final
 
+from spmd_moe.check.rules import RULES, WORDS
+from spmd_moe.core.messages import explain
+from spmd_moe.core.messages import short_path as short_path
 from spmd_moe.signatures.allow_comments import find_allowing, read_allow_comments
-
-# Every rule by its name: what it demands. The README prints this table.
-RULES = {
-    "types": "every operation, signature and declaration agrees with the types of its tensors",
-    "crash": "the module runs, at every coordinate and number of tokens",
-    "untyped": "every tensor in the module has a type on every axis",
-    "X1": "a sum over ranks takes what was declared to be a part of a sum (P), never V",
-    "X2": "what is the same on all ranks of an axis is computed alike on them: "
-    "no slice, mask or factor by a plain rank",
-    "X3": "tensors move through typed collectives only, and nothing cuts their gradients or types",
-    "X4": "parameters and buffers keep their declared types",
-    "X5": "all coordinates issue the same collectives in the same order, with fitting shapes",
-    "X7": "a dim that is cut over ranks is not mixed with others, and nothing that needs all of it "
-    "runs along it",
-    "X9": "every declaration names a tensor, and every parameter and buffer is named by one, for "
-    "all axes",
-    "X10": "backward reaches every trainable parameter, with the same collectives "
-    "however few rows there are",
-    "X11": "types are true of the values, and all ranks together compute what one process does",
-    "X12": "types do not depend on the number of tokens",
-}
 
 
 @final
@@ -40,6 +21,9 @@ class Finding:
     at: str  # file:line of the checked code
     text: str
 
+    def __post_init__(self) -> None:
+        assert RULES[self.rule].reports, f"{self.rule} has no row that findings may name"
+
     def __str__(self) -> str:
         return f"[{self.rule}] {self.text}"
 
@@ -50,19 +34,12 @@ class Finding:
 
 
 def finding(rule: str, at: str, where: str, what: str, why: str, *fixes: str) -> Finding:
-    lines = [f"{where}: {what}.", f"  why: {why}."]
-    lines += [f"  fix: {fix}" for fix in fixes]
-    lines.append(f"  at:  {at}")
-    return Finding(rule, at, "\n".join(lines))
+    """The finding of a rule, with the five parts of an error."""
+    return Finding(rule, at, explain(where, what, why=why, fixes=fixes, at=at))
 
 
-def allowed(code: str, file: str, line: int) -> bool:
+def allowed(what: str, file: str, line: int) -> bool:
     """True where a comment says so: `# spmd: allow detach - counts have no gradient`."""
+    assert what in WORDS, f"no rule has the word {what!r}"
     comments = read_allow_comments("".join(linecache.getlines(file)))
-    return find_allowing(comments, code, line) is not None
-
-
-def short(file: str) -> str:
-    """A path as the user would write it."""
-    path = Path(file)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+    return find_allowing(comments, what, line) is not None

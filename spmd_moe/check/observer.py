@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from spmd_moe.check.cut_dims import follow, is_given, keep_rows, moved, rows_are_given
-from spmd_moe.check.findings import Finding, allowed, finding, short
+from spmd_moe.check.findings import Finding, allowed, finding, short_path
 from spmd_moe.check.lineage import Lineage, descend, lineage
 from spmd_moe.check.mirror_world import Issued
 from spmd_moe.check.source_lines import Lines
@@ -41,7 +41,7 @@ class Point:
     @property
     def at(self) -> str:
         file, line = self.lines[-1]
-        return f"{short(file)}:{line}"
+        return f"{short_path(file)}:{line}"
 
 
 @final
@@ -301,7 +301,7 @@ class Observer(TorchFunctionMode):
         file, line = lines[-1]
         if not allowed(what, file, line):
             where = self._lines.function.get(lines[-1], "forward")
-            at = f"{short(file)}:{line}"
+            at = f"{short_path(file)}:{line}"
             self.record.findings.append(finding(rule, at, where, *text))
 
 

@@ -11,7 +11,7 @@ import functools
 import linecache
 from collections.abc import Iterator, Mapping, Set
 
-from spmd_moe.check.findings import Finding, allowed, finding, short
+from spmd_moe.check.findings import Finding, allowed, finding, short_path
 
 ESCAPES = {
     "no_typecheck": "no check follows what runs under it",
@@ -26,7 +26,7 @@ def escapes(ran: Mapping[str, Set[int]]) -> Iterator[Finding]:
         for line, name, span in _used(file, "".join(linecache.getlines(file))):
             entered = span is None or any(span[0] <= n <= span[1] for n in lines)
             if entered and not allowed(name, file, line):
-                at = f"{short(file)}:{line}"
+                at = f"{short_path(file)}:{line}"
                 yield finding(
                     "X3",
                     at,

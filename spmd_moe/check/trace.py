@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from spmd_moe.check.cut_dims import give
 from spmd_moe.check.declarations import declared_types, misdeclared, unsaid
-from spmd_moe.check.findings import Finding, allowed, finding, short
+from spmd_moe.check.findings import Finding, allowed, finding, short_path
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import Issued, mirror_world
 from spmd_moe.check.observer import Observer, Record
@@ -26,8 +26,9 @@ from spmd_moe.check.signatures import axis, checked, declare
 from spmd_moe.check.source_escapes import escapes
 from spmd_moe.check.source_lines import is_checked
 from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot
-from spmd_moe.core.errors import PlacementError, SpmdMoeError, describe
+from spmd_moe.core.errors import PlacementError, SpmdMoeError, describe, plural
 from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.messages import at_line
 from spmd_moe.core.placement import DENSE, EXPERT, Placement, V
 
 
@@ -41,7 +42,7 @@ class Configuration:
     rank: int = 0
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.tokens} tokens, rank {self.rank}"
+        return f"{self.layout}, {plural(self.tokens, 'token')}, rank {self.rank}"
 
 
 @final
@@ -210,7 +211,7 @@ def _raw(issued: Iterable[Issued]) -> Iterator[Finding]:
     for one in issued:
         if one.raw and one.caller is not None and not allowed("raw", *one.caller):
             file, line = one.caller
-            at = f"{short(file)}:{line}"
+            at = f"{short_path(file)}:{line}"
             yield finding(
                 "X3",
                 at,
@@ -230,9 +231,7 @@ def raised(error: Exception, packages: set[str], names: Mapping[MeshAxis, str]) 
     at, where = place_of(error, packages)
     rule = "types" if isinstance(error, SpmdTypeError) else "crash"
     if isinstance(error, SpmdMoeError):
-        lines = str(error).splitlines()
-        kept = [line for line in lines if not line.startswith("  at:")]
-        return Finding(rule, at, "\n".join([*kept, f"  at:  {at}"]))
+        return Finding(rule, at, at_line(str(error), at))
     text = str(error).strip().split("\n\n")[0].replace("\n", " ")
     if rule == "types":
         text = _in_our_words(text, names)
@@ -277,10 +276,10 @@ def place_of(error: BaseException, packages: set[str]) -> tuple[str, str]:
     """The innermost line of the checked code that an error came through, and its function."""
     told: CodeType | None = getattr(error, "function", None)  # whose result is not as it says
     if told is not None:
-        return f"{short(told.co_filename)}:{told.co_firstlineno}", told.co_qualname
+        return f"{short_path(told.co_filename)}:{told.co_firstlineno}", told.co_qualname
     frames = list(traceback.walk_tb(error.__traceback__))
     for frame, line in reversed(frames):
         if is_checked(frame, packages):
-            return f"{short(frame.f_code.co_filename)}:{line}", frame.f_code.co_qualname
+            return f"{short_path(frame.f_code.co_filename)}:{line}", frame.f_code.co_qualname
     frame, line = frames[-1]
-    return f"{short(frame.f_code.co_filename)}:{line}", frame.f_code.co_qualname
+    return f"{short_path(frame.f_code.co_filename)}:{line}", frame.f_code.co_qualname

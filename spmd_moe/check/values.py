@@ -39,6 +39,7 @@ from spmd_moe.check.whole_tensors import (
     parts,
 )
 from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.messages import kinds_text
 from spmd_moe.core.placement import DENSE, EXPERT, Kind, R, Role, V
 
 CLOSE = 1e-5  # of float64, parts of which a module may compute in float32
@@ -231,7 +232,7 @@ def _my_part(
     shapes = [setup.shapes[name][rank] for rank in range(layout.world)]
     part = parts(whole, shapes, kinds, layout)[dist.get_rank()]
     if part.shape != like.shape:
-        said = " ".join(f"{role}:{kind!r}" for role, kind in kinds.items())
+        said = kinds_text(kinds.items())
         raise PartsError(f"{said} of it is {list(part.shape)}, and there is {list(like.shape)}")
     return part
 
@@ -277,7 +278,7 @@ def _compare(
             continue
         off = distance(whole.detach().reshape(-1), value.detach().reshape(-1))
         if off > CLOSE:
-            said = " ".join(f"{r}:{k!r}" for r, k in kinds[name].items() if layout.sizes[r] > 1)
+            said = kinds_text((r, k) for r, k in kinds[name].items() if layout.sizes[r] > 1)
             yield _wrong(
                 f"{what} {name}", f"as {said} it is not what one process computes, by {off:.2g}"
             )

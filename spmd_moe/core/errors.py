@@ -1,20 +1,14 @@
-"""The exceptions of spmd_moe, and the one place where their messages are built.
-
-A message has five parts in a fixed order: where it happened, what is there and what is needed, why
-that cannot work, what to write instead, and the line of the user's program. Shapes and types may
-stand in it, values never: a value can be secret, huge, or different on every rank.
-"""
+"""Exceptions of spmd_moe, and tensors and dtypes as their messages show them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
-from functools import lru_cache
-from pathlib import Path
-from types import FrameType
-
 from spmd_types import SpmdTypeError
 from torch import Tensor
+
+# The text itself is built without torch, for the static check too.
+from spmd_moe.core.messages import explain as explain
+from spmd_moe.core.messages import plural as plural
+from spmd_moe.core.messages import users_line as users_line
 
 
 class SpmdMoeError(Exception):
@@ -57,26 +51,6 @@ class SanitizerError(SpmdMoeError, RuntimeError):
     """Ranks of a running job that hold something else than their types say."""
 
 
-def plural(number: int, what: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-# Frames below these packages are ours or our tools', never the line that the user has to change.
-_NOT_THE_USER = ("spmd_moe", "spmd_types", "torch", "contextlib", "runpy", "threading")
-_HERE = str(Path(__file__).parents[1])
-
-
-def explain(
-    where: str, what: str, *, why: str, fixes: Iterable[str] = (), at: str | None = None
-) -> str:
-    """The text of an error: `what` says what is there and what is needed."""
-    lines = [f"{where}: {what}.", f"  why: {why}."]
-    lines += [f"  fix: {fix}" for fix in fixes]
-    lines.append(f"  at:  {at or users_line()}")
-    return "\n".join(lines)
-
-
 def describe(x: Tensor) -> str:
     """A tensor without its values: `bf16[96, 512]`."""
     return f"{short_dtype(x.dtype)}{list(x.shape)}"
@@ -89,23 +63,3 @@ def short_dtype(dtype: object) -> str:
         if name.startswith(long) and name.removeprefix(long).isdigit():
             return short + name.removeprefix(long)
     return name
-
-
-def users_line(frame: FrameType | None = None) -> str:
-    """`file:line` of the innermost frame outside this package and its tools, from `frame` up."""
-    frame = frame or sys._getframe(1)
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        # An intercepted function runs code of this package with the globals of the program.
-        if package not in _NOT_THE_USER and not frame.f_code.co_filename.startswith(_HERE):
-            return f"{_short_path(frame.f_code.co_filename)}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return "unknown"
-
-
-@lru_cache(maxsize=256)
-def _short_path(filename: str) -> str:
-    path = Path(filename)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename

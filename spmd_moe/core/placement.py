@@ -37,6 +37,7 @@ from spmd_types import V as V
 from torch import Tensor
 
 from spmd_moe.core.errors import PlacementError, explain
+from spmd_moe.core.messages import kinds_text
 
 Kind: TypeAlias = PerMeshAxisLocalSpmdType | Shard
 
@@ -131,7 +132,7 @@ class RoleKind:
             )
 
     def __str__(self) -> str:
-        return f"{self.role}:{self.kind!r}"
+        return kinds_text([(self.role, self.kind)])
 
 
 @final

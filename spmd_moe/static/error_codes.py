@@ -1,39 +1,73 @@
-"""The error codes of the static check: one family, silenced together or one by one."""
+"""Error codes of the static check, one row each: one family, silenced together or one by one."""
 
 from __future__ import annotations
 
 from mypy.errorcodes import ErrorCode
 
+from spmd_moe.check.rules import WORDS, Level, Rule, rules_table
+
 _CATEGORY = "spmd_moe"
 PLACEMENT = ErrorCode("placement", "Any error of the static check of placements", _CATEGORY)
 
-# Name, and what it says. The documentation prints this table.
-MEANINGS: dict[str, str] = {
-    "annotation": "a `Placed[...]` that is not a tensor with a kind on each of some roles",
-    "operation": "an operation on kinds that do not go together, such as P in a nonlinear one",
-    "argument": "an argument is not placed as the parameter is declared",
-    "return": "a result is not placed as the function is declared",
-    "assignment": "a value is not placed as the variable or attribute is declared",
-    "branch": "one name, or one expression, has different placements on different branches",
-    "move": "a collective on the wrong kind, to a kind that it does not give, or no collective",
-    "override": "a method is placed differently from the one that it overrides",
-    "unknown": "strict: a tensor of which nothing is known",
-    "size": "strict: a rank, a value or a shape of a tensor decides what is cut, made or sent",
-    "bypass": "strict: what a checker cannot follow, such as a raw collective or `detach`",
-    "allow": "a comment that allows something gives no reason, or allows nothing",
-}
+
+def _row(word: str, level: Level, demands: str, *, allow: bool = True) -> tuple[str, Rule]:
+    return word, Rule(f"placement-{word}", word, demands, (level,), (word,) if allow else ())
+
+
+# By the word that `# spmd: allow` takes. The documentation prints these rows.
+STATIC_RULES: dict[str, Rule] = dict(
+    (
+        _row(
+            "annotation",
+            "static",
+            "a `Placed[...]` is a tensor with a kind on each of some roles",
+        ),
+        _row(
+            "operation",
+            "static",
+            "the kinds that an operation takes go together: no P in a nonlinear one",
+        ),
+        _row("argument", "static", "an argument is placed as the parameter is declared"),
+        _row("return", "static", "a result is placed as the function is declared"),
+        _row("assignment", "static", "a value is placed as the variable or attribute is declared"),
+        _row(
+            "branch",
+            "static",
+            "one name, or one expression, has the same placement on all branches",
+        ),
+        _row(
+            "move",
+            "static",
+            "a collective gets the kind that it takes, and gives a kind that it can give",
+        ),
+        _row("override", "static", "a method is placed like the one that it overrides"),
+        _row("unknown", "strict", "something is known of every tensor"),
+        _row(
+            "size",
+            "strict",
+            "no rank, value or shape of a tensor decides what is cut, made or sent",
+        ),
+        _row(
+            "bypass",
+            "strict",
+            "nothing that a checker cannot follow, such as a raw collective or `detach`",
+        ),
+        _row(
+            "allow",
+            "static",
+            "a comment that allows something gives a reason, and something to allow",
+            allow=False,
+        ),
+    )
+)
 # What such comments allow the traced check, which reads the same lines.
-TRACED = {"detach", "raw", "no_grad", "sum", "rank", "size", "shard", "untyped"} | {
-    "no_typecheck",
-    "mutate_type",
-}
+TRACED = WORDS
 CODES: dict[str, ErrorCode] = {
-    name: ErrorCode(f"placement-{name}", meaning, _CATEGORY, sub_code_of=PLACEMENT)
-    for name, meaning in MEANINGS.items()
+    name: ErrorCode(rule.id, rule.demands, _CATEGORY, sub_code_of=PLACEMENT)
+    for name, rule in STATIC_RULES.items()
 }
 
 
 def codes_table() -> str:
-    """The table in Markdown, as the documentation shows it."""
-    rows = [f"| `placement-{name}` | {meaning} |" for name, meaning in MEANINGS.items()]
-    return "\n".join(["| code | reports |", "| --- | --- |", *rows])
+    """The rows in Markdown, as the documentation shows them."""
+    return rules_table(STATIC_RULES.values())

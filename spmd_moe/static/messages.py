@@ -1,4 +1,4 @@
-"""What an error says: what is there and what is needed, why, and what to write instead."""
+"""Errors of the static check: what is there and what is needed, why, and what to write instead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import final
 
 from mypy.nodes import CallExpr, Expression, IndexExpr, MemberExpr, NameExpr, RefExpr
 
+from spmd_moe.core.messages import notes
 from spmd_moe.static.kinds import (
     Kinds,
     fits,
@@ -40,8 +41,7 @@ class Problem:
 
     def lines(self) -> Iterator[str]:
         """The notes below the error."""
-        yield f"  why: {self.why}"
-        yield from (f"  fix: {fix}" for fix in self.fixes)
+        return notes(self.why, self.fixes)
 
 
 def named(expr: Expression | None) -> str:

@@ -113,6 +113,8 @@ class SpmdMoePlugin(Plugin):
 
 @cache
 def rules_digest() -> str:
-    """A hash of every file of the static check."""
-    files = sorted(p for p in Path(__file__).parent.iterdir() if p.suffix in (".py", ".json"))
+    """A hash of every file of the static check, and of what it reads of other folders."""
+    here = Path(__file__).parent
+    files = sorted(p for p in here.iterdir() if p.suffix in (".py", ".json"))
+    files += [here.parent / "core" / "messages.py", here.parent / "check" / "rules.py"]
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spmd_moe.static.end_of_module import HOOK
-from spmd_moe.static.error_codes import MEANINGS, codes_table
+from spmd_moe.static.error_codes import STATIC_RULES, codes_table
 from spmd_moe.static.problems_found import RAISE
 from spmd_moe.static.settings import Config, read_config
 from tests.static.test_typecheck import ROOT, mypy
@@ -253,4 +253,4 @@ def test_settings_are_read_from_both_kinds_of_file(tmp_path: Path) -> None:
 
 
 def test_the_table_of_codes_is_complete() -> None:
-    assert codes_table().count("\n") == len(MEANINGS) + 1
+    assert codes_table().count("\n") == len(STATIC_RULES) + 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from spmd_moe import SpmdMoeError
-from spmd_moe.check.findings import RULES
+from spmd_moe.check.rules import rules_table
 from spmd_moe.core.redistribute import moves_table
 from spmd_moe.static.error_codes import codes_table
 from tests.support.simulated_ranks import leave_world
@@ -74,11 +74,6 @@ def file_tree() -> str:
             if sentence := first_sentence(path):
                 lines.append(f"  {path.relative_to(ROOT / folder)!s:<27} {sentence}")
     return "```text\n" + "\n".join(lines) + "\n```"
-
-
-def rules_table() -> str:
-    lines = ["| rule | what it demands |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| {name} | {text} |" for name, text in RULES.items())])
 
 
 GENERATED = {"moves": moves_table, "rules": rules_table, "codes": codes_table, "files": file_tree}
