@@ -21,8 +21,8 @@ ROOT = PACKAGE.parent
 
 # A folder imports only from the folders above it, a file only from the files before it.
 FOLDERS = {
-    "core": "messages errors placement declare_placements shard_shape validate mesh_degrees host_reads "
-    "torch_state dtypes local_tensor ranks_agree mesh moves collectives redistribute",
+    "core": "messages errors placement declare_placements shard_shape validate mesh_degrees "
+    "host_reads torch_state dtypes local_tensor ranks_agree mesh moves collectives redistribute",
     "layer": "routing_faults router_logits router permute dispatch.protocol dispatch.pack_scores "
     "dispatch.local dispatch.all_to_all dispatch.all_gather dispatch.fixed_capacity dispatch "
     "activations grouped_matmul grouped_ffn per_expert experts combine shared_experts boundary "
@@ -31,9 +31,10 @@ FOLDERS = {
     "parallelize checkpoint.state checkpoint.files checkpoint.save_load checkpoint",
     "signatures": "allow_comments tensor_walk annotated_functions interception",
     "sanitize": "tensor_digest boundaries compare_ranks gradient_sums watch_job",
-    "check": "rules mirror_world cut_dims target signatures findings declarations source_escapes layouts "
-    "source_lines lineage observer trace compare_runs thread_ranks whole_tensors values sweep "
-    "reports forecast plan run subcommands command_check command_plan command_line",
+    "check": "rules mirror_world cut_dims target load_target signatures findings declarations "
+    "source_escapes layouts source_lines lineage observer trace compare_runs thread_ranks "
+    "whole_tensors values sweep reports forecast plan supervise run subcommands command_check "
+    "command_plan command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_variables "
     "annotations syntax_tree messages collective_calls torch_names error_report end_of_module "
     "reread_file daemon problems_found expression_hooks module_calls settings call_arguments "

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
-from spmd_moe.check.reports import line
+from spmd_moe.check.reports import failed_json, failed_junit, line
 from spmd_moe.check.rules import rules_text
 from spmd_moe.check.run import SECONDS, WORLD, run_checks
-from spmd_moe.check.subcommands import Subcommand, layout, number, seconds
+from spmd_moe.check.subcommands import Subcommand, layout, number, seconds, shown
 from spmd_moe.check.sweep import Result
-from spmd_moe.check.target import cannot, load
+from spmd_moe.check.target import COMMAND_LINE, cannot
+from spmd_moe.core.errors import SpmdMoeError, plural
 
 VALUE_WORLD = 4
 LARGEST_SWEEP = 1024  # ranks; the number of layouts grows faster than this
@@ -21,7 +23,7 @@ Run a module as single ranks of worlds that do not exist, with every tensor type
 up to --world ranks, several numbers of tokens, every coordinate where something can differ. Needs
 one process and no GPU.
 
-TARGET is package.module:callable, a function (mesh, tokens) -> Case:
+TARGET is package.module:callable or path/to/file.py:callable, a function (mesh, tokens) -> Case:
 
     from spmd_moe.check import Case
 
@@ -31,15 +33,22 @@ TARGET is package.module:callable, a function (mesh, tokens) -> Case:
         return Case(layer, (x,), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 """
 EPILOG = f"""\
-rules:
+examples:
+  spmd-moe check my_package.my_module:target               # all layouts of up to {WORLD} ranks
+  spmd-moe check my_file.py:target --layout 'dp 2 tp 4 ep 8' --tokens 0 1 5
+  spmd-moe check my_file.py:target --values                # also with real numbers on every rank
+  spmd-moe check my_file.py:target --json > report.json    # what the target prints goes to stderr
+
+rules, and the words that allow a line to break them (# spmd: allow WORD - reason):
 {rules_text()}
 
-exit status: 0 nothing found, 1 something found, 2 could not check
+exit status: 0 nothing found, 1 something found, 2 could not check (the target cannot be imported
+or built, dies, hangs, or refuses every layout; or the checker failed), 130 interrupted
 """
 
 
 def _options(check: argparse.ArgumentParser) -> None:
-    check.add_argument("target", metavar="TARGET", help="package.module:callable")
+    check.add_argument("target", metavar="TARGET", help="module:callable or file.py:callable")
     check.add_argument(
         "--world",
         type=number(1, LARGEST_SWEEP),
@@ -65,59 +74,90 @@ def _options(check: argparse.ArgumentParser) -> None:
         "--jobs", type=number(1), default=os.cpu_count() or 1, help="processes (default: all cores)"
     )
     check.add_argument(
-        "--seconds", type=seconds, default=SECONDS, help="time limit per layout (default: 60)"
+        "--seconds",
+        type=seconds,
+        default=SECONDS,
+        help=f"time limit for a layout, and for the start (default: {SECONDS:g})",
     )
     check.add_argument("--json", action="store_true", help="print a report for machines to stdout")
     check.add_argument("--junit", type=Path, metavar="FILE", help="write a report for CI to a file")
 
 
 def _check(args: argparse.Namespace) -> int:
-    import torch
-
-    torch.set_num_threads(1)  # tensors are small, and other processes are forked from this one
-    if args.junit is not None and not args.junit.resolve().parent.is_dir():
-        what, why = f"there is no directory for {args.junit}", "the report is written at the end"
-        raise cannot("--junit", what, why, f"mkdir -p {args.junit.parent}")
+    _check_junit(args.junit)
     progress = _Progress(quiet=args.json)
-    report = run_checks(
-        load(args.target),
-        world=_world(args),
-        values=args.values,
-        chosen=args.layout,
-        tokens=args.tokens,
-        packages=args.package,
-        jobs=args.jobs,
-        seconds=args.seconds,
-        tell=progress,
-    )
-    progress.end()
+    try:
+        report = run_checks(
+            args.target,
+            world=_world(args),
+            values=args.values,
+            chosen=args.layout,
+            tokens=args.tokens,
+            packages=args.package,
+            jobs=args.jobs,
+            seconds=args.seconds,
+            tell=progress,
+        )
+    except SpmdMoeError as error:
+        if args.junit is not None:
+            args.junit.write_text(failed_junit(args.target, str(error)), encoding="utf-8")
+        if args.json:
+            print(failed_json(args.target, str(error)))
+        raise
+    finally:
+        progress.end()
     if args.junit is not None:
-        args.junit.write_text(report.to_junit())
+        args.junit.write_text(report.to_junit(), encoding="utf-8")
     print(report.to_json() if args.json else f"\n{report}")
     return 0 if report.ok else 1
 
 
+def _check_junit(path: Path | None) -> None:
+    """Find out now whether the report can be written at the end. An old one is no report."""
+    if path is None:
+        return
+    try:
+        path.write_text("")
+    except (OSError, ValueError) as error:
+        what = f"{shown(str(path))} cannot be written: {type(error).__name__}"
+        why = "the report is written at the end"
+        fix = "--junit report.xml   # in a directory that exists"
+        raise cannot("--junit", what, why, fix, at=COMMAND_LINE) from None
+
+
 class _Progress:
-    """A line for each layout; on a terminal, also how far it has come."""
+    """A line for each layout; on a terminal, also how far the check has come."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.bar = quiet, sys.stderr.isatty()
-        self.found = 0
+        self.found, self.begin = 0, time.monotonic()
+        self._show("starting ...")
 
     def __call__(self, number: int, of: int, result: Result) -> None:
         self.end()
         self.found += len(result.findings)
         if not self.quiet:
             print(line(result), flush=True)
+        done = 30 * number // of
+        left = (time.monotonic() - self.begin) / number * (of - number)
+        found = plural(self.found, "finding")
+        bar = "#" * done + "." * (30 - done)
+        self._show(f"[{bar}] {number} of {of} layouts, {found}, about {duration(left)} left")
+
+    def _show(self, text: str) -> None:
         if self.bar:
-            done = 30 * number // of
-            bar = "#" * done + "." * (30 - done)
-            said = f"[{bar}] {number} of {of} layouts, {self.found} findings"
-            print(said, end="", file=sys.stderr, flush=True)
+            print(text, end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        if self.bar:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._show("\r\x1b[K")
+
+
+def duration(left: float) -> str:
+    """`8 s`, `3 min`, `2 h 5 min`."""
+    minutes = round(left / 60)
+    if left < 100:
+        return f"{left:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _world(args: argparse.Namespace) -> int:

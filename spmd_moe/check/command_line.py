@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from spmd_moe.check.command_check import CHECK
 from spmd_moe.check.command_plan import PLAN
+from spmd_moe.check.target import checker_error
 from spmd_moe.core.errors import SpmdMoeError
 
 # Every subcommand, in the order of `--help`.
 SUBCOMMANDS = (CHECK, PLAN)
+RAW = argparse.RawDescriptionHelpFormatter
+DESCRIPTION = "Checks of typed MoE code, before anything is trained. They need no GPU."
+EPILOG = """\
+examples:
+  spmd-moe plan my_package.my_module:target --layout 'dp 2 tp 4 ep 8'
+  spmd-moe check my_package.my_module:target
+  spmd-moe check --help         # what a target is, the rules, the words that allow exceptions
+
+exit status: 0 nothing found, 1 something found, 2 could not check, 130 interrupted
+"""
 INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 
 
 def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a message is shown in full, whatever the terminal is
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = parser().parse_args(words)
         return int(args.run(args))
@@ -26,11 +43,17 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spmd-moe: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # `spmd-moe check ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except Exception as error:
+        print(checker_error(error, "unknown"), file=sys.stderr)
+        return 2
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    made = _Parser("spmd-moe", description="Checks of typed MoE code.")
+    made = _Parser("spmd-moe", description=DESCRIPTION, epilog=EPILOG, formatter_class=RAW)
     commands = made.add_subparsers(required=True, metavar="COMMAND")
     for each in SUBCOMMANDS:
         sub = commands.add_parser(
@@ -38,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
             help=each.summary,
             description=each.description,
             epilog=each.epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=RAW,
         )
         each.add_options(sub)
         sub.set_defaults(run=each.run)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.plan import make_plan
-from spmd_moe.check.subcommands import Subcommand, layout, number
-from spmd_moe.check.target import CannotCheckError, cannot, load
+from spmd_moe.check.run import SECONDS, run_apart
+from spmd_moe.check.subcommands import Subcommand, layout, number, seconds
+from spmd_moe.check.target import COMMAND_LINE, CannotCheckError, Target, cannot
 
 DESCRIPTION = """\
 Print what a layout means for a module before anything runs: rows per rank, what each parameter's
@@ -25,7 +27,7 @@ exit status: 0 the plan is printed, 1 the module refuses the layout, 2 it could 
 
 
 def _options(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("target", metavar="TARGET", help="package.module:callable")
+    plan.add_argument("target", metavar="TARGET", help="module:callable or file.py:callable")
     plan.add_argument(
         "--layout", type=layout, default=Layout(), metavar="DEGREES", help="as 'dp 2 tp 4 ep 8'"
     )
@@ -35,20 +37,28 @@ def _options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--rank", type=number(0), default=0, help="the rank whose rows are shown (default: 0)"
     )
+    plan.add_argument(
+        "--seconds", type=seconds, default=SECONDS, help=f"time limit (default: {SECONDS:g})"
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:
     if args.rank >= args.layout.world:
         what = f"there is no rank {args.rank} in a world of {args.layout.world}"
-        raise cannot("--rank", what, "ranks are counted from 0", f"--rank {args.layout.world - 1}")
+        fix = f"--rank {args.layout.world - 1}"
+        raise cannot("--rank", what, "ranks are counted from 0", fix, at=COMMAND_LINE)
+    status, text = run_apart(args.target, partial(_planned, args), args.seconds)
+    print(text)
+    return status
+
+
+def _planned(args: argparse.Namespace, target: Target) -> tuple[int, str]:
     try:
-        print(make_plan(load(args.target), args.layout, args.tokens, args.rank))
+        return 0, str(make_plan(target, args.layout, args.tokens, args.rank))
     except CannotCheckError:
         raise
     except ValueError as error:  # the module refuses the layout; its message names the nearest
-        print(error)
-        return 1
-    return 0
+        return 1, str(error)
 
 
 PLAN = Subcommand(

@@ -115,7 +115,7 @@ class Observer(TorchFunctionMode):
             run, name = func, _name_of(func)
         lines = self._lines.here(sys._getframe(1))
         if not lines:
-            return run(*args, **kwargs)
+            return run_operation(run, args, kwargs)
         leaves = list(_leaves((args, kwargs)))
         tensors, plain = _tensors(leaves), tuple(repr(x) for x in leaves if isinstance(x, _PLAIN))
         given = self._operands(tensors, bool(plain))
@@ -125,7 +125,7 @@ class Observer(TorchFunctionMode):
         found: tuple[Types, ...] = ()
         reads, before = len(self.record.reads), len(self.log)
         try:
-            result = run(*args, **kwargs)
+            result = run_operation(run, args, kwargs)
             results = _tensors(_leaves(result))
             if not given:  # a factory: what it makes is of a size that the rank gave it
                 self._made.update(map(id, results))
@@ -303,6 +303,11 @@ class Observer(TorchFunctionMode):
             where = self._lines.function.get(lines[-1], "forward")
             at = f"{short_path(file)}:{line}"
             self.record.findings.append(finding(rule, at, where, *text))
+
+
+def run_operation(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """One operation of the module. An error that comes through this line is the module's."""
+    return run(*args, **kwargs)
 
 
 # --- operations ---------------------------------------------------------------------------------

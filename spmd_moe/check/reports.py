@@ -1,4 +1,4 @@
-"""What a check says: to people, to machines (JSON), and to CI (JUnit)."""
+"""Reports of a check: for people, for machines (JSON), and for CI (JUnit)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from spmd_moe.check.findings import Finding
 from spmd_moe.check.sweep import Result
 from spmd_moe.check.trace import Configuration
 from spmd_moe.core.errors import plural
+from spmd_moe.core.messages import printable
 
 
 @final
@@ -98,7 +99,7 @@ class Report:
         """One test case for each layout."""
         suite = ElementTree.Element(
             "testsuite",
-            name=f"spmd-moe check {self.target}",
+            name=f"spmd-moe check {printable(self.target)}",
             tests=str(len(self.results)),
             failures=str(sum(bool(r.findings) for r in self.results)),
             skipped=str(len(self._refused())),
@@ -106,22 +107,42 @@ class Report:
         )
         for result in self.results:
             case = ElementTree.SubElement(
-                suite, "testcase", classname=self.target, name=str(result.layout)
+                suite, "testcase", classname=printable(self.target), name=str(result.layout)
             )
             if result.findings:
                 configuration, finding = result.findings[0]
                 fault = ElementTree.SubElement(case, "failure", message=f"[{finding.rule}]")
                 fault.text = f"{finding}\n  in:  {configuration}"
             elif not result.traced:
-                ElementTree.SubElement(case, "skipped", message=result.refused)
+                ElementTree.SubElement(case, "skipped", message=printable(result.refused))
         ElementTree.indent(suite)
         return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def failed_json(target: str, text: str) -> str:
+    """The report of a check that could not be done."""
+    return json.dumps({"target": target, "ok": False, "error": text}, indent=2)
+
+
+def failed_junit(target: str, text: str) -> str:
+    """The same for CI: one test case that is in error."""
+    counts = {"tests": "1", "failures": "0", "errors": "1", "skipped": "0"}
+    name = printable(target)
+    suite = ElementTree.Element("testsuite", {"name": f"spmd-moe check {name}", **counts})
+    case = ElementTree.SubElement(suite, "testcase", classname=name, name="could not check")
+    ElementTree.SubElement(case, "error", message="could not check").text = text
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def first_line(text: str) -> str:
+    """The first line, also of an empty text."""
+    return text.partition("\n")[0]
 
 
 def line(result: Result) -> str:
     """One layout."""
     if not result.traced:
-        return f"refused  {result.layout}   {result.refused.splitlines()[0]}"
+        return f"refused  {result.layout}   {printable(first_line(result.refused))}"
     if not result.findings:
         return f"ok       {result.layout}   {plural(result.traced, 'run')}"
     rules = sorted({finding.rule for _, finding in result.findings})

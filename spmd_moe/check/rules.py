@@ -7,6 +7,7 @@ which has rows of its own, reads the words that the traced check allows.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, final
@@ -168,9 +169,10 @@ def rules_table(rules: Iterable[Rule] = RULES.values()) -> str:
 
 def rules_text(rules: Iterable[Rule] = RULES.values()) -> str:
     """Rules as `--help` lists them."""
-    lines = []
+    lines = list[str]()
     for rule in (rule for rule in rules if rule.reports):
-        lines.append(f"  {rule.id:<8} {rule.demands}")
-        if rule.words:
-            lines.append(f"  {'':<8}   # spmd: allow {' | '.join(rule.words)}")
+        words = f" [allow: {', '.join(rule.words)}]" if rule.words else ""
+        lines += textwrap.wrap(
+            f"  {rule.id:<8} {rule.demands}{words}", 96, subsequent_indent=" " * 11
+        )
     return "\n".join(lines)

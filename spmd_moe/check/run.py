@@ -1,33 +1,36 @@
-"""A whole check: all layouts, in this process or in several, with a report at the end."""
+"""A whole check: all layouts, in this process or in supervised ones, with a report at the end."""
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, final
 
 import torch
 
 from spmd_moe.check.layouts import Layout, layouts
-from spmd_moe.check.reports import Report
+from spmd_moe.check.load_target import load
+from spmd_moe.check.reports import Report, first_line
 from spmd_moe.check.signatures import signatures
+from spmd_moe.check.supervise import FailedError, LostError, Supervisor
 from spmd_moe.check.sweep import Result, check_layout
-from spmd_moe.check.target import CannotCheckError, Target, build, cannot
-from spmd_moe.core.errors import PlacementError
+from spmd_moe.check.target import CannotCheckError, Target, accounted, build, cannot, line_of
+from spmd_moe.core.errors import PlacementError, SpmdMoeError
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.signatures.annotated_functions import packages_of
 
+R = TypeVar("R")
 Tell = Callable[[int, int, Result], None]
 WORLD = 8  # ranks of the largest layout, unless another is asked for
-SECONDS = 60.0  # that one layout may take
+SECONDS = 60.0  # that one layout may take, and the start
 
 
-def check(target: Target, **options: Any) -> Report:
-    """`examine`, which raises what it finds: for a test."""
+def check(target: Target | str, **options: Any) -> Report:
+    """`run_checks`, which raises what it finds: for a test."""
     report = run_checks(target, **options)
     if not report.ok:
         raise PlacementError(str(report))
@@ -35,7 +38,7 @@ def check(target: Target, **options: Any) -> Report:
 
 
 def run_checks(
-    target: Target,
+    target: Target | str,
     *,
     world: int = WORLD,
     chosen: Iterable[Layout] | None = None,
@@ -46,46 +49,59 @@ def run_checks(
     seconds: float = SECONDS,
     tell: Tell = lambda number, of, result: None,
 ) -> Report:
-    """Trace the target on all layouts of up to `world` ranks, or on those that are `chosen`.
+    """Trace a target on all layouts of up to `world` ranks, or on those that are `chosen`.
 
-    `tokens` replaces the numbers of tokens that are tried, `packages` adds to the code that is
-    looked at: the packages of the module's classes. With `values`, all ranks also run with real
-    numbers, and compared with one process. `seconds` is the most that a layout may take.
-    With several `jobs` the process is forked; leave that to programs that have not computed yet.
+    Args:
+        target: The target, or its name, `package.module:callable` or `file.py:callable`. A name is
+            loaded in child processes, which are killed when they are late: that check always ends.
+        world: Ranks of the largest layout.
+        chosen: The layouts, in place of all.
+        tokens: The numbers of tokens, in place of those that are tried.
+        packages: Packages whose code is checked, beside those of the module's classes.
+        values: Also run all ranks with real numbers, and compare them with one process.
+        jobs: Processes. With several the program is forked: it must not have run a backward.
+        seconds: The time limit for one layout, and for the start.
+        tell: Called after each layout with its number, the number of all, and its result.
+
+    Raises:
+        CannotCheckError: The target is none, does not finish, or refuses every layout.
+        CheckerError: The checker itself failed.
     """
     begin = time.monotonic()
     everything = list(chosen if chosen is not None else layouts(_sensible(world, tokens)))
-    looked_at = _packages(target, everything) | set(packages)
+    if not everything:
+        raise cannot("check", "there is no layout to check", "it needs at least one", "world=8")
+    work = _Work(target, tuple(tokens), set(packages), seconds, values)
     results = list[Result]()
-    work = _Work(target, tuple(tokens), looked_at, seconds, values)
     with closing(_each(work, everything, jobs)) as found:
         for number, result in enumerate(found, 1):
             results.append(result)
             tell(number, len(everything), result)
-    name = getattr(target, "__qualname__", type(target).__qualname__)
-    report = Report(name, tuple(results), time.monotonic() - begin)
+    report = Report(_name(target), tuple(results), time.monotonic() - begin)
     if not any(result.traced for result in results):
         why = "a check that has run nothing must not pass"
-        what = f"every layout is refused; the last: {results[-1].refused.splitlines()[0]}"
-        raise cannot(
-            "TARGET", what, why, "choose layouts that it can do: --layout 'dp 2 tp 2 ep 2'"
-        )
+        what = f"every layout is refused; the last: {first_line(results[-1].refused)}"
+        fix = "choose layouts that it can do: --layout 'dp 2 tp 2 ep 2'"
+        raise cannot("TARGET", what, why, fix, at=work.at)
     return report
+
+
+def _name(target: Target | str) -> str:
+    if isinstance(target, str):
+        return target
+    return getattr(target, "__qualname__", type(target).__qualname__)
 
 
 def _sensible(world: int, tokens: Sequence[int]) -> int:
     if world < 1 or any(n < 0 for n in tokens):
         what = f"a world of {world} and {list(tokens)} tokens cannot be"
-        raise cannot(
-            "check", what, "there must be a rank, and no fewer tokens than none", "world=8"
-        )
+        why = "a world has at least one rank, and numbers of tokens are not negative"
+        raise cannot("check", what, why, "world=8, tokens=(0, 1, 8)")
     return world
 
 
-def _packages(target: Target, everything: Sequence[Layout]) -> set[str]:
-    """Those whose code is looked at: of the module's classes, and of the target itself."""
-    if not everything:
-        raise cannot("check", "there is no layout to check", "it needs at least one", "world=8")
+def _packages(target: Target) -> set[str]:
+    """Packages whose code is checked: of the module's classes, and of the target itself."""
     module = getattr(target, "__module__", None) or type(target).__module__
     own = {module.partition(".")[0]} - {"builtins"}
     try:
@@ -94,55 +110,126 @@ def _packages(target: Target, everything: Sequence[Layout]) -> set[str]:
     except CannotCheckError:
         raise
     except (ValueError, PlacementError):
-        # It does not do one process alone, or in no layout; what it is made of must be enough.
+        # It refuses one process, or every layout; what it is made of must be enough.
         return own | {"spmd_moe"}
 
 
+@final
+@dataclass
 class _Work:
-    """What is done for one layout; made once, before processes are forked."""
+    """What is done for one layout; `begin` comes first, in the process that does it."""
 
-    def __init__(
-        self,
-        target: Target,
-        tokens: tuple[int, ...],
-        packages: set[str],
-        seconds: float,
-        values: bool,
-    ) -> None:
-        self.target, self.tokens, self.packages = target, tokens, packages
-        self.seconds, self.value_seconds = seconds, seconds / 4 if values else 0.0
+    target: Target | str
+    tokens: tuple[int, ...]
+    packages: set[str]
+    seconds: float
+    values: bool
+    at: str = "unknown"  # where the target is defined
+    stack: ExitStack = field(default_factory=ExitStack)
 
-    def __call__(self, layout: Layout) -> Result:
-        with _limit(self.seconds, layout):
-            return check_layout(self.target, layout, self.packages, self.tokens, self.value_seconds)
+    def begin(self, tell: Callable[[str], None] = lambda at: None) -> None:
+        """Load the target and find out which code is checked. `stack` undoes what it changes."""
+        if isinstance(self.target, str):
+            self.target = load(self.target)
+        self.at = line_of(self.target)
+        tell(self.at)
+        self.packages |= _packages(self.target)
+        self.stack.enter_context(signatures(self.packages))
 
+    def start(self, tell: Callable[[str], None]) -> Callable[[Layout], Result]:
+        """The same, in a process of its own."""
+        torch.set_num_threads(1)  # tensors are small, and there are other processes
+        self.begin(tell)
+        return self.check
 
-_WORK: list[_Work] = []  # in a forked process, what it is there for
+    def check(self, layout: Layout) -> Result:
+        assert not isinstance(self.target, str)
+        value_seconds = self.seconds / 4 if self.values else 0.0
+        return check_layout(self.target, layout, self.packages, self.tokens, value_seconds)
+
+    def describe(self, error: BaseException) -> str:
+        return str(accounted(error, self.at))
 
 
 def _each(work: _Work, everything: Sequence[Layout], jobs: int) -> Generator[Result, None, None]:
-    if jobs < 2 or len(everything) < 2 * jobs:
-        with signatures(work.packages):
-            yield from map(work, everything)
+    apart = isinstance(work.target, str)
+    jobs = min(jobs, len(everything) // 2)  # a start takes about as long as a layout
+    if apart or jobs > 1:
+        yield from _supervised(work, everything, jobs)
         return
-    _WORK.append(work)
     try:
-        with multiprocessing.get_context("fork").Pool(jobs, _enter) as pool:
-            yield from pool.imap(_one, everything, chunksize=4)
-    finally:
-        _WORK.pop()
+        with work.stack:
+            with _limit(work.seconds, "its first build", work):
+                work.begin()
+            for layout in everything:
+                with _limit(work.seconds, layout, work):
+                    result = work.check(layout)
+                yield result
+    except (SpmdMoeError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise accounted(error, work.at) from error
 
 
-_ENTERED = ExitStack()
+def _supervised(
+    work: _Work, everything: Sequence[Layout], jobs: int
+) -> Generator[Result, None, None]:
+    supervisor = Supervisor(
+        work.start, everything, jobs=jobs, seconds=work.seconds, describe=work.describe
+    )
+    try:
+        with closing(supervisor.results()) as results:
+            for result in results:
+                work.at = supervisor.at or work.at
+                yield result
+    except FailedError as error:
+        raise CannotCheckError(str(error)) from None
+    except LostError as error:
+        raise lost(error, supervisor.at) from None
 
 
-def _enter() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process' to handle
-    _ENTERED.enter_context(signatures(_WORK[-1].packages))
+def run_apart(name: str, run: Callable[[Target], R], seconds: float) -> R:
+    """`run(target)` in a process of its own, for other subcommands: it ends, whatever runs there.
+
+    Args:
+        name: The name of a target.
+        run: What is done with it; its result must be picklable.
+        seconds: The time limit of the start, and of `run`.
+
+    Raises:
+        CannotCheckError: The target cannot be loaded, dies, is late, or raises an error.
+    """
+    at = ["unknown"]
+
+    def start(tell: Callable[[str], None]) -> Callable[[None], R]:
+        torch.set_num_threads(1)
+        target = load(name)
+        at[0] = line_of(target)
+        tell(at[0])
+        return lambda _: run(target)
+
+    def describe(error: BaseException) -> str:
+        return str(accounted(error, at[0]))
+
+    supervisor = Supervisor(start, [None], jobs=1, seconds=seconds, describe=describe)
+    try:
+        with closing(supervisor.results()) as results:
+            return next(results)
+    except FailedError as error:
+        raise CannotCheckError(str(error)) from None
+    except LostError as error:
+        raise lost(error, supervisor.at) from None
 
 
-def _one(layout: Layout) -> Result:
-    return _WORK[-1](layout)
+def lost(error: LostError, at: str) -> CannotCheckError:
+    """What to say of a process that did not finish."""
+    when = "while it starts" if error.step is None else f"while checking {error.step}"
+    if error.late:
+        why, fix = "it hangs, or it is too large to trace", "fewer tokens, narrower, or --seconds"
+    else:
+        why = "a process that ends in the middle of a check has checked nothing"
+        fix = "fewer --jobs, if the system ran out of memory"
+    return cannot("TARGET", f"{error.how} {when}", why, fix, at=error.at or at or "unknown")
 
 
 class _LateError(BaseException):
@@ -150,8 +237,8 @@ class _LateError(BaseException):
 
 
 @contextmanager
-def _limit(seconds: float, layout: Layout) -> Iterator[None]:
-    """Ends what takes too long, where signals can: in the main thread."""
+def _limit(seconds: float, step: object, work: _Work) -> Iterator[None]:
+    """Ends what takes too long in this process, where signals can: in the main thread."""
 
     def late(number: int, frame: object) -> None:
         raise _LateError
@@ -164,9 +251,8 @@ def _limit(seconds: float, layout: Layout) -> Iterator[None]:
     try:
         yield
     except _LateError:
-        what = f"{layout} takes more than {seconds:g} s"
-        why = "it hangs, or it is too large to trace"
-        raise cannot("TARGET", what, why, "fewer tokens, narrower") from None
+        error = LostError(step, f"it takes more than {seconds:g} s", "", late=True)
+        raise lost(error, work.at) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

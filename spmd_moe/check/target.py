@@ -1,29 +1,44 @@
-"""What is checked: a function that builds a module and one call of it, for a given mesh.
+"""Targets: a function that builds a module and one call of it, for a given mesh.
 
     def target(mesh: MoEMesh, tokens: int) -> Case:
         layer = MyLayer(mesh)
         return Case(layer, (torch.randn(tokens, 64),), (Placed[Tensor, DP[V], CP[V], TP[R]],))
 
-`tokens` is how many tokens a cell of dp and cp has; what of them this rank holds is the target's to
-say, as it is in the program that the layer is for. `Case` gives each tensor argument the placement
-that it has when it comes; parameters and buffers are declared by their classes. A layout that the
-module cannot do is refused with a ValueError.
+`tokens` is how many tokens a cell of dp and cp has; which of them this rank holds is for the target
+to say, as in the program that the layer is for. `Case` gives each tensor argument its placement;
+parameters and buffers are declared by their classes. A layout that the module cannot do is refused
+with a ValueError.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import inspect
+import traceback
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Protocol, cast, final
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from spmd_moe.core.errors import ConfigError, PlacementError, explain
+from spmd_moe.core.errors import ConfigError, PlacementError, SpmdMoeError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.messages import is_users, plural, short_path
 from spmd_moe.core.placement import Placement, placement_of
+
+COMMAND_LINE = "the command line"  # where an option stands
+_CASE = "Case(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"
+
+
+class CannotCheckError(ConfigError):
+    """The target or the question is not one that the checker could answer."""
+
+
+class CheckerError(SpmdMoeError, RuntimeError):
+    """The checker itself failed; nothing is said of the module."""
+
+
+def cannot(where: str, what: str, why: str, *fixes: str, at: str | None = None) -> CannotCheckError:
+    return CannotCheckError(explain(where, what, why=why, fixes=fixes, at=at))
 
 
 @final
@@ -35,13 +50,25 @@ class Case:
     args: tuple[object, ...]
     placements: tuple[object, ...] = ()  # annotations or Placements; None for what needs none
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            what = f"module is of type {type(self.module).__name__}, not an nn.Module"
+            raise cannot("Case", what, "the check runs a module", _CASE)
+        for name in ("args", "placements"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                kind = describe(value) if isinstance(value, Tensor) else repr(type(value).__name__)
+                why = "a tuple of one needs its comma: (x,)"
+                raise cannot("Case", f"{name} is {kind}, not a tuple", why, _CASE)
+
     def tensors(self) -> list[tuple[Tensor, Placement]]:
         """The tensor arguments, each with its placement. DTensors know their own."""
         found = []
         if len(self.placements) > len(self.args):
-            what = f"{len(self.placements)} placements are given for {len(self.args)} arguments"
-            why = "a placement of nothing is one that something else should have"
-            raise cannot("Case", what, why, "None   # the placement of what is no tensor")
+            given = plural(len(self.placements), "placement")
+            what = f"{given} for {plural(len(self.args), 'argument')}"
+            why = "each placement belongs to the argument at the same position"
+            raise cannot("Case", what, why, "None   # as the placement of what is no tensor")
         given = (*self.placements, *[None] * (len(self.args) - len(self.placements)))
         for number, (arg, annotation) in enumerate(zip(self.args, given, strict=True)):
             if not isinstance(arg, Tensor) or isinstance(arg, DTensor):
@@ -49,14 +76,9 @@ class Case:
             is_placement = isinstance(annotation, Placement)
             placement = annotation if is_placement else placement_of(annotation)
             if placement is None:
-                raise CannotCheckError(
-                    explain(
-                        "Case",
-                        f"argument {number} is a tensor without a placement",
-                        why="the check follows placements, and has to start from one",
-                        fixes=["Case(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"],
-                    )
-                )
+                what = f"argument {number} is a tensor without a placement"
+                why = "the check follows placements, and has to start from one"
+                raise cannot("Case", what, why, _CASE)
             found.append((arg, cast(Placement, placement)))
         return found
 
@@ -65,60 +87,100 @@ class Target(Protocol):
     def __call__(self, mesh: MoEMesh, tokens: int, /) -> Case: ...
 
 
-class CannotCheckError(ConfigError):
-    """The target or the question is not one that the checker could answer."""
-
-
-def cannot(where: str, what: str, why: str, *fixes: str) -> CannotCheckError:
-    return CannotCheckError(explain(where, what, why=why, fixes=fixes))
-
-
-def load(name: str) -> Target:
-    """The target that `package.module:callable` names; modules of this directory are found too."""
-    module_name, _, attribute = name.partition(":")
-    why = "a target is a callable (mesh, tokens) -> Case in a module that can be imported"
-    if not module_name or not attribute:
-        what = f"{name!r} does not have the form package.module:callable"
-        raise cannot("TARGET", what, why, "my_package.my_module:target")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # whatever the module does when it is imported
-        what = f"{module_name!r} cannot be imported: {type(error).__name__}: {error}"
-        raise cannot(
-            "TARGET", what, why, f"python -c 'import {module_name}'   # must work"
-        ) from error
-    target: object = module
-    for part in attribute.split("."):
-        target = getattr(target, part, None)
-    if not callable(target):
-        own = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module_name]
-        there = [n for n in own if callable(vars(module)[n]) and not n.startswith("_")]
-        what = f"{module_name!r} has no callable {attribute!r}"
-        raise cannot("TARGET", what, why, *(f"{module_name}:{n}" for n in there[:3]))
-    return cast(Target, target)
-
-
 def build(target: Target, mesh: MoEMesh, tokens: int) -> Case:
     """What the target builds, once it is known to be something that can be checked."""
+    at = line_of(target)
     why = "a target builds a module and one call of it: Case(module, args, placements)"
     fix = "return Case(layer, (x,), (Tokens,))"
+    _check_arguments(target, at)
     try:
         built: object = target(mesh, tokens)
     except (ValueError, PlacementError):
         raise  # a refusal, or a wrong declaration
     except Exception as error:
-        what = f"it raises {type(error).__name__} for {mesh} and {tokens} tokens: {error}"
-        raise cannot(
-            "TARGET", what, why, "raise ValueError   # where a layout is refused"
-        ) from error
+        what = f"it raises {type(error).__name__} for {mesh} and {plural(tokens, 'token')}: {error}"
+        fix, at = "raise ValueError   # where a layout is refused", line_of_error(error) or at
+        raise cannot("TARGET", what, why, fix, at=at) from error
+    if callable(built) and not isinstance(built, nn.Module):
+        what = "it returns a function, not a Case: it makes targets, and is none"
+        fix = "my_target = make_target(...)   # in its module; check my_target"
+        raise cannot("TARGET", what, why, fix, at=at)
     if not isinstance(built, Case):
-        raise cannot("TARGET", f"it returns {type(built).__name__}, not Case", why, fix)
+        raise cannot("TARGET", f"it returns {type(built).__name__}, not Case", why, fix, at=at)
     if not any(isinstance(arg, Tensor) for arg in built.args):
-        raise cannot("TARGET", "none of the arguments it builds is a tensor", why, fix)
+        raise cannot("TARGET", "none of the arguments it builds is a tensor", why, fix, at=at)
     for name, t in (*built.module.named_parameters(), *enumerate(built.args)):
         if isinstance(t, Tensor) and t.device.type != "cpu":
             what = f"{name} lies on {t.device}, and the check runs on the CPU"
-            raise cannot("TARGET", what, "it runs on machines without a GPU", "device='cpu'")
+            why = "it runs on machines without a GPU"
+            raise cannot("TARGET", what, why, "device='cpu'", at=at)
     return built
+
+
+def _check_arguments(target: Target, at: str) -> None:
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # of a builtin, say
+        return
+    try:
+        signature.bind("mesh", 0)
+    except TypeError:
+        written = f"({', '.join(signature.parameters)})"
+        what = f"it takes {written}, and a target takes (mesh, tokens)"
+        why = "a target is called for each layout and number of tokens"
+        fixes = "def target(mesh, tokens): ...", "my_target = make_target(...)   # if it makes one"
+        raise cannot("TARGET", what, why, *fixes, at=at) from None
+
+
+# --- lines of the user's program ------------------------------------------------------------------
+
+
+def line_of(target: object) -> str:
+    """Where a target is defined, as file:line."""
+    found = target
+    while (
+        inner := getattr(found, "func", None) or getattr(found, "__wrapped__", None)
+    ) is not None:
+        found = inner
+    if not hasattr(found, "__code__"):
+        found = found.__init__ if isinstance(found, type) else type(found).__call__
+    code = getattr(found, "__code__", None)
+    return "unknown" if code is None else f"{short_path(code.co_filename)}:{code.co_firstlineno}"
+
+
+def line_of_error(error: BaseException) -> str:
+    """The innermost line of the user's program that an error came through, or nothing."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if is_users(frame.f_code.co_filename):
+            return f"{short_path(frame.f_code.co_filename)}:{line}"
+    return ""
+
+
+# --- errors that nothing expected -----------------------------------------------------------------
+
+
+def accounted(error: BaseException, at: str) -> SpmdMoeError:
+    """Any error that ends a check, as one that says whose it is."""
+    if isinstance(error, SpmdMoeError):
+        return error
+    if not isinstance(error, Exception):  # SystemExit and its like
+        shown = f"{type(error).__name__}({', '.join(map(repr, error.args))})"
+        why = "a check that the target leaves is not a check that passes"
+        fix = "raise ValueError   # where a layout is refused"
+        at = line_of_error(error) or at
+        return cannot("TARGET", f"it raises {shown}", why, fix, at=at)
+    return checker_error(error, at)
+
+
+def checker_error(error: BaseException, at: str) -> CheckerError:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = f"{short_path(frames[-1].filename)}:{frames[-1].lineno}" if frames else "unknown"
+    return CheckerError(
+        explain(
+            "spmd-moe",
+            f"the checker itself fails at {own}: {type(error).__name__}: {error}",
+            why="this is a defect of the checker; it says nothing about the module",
+            fixes=["report it, with the module that is checked"],
+            at=at,
+        )
+    )

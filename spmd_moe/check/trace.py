@@ -21,11 +21,19 @@ from spmd_moe.check.declarations import declared_types, misdeclared, unsaid
 from spmd_moe.check.findings import Finding, allowed, finding, short_path
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import Issued, mirror_world
-from spmd_moe.check.observer import Observer, Record
+from spmd_moe.check.observer import Observer, Record, run_operation
 from spmd_moe.check.signatures import axis, checked, declare
 from spmd_moe.check.source_escapes import escapes
 from spmd_moe.check.source_lines import is_checked
-from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot
+from spmd_moe.check.target import (
+    CannotCheckError,
+    Case,
+    CheckerError,
+    Target,
+    build,
+    cannot,
+    checker_error,
+)
 from spmd_moe.core.errors import PlacementError, SpmdMoeError, describe, plural
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.messages import at_line
@@ -102,7 +110,7 @@ def trace(target: Target, configuration: Configuration, packages: set[str], here
         try:
             _run(built, mesh, found, log, packages)
             found.findings += _changed(declared, mesh)
-        except CannotCheckError:
+        except (CannotCheckError, CheckerError):
             raise
         except Exception as error:  # whatever the checked code raises is its mistake, and shown
             found.findings.append(raised(error, packages, _names(mesh)))
@@ -228,7 +236,10 @@ def _raw(issued: Iterable[Issued]) -> Iterator[Finding]:
 
 
 def raised(error: Exception, packages: set[str], names: Mapping[MeshAxis, str]) -> Finding:
+    """The finding of an error that the checked code raises. One of the checker's own is raised."""
     at, where = place_of(error, packages)
+    if _is_own(error, packages):
+        raise checker_error(error, at) from error
     rule = "types" if isinstance(error, SpmdTypeError) else "crash"
     if isinstance(error, SpmdMoeError):
         return Finding(rule, at, at_line(str(error), at))
@@ -270,6 +281,25 @@ def _in_our_words(text: str, names: Mapping[MeshAxis, str]) -> str:
         text = text.replace(f"axis {known}", f"axis '{name}'")
     text = text.replace("PerMeshAxisLocalSpmdType.", "")
     return text.partition(" Are you missing")[0].rstrip(". ")
+
+
+# Files that run between the operations of the module.
+_OWN = {
+    f"spmd_moe.check.{file}"
+    for file in ("observer", "cut_dims", "lineage", "source_lines", "source_escapes")
+}
+
+
+def _is_own(error: Exception, packages: set[str]) -> bool:
+    """Whether an error arises in what the checker does between operations."""
+    if isinstance(error, SpmdMoeError | SpmdTypeError):
+        return False
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if frame.f_globals.get("__name__") in _OWN:
+            return frame.f_code is not run_operation.__code__
+        if is_checked(frame, packages):
+            return False
+    return False
 
 
 def place_of(error: BaseException, packages: set[str]) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from spmd_moe.check.declarations import declared_types
 from spmd_moe.check.findings import Finding, finding
 from spmd_moe.check.layouts import Layout
+from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.check.observer import Observer, Point, Record
 from spmd_moe.check.signatures import axis, checked, declare
 from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot
@@ -77,12 +78,23 @@ def check_values(
     target: Target, layout: Layout, tokens: int, packages: set[str], seconds: float
 ) -> Iterator[Finding]:
     """Compare all ranks of a layout with one process; inside `signatures(packages)`."""
-    lone = build(target, MoEMesh.single(), tokens * layout.dp * layout.cp)
+    with mirror_world(1):  # the lone process' own raw collectives need a group, too
+        yield from _check_values(target, layout, tokens, packages, seconds)
+
+
+def _check_values(
+    target: Target, layout: Layout, tokens: int, packages: set[str], seconds: float
+) -> Iterator[Finding]:
+    lone = build(target, Layout().mesh(), tokens * layout.dp * layout.cp)
     if any(isinstance(a, DTensor) for a in lone.args):
         return  # they have no types that could be put to the test
     module, args = _wide(lone)
     setup = Setup(_tensors(module, args))
-    single = Run(_named(module(*args)))
+    try:
+        single = Run(_named(module(*args)))
+    except Exception as error:
+        yield raised(error, packages, {})
+        return
     setup.upstream.update(_upstream(single.outputs))
     setup.outputs.update({name: out.shape for name, out in single.outputs.items()})
     try:

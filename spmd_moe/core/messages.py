@@ -75,6 +75,16 @@ PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _COMMAND = f"{os.sep}spmd-moe"  # the script that pip makes of our command
 
 
+_TOOLS = re.compile(
+    r"[/\\\\](?:torch|spmd_types|importlib|_pytest)[/\\\\]|[/\\\\]python3\.\d+[/\\\\][\w.]+$|^<"
+)
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file is of the user's program, and not of this package or its tools."""
+    return not (file.startswith(PACKAGE) or file.endswith(_COMMAND) or _TOOLS.search(file))
+
+
 def users_line(frame: FrameType | None = None) -> str:
     """`file:line` of the innermost frame outside this package and its tools, from `frame` up."""
     frame = frame or sys._getframe(1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,13 +19,14 @@ import torch.distributed as dist
 from spmd_types import _checker, is_type_checking
 from torch.overrides import _get_current_function_mode_stack
 
-from spmd_moe.check import CannotCheckError, Layout, check, run_checks
-from spmd_moe.check.command_line import main
+from spmd_moe.check import CannotCheckError, Layout, check, observer, run_checks
 from spmd_moe.check.signatures import signatures
+from spmd_moe.check.target import CheckerError
 from spmd_moe.check.trace import Configuration, standing, trace
 from spmd_moe.core.errors import PlacementError
 from tests.catalogue import targets
 from tests.support import faulty_targets as t
+from tests.support.command_server import Commands, Done
 
 TP_2, HERE = Layout(dp=2, tp=2), "tests.support.faulty_targets"
 
@@ -66,6 +67,13 @@ def nothing_is_left(request: pytest.FixtureRequest) -> object:
     assert not dist.is_initialized() and not is_type_checking()
     assert _get_current_function_mode_stack() == []
     assert before == _patched()
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    server = Commands()
+    yield server
+    server.close()
 
 
 def _patched() -> tuple[object, ...]:
@@ -170,6 +178,7 @@ from torch import nn
 from spmd_moe.check import Case
 from spmd_moe.core.placement import DP, R, V, Placed
 from tests.support import faulty_targets as t
+from tests.support.command_server import Commands, Done
 if TYPE_CHECKING:
     from torch import Tensor
     from spmd_moe.core.placement import GatheredTokens, Whole
@@ -204,93 +213,38 @@ def test_a_name_that_exists_for_type_checkers_only(
     of_class: str,
     said: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    commands: Commands,
 ) -> None:
     """What cannot be read is no placement that could be trusted; what is no tensor needs none."""
     name = f"unread_{of_function}_{len(of_class)}"
     text = UNREAD.format(of_function=of_function, of_class=of_class)
     (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    words = [f"{name}:target", "--layout", "dp 2 tp 2", "--jobs", "1"]
-    assert main(["check", *words]) == (2 if said else 0), capsys.readouterr()
-    error = capsys.readouterr().err
+    words = [f"{name}:target", "--layout", "dp 2 tp 2", "--package", name]
+    done = commands.run("check", *words, path=str(tmp_path))
+    assert done.status == (2 if said else 0), done
+    error = done.err
     assert said in error and ("TYPE_CHECKING" in error) is bool(said), error
 
 
 # --- exits --------------------------------------------------------------------------------------
 
 
-def run_cli(name: str, *words: str) -> int:
-    return main(["check", f"{HERE}:{name}", "--jobs", "1", "--layout", "dp 2 tp 2", *words])
-
-
-def test_exit_0_says_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("good") == 0
-    assert "no mistake in 1 layout," in capsys.readouterr().out
-
-
-def test_exit_1_shows_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("bad_sum") == 1
-    out = capsys.readouterr().out
-    assert (
-        "[X12]" in out
-        and "tests/support/faulty_targets.py:" in out
-        and "why:" in out
-        and "fix:" in out
+@pytest.fixture
+def run_cli(commands: Commands) -> Callable[..., Done]:
+    return lambda name, *words: commands.run(
+        "check", f"{HERE}:{name}", "--layout", "dp 2 tp 2", *words
     )
 
 
-CANNOT = [
-    (["tests.support.faulty_targets"], "does not have the form"),
-    (["tests.no_such_module:target"], "cannot be imported"),
-    ([f"{HERE}:no_such"], "has no callable 'no_such'"),
-    ([f"{HERE}:raises"], "raises RuntimeError"),
-    ([f"{HERE}:no_tensor"], "none of the arguments"),
-    ([f"{HERE}:not_built"], "returns Module, not Case"),
-    ([f"{HERE}:no_placement"], "without a placement"),
-    ([f"{HERE}:elsewhere"], "lies on meta"),
-    ([f"{HERE}:too_many_placements"], "2 placements are given for 1 arguments"),
-    ([f"{HERE}:without_tp"], "dp:V cp:V, which says nothing of tp"),
-    ([f"{HERE}:raises_on_tp"], "raises KeyError"),
-    ([f"{HERE}:refuses"], "every layout is refused"),
-    ([f"{HERE}:hangs", "--seconds", "1"], "takes more than 1 s"),
-    ([f"{HERE}:good", "--junit", "/no/such/folder/x.xml"], "there is no directory"),
-]
+def test_exit_0_says_what_was_done(run_cli: Callable[..., Done]) -> None:
+    done = run_cli("good")
+    assert done.status == 0 and "no mistake in 1 layout," in done.out
 
 
-@pytest.mark.parametrize("words,said", CANNOT, ids=lambda value: str(value)[:40])
-def test_exit_2_says_why(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    world = [] if "--world" in words else ["--world", "2"]
-    assert main(["check", *words, *world, "--jobs", "1"]) == 2
-    error = capsys.readouterr().err
-    assert said in error and "why:" in error and "fix:" in error, error
-
-
-NONSENSE = [
-    *[("--layout", text) for text in ("dp", "dp 0", "pp 2", "dp 2 ep 3", "dp 2 dp 3")],
-    ("--layout", "dp 99999999999999999999"),
-    ("--layout", "dp 2000 tp 2000"),
-    ("--layout", "dp \ud800"),
-    ("--tokens", "-1"),
-    ("--tokens", "9" * 5000),
-    ("--world", "0"),
-    ("--jobs", "0"),
-    ("--seconds", "0"),
-    ("--seconds", "nan"),
-    ("--rank", "1"),
-]
-
-
-@pytest.mark.parametrize("option,value", NONSENSE, ids=lambda text: ascii(text)[:30])
-def test_a_nonsense_value_of_an_option_is_one_line(
-    option: str, value: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        run_cli("good", option, value)
-    error = capsys.readouterr().err
-    assert option in error and ascii(value)[:20] in error, error
-    assert error.count("\n") == 1 and error.isascii() and len(error) < 300
+def test_exit_1_shows_the_mistake(run_cli: Callable[..., Done]) -> None:
+    done = run_cli("bad_sum")
+    assert done.status == 1 and "tests/support/faulty_targets.py:" in done.out
+    assert all(part in done.out for part in ("[X12]", "why:", "fix:"))
 
 
 def test_the_command_itself() -> None:
@@ -302,17 +256,18 @@ def test_the_command_itself() -> None:
 # --- reports ------------------------------------------------------------------------------------
 
 
-def test_json_is_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli("bad_sum", "--json") == 1
-    said = json.loads(capsys.readouterr().out)
+def test_json_is_for_machines(run_cli: Callable[..., Done]) -> None:
+    done = run_cli("bad_sum", "--json")
+    said = json.loads(done.out)
+    assert done.status == 1
     assert said["ok"] is False and "X12" in {m["rule"] for m in said["mistakes"]}
     (layout,) = said["layouts"]
     assert layout["layout"] == "dp 2 tp 2 = edp 4" and layout["findings"] > 0
 
 
-def test_junit_is_for_ci(tmp_path: Path) -> None:
+def test_junit_is_for_ci(tmp_path: Path, run_cli: Callable[..., Done]) -> None:
     path = tmp_path / "report.xml"
-    assert run_cli("bad_sum", "--junit", str(path)) == 1
+    assert run_cli("bad_sum", "--junit", str(path)).status == 1
     suite = ElementTree.parse(path).getroot()
     assert (suite.get("tests"), suite.get("failures")) == ("1", "1")
     (case,) = suite
@@ -324,10 +279,25 @@ def test_it_is_the_same_every_time() -> None:
     assert one == two
 
 
-def test_check_raises_what_examine_reports() -> None:
+def test_check_raises_what_run_checks_reports() -> None:
     with pytest.raises(PlacementError, match=r"\[X12\]"):
         check(t.bad_sum, chosen=[TP_2])
     assert check(t.good, chosen=[TP_2]).ok
+
+
+@pytest.mark.parametrize("name", ["follow", "descend"])
+def test_a_defect_of_the_checker_is_not_the_modules(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is no finding: nothing was checked."""
+
+    def fail(*args: object) -> None:
+        raise KeyError("a defect")
+
+    fail.__code__ = fail.__code__.replace(co_filename=observer.__file__)
+    monkeypatch.setattr(observer, name, types.FunctionType(fail.__code__, vars(observer)))
+    with pytest.raises(CheckerError, match=r"the checker itself fails at .*: KeyError: 'a defect'"):
+        run_checks(t.good, chosen=[TP_2])
 
 
 # --- what it leaves -----------------------------------------------------------------------------
@@ -339,14 +309,15 @@ def test_after_an_exception() -> None:
         run_checks(t.raises, chosen=[TP_2])
 
 
-def test_after_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
-    try:
-        assert run_cli("interrupted") == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert "interrupted" in capsys.readouterr().err
-    assert run_cli("good") == 0
+def test_after_ctrl_c() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_checks(t.interrupted, chosen=[TP_2])
+    assert run_checks(t.good, chosen=[TP_2]).ok
+
+
+def test_a_target_that_leaves_is_not_one_that_passes() -> None:
+    with pytest.raises(CannotCheckError, match=r"it raises SystemExit\(0\)"):
+        run_checks(t.leaves, chosen=[TP_2])
 
 
 def test_the_random_numbers_of_the_program_go_on() -> None:

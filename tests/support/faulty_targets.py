@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 
@@ -295,6 +296,10 @@ def interrupted(mesh: MoEMesh, tokens: int) -> Case:
     if mesh[TP].size > 1:
         os.kill(os.getpid(), signal.SIGINT)
     return good(mesh, tokens)
+
+
+def leaves(mesh: MoEMesh, tokens: int) -> Case:
+    sys.exit(0)
 
 
 def fails_in_forward(m: Module, x: Tensor) -> Tensor:
