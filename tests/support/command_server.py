@@ -54,9 +54,7 @@ class Commands:
         return [Done(**done) for done in json.loads(self.server.stdout.readline())]
 
     def close(self) -> None:
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait(30)
+        self.server.communicate(timeout=30)
 
 
 @dataclass
@@ -93,7 +91,7 @@ def _serve() -> None:
 
 
 def _start(main: Any, words: list[str], path: str) -> _Running:
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    out, err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115  # closed by _finish
     pid = os.fork()
     if pid:
         return _Running(pid, out, err, time.monotonic() + LONGEST)
