@@ -52,16 +52,13 @@ def mirror_world(ranks: int, rank: int = 0) -> Iterator[list[Issued]]:
     """Be rank `rank` of a default process group of `ranks`; yields what is issued, in order."""
     if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, _make, devices=["cpu", "cuda", "meta"])
-    log: list[Issued] = []
-    _LOGS.append(log)
     hook = sys.excepthook  # torch puts the rank's name before it, and leaves it there
     try:
         dist.init_process_group(NAME, store=dist.HashStore(), rank=rank, world_size=ranks)
         with _own_groups(ranks, rank):
-            yield log
+            yield _issued_in_world()
     finally:
         sys.excepthook = hook
-        _LOGS.remove(log)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -84,7 +81,11 @@ def _own_groups(ranks: int, rank: int) -> Iterator[None]:
         yield
 
 
-_LOGS: list[list[Issued]] = []  # of the worlds that are open, the last one being in use
+def _issued_in_world() -> list[Issued]:
+    """What all groups of the open world have issued, in order: the default group keeps it."""
+    world: Any = dist.group.WORLD
+    issued: list[Issued] = world.issued
+    return issued
 
 
 def _make(store: object, rank: int, ranks: int, timeout: object) -> ProcessGroup:
@@ -108,6 +109,7 @@ class _Mirror(_Group):  # type: ignore[misc]  # see above
     def __init__(self, rank: int, ranks: int) -> None:
         super().__init__(rank, ranks)
         self.place, self.ranks = rank, ranks
+        self.issued: list[Issued] = []
 
     def getBackendName(self) -> str:  # noqa: N802  # torch's name for it
         return NAME
@@ -200,7 +202,8 @@ class _Mirror(_Group):  # type: ignore[misc]  # see above
     def _log(self, op: str, x: Tensor, splits: Sequence[int] = ()) -> None:
         ranks = tuple(dist.get_process_group_ranks(self))
         caller, raw = _caller()
-        _LOGS[-1].append(Issued(op, ranks, tuple(x.shape), x.dtype, tuple(splits), caller, raw))
+        one = Issued(op, ranks, tuple(x.shape), x.dtype, tuple(splits), caller, raw)
+        _issued_in_world().append(one)
 
 
 # Code that knows what types its collectives have, and code that is never the one at fault.

@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -62,11 +61,9 @@ def kinds_text(kinds: Iterable[tuple[object, object]]) -> str:
     )
 
 
-@lru_cache(maxsize=256)
 def short_path(filename: str) -> str:
     """A path as the user would write it: from the current folder, if it lies below that."""
-    path = Path(filename)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
+    return filename.removeprefix(os.getcwd() + os.sep)
 
 
 # Frames below these packages are ours or our tools', never the line that the user has to change.
