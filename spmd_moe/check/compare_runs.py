@@ -1,4 +1,4 @@
-"""What must be alike between runs of one layout: at other coordinates, with other token counts.
+"""Comparison of the runs of one layout: across coordinates and across numbers of tokens.
 
 X2   what is R or I on an axis is computed by the same operations with the same plain arguments
 X5   every coordinate issues the same collectives

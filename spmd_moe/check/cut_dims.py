@@ -1,4 +1,4 @@
-"""Which dim of a tensor is a shard of a whole, followed from where it was cut to where it matters.
+"""Sharded dims, followed from the cut to the operations where they matter (X7).
 
 To the local types a shard is V: rows of different things. Code between two placements may still
 rely on which dim was cut. A view that mixes that dim with others, or a softmax along it, computes

@@ -1,4 +1,4 @@
-"""X9: every declaration names something, and every parameter and buffer is named by one.
+"""Declarations compared with the parameters and buffers that exist (X9).
 
 What a class says of its own parameters, and what `declare` says by name, both fail closed: a name
 that is misspelt would otherwise leave a tensor without a type, or a type without a tensor.

@@ -1,4 +1,4 @@
-"""What a tensor was made of: of numbers alone, of what the module was given, of which factories.
+"""Lineage of a tensor: numbers alone, inputs of the module, or factories (`torch.zeros`).
 
 A factory (`torch.zeros(n)`, `torch.tensor(rank)`) makes the same kind on all ranks, whatever
 numbers it gets. Where two ranks gave it other numbers, what is made of it is not the same on them.

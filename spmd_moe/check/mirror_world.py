@@ -1,4 +1,4 @@
-"""A world of which only one rank exists: the others are taken to hold what it holds.
+"""A process group of one real rank: the other ranks are taken to hold what it holds.
 
 torch's fake process group leaves the results of collectives as they happen to be in memory, so code
 that reads sizes from them runs into nonsense. Here a gather returns this rank's own tensor once for

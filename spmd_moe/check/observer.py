@@ -1,4 +1,4 @@
-"""What a traced run does, operation by operation: where, on what types, with what plain arguments.
+"""Observer of a traced run: each operation with its line, types and plain arguments.
 
 The observer stands before spmd_types' checker and looks at what comes out of it. A program point is
 the chain of lines of checked code that leads to an operation, with the operation's name; in a loop

@@ -1,4 +1,4 @@
-"""Which lines belong to the code that is checked."""
+"""Source lines of the code that is checked, found in the stack."""
 
 from __future__ import annotations
 

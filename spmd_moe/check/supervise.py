@@ -57,7 +57,7 @@ class FailedError(Exception):
 class _Child:
     pid: int
     channel: socket.socket
-    stacks: IO[str]  # where faulthandler writes
+    stacks: IO[bytes]  # where faulthandler writes
     deadline: float
     step: int | None = None  # None while it starts
     received: bytearray = field(default_factory=bytearray)
@@ -111,7 +111,10 @@ class Supervisor(Generic[T, R]):
         readable, _, _ = select.select(list(channels), [], [], max(0.0, min(rest, 0.2)))
         for channel in readable:
             child = channels[channel]
-            data = channel.recv(1 << 16)
+            try:
+                data = channel.recv(1 << 16)
+            except ConnectionError:  # it died with a request unread
+                data = b""
             if not data:
                 raise self._lost(child)
             child.received += data
@@ -172,7 +175,7 @@ class Supervisor(Generic[T, R]):
 
     def _fork(self) -> _Child:
         ours, theirs = socket.socketpair()
-        stacks = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        stacks = tempfile.TemporaryFile()  # noqa: SIM115
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
@@ -184,7 +187,7 @@ class Supervisor(Generic[T, R]):
         theirs.close()
         return _Child(pid, ours, stacks, time.monotonic() + self.seconds)
 
-    def _work(self, channel: socket.socket, stacks: IO[str]) -> NoReturn:
+    def _work(self, channel: socket.socket, stacks: IO[bytes]) -> NoReturn:
         """All that a child does; it never returns into what the parent was doing."""
         pid = os.getpid()
         try:
@@ -210,7 +213,7 @@ class Supervisor(Generic[T, R]):
         signal.setitimer(signal.ITIMER_REAL, self.seconds + 10)
 
 
-def _settle(stacks: IO[str]) -> None:
+def _settle(stacks: IO[bytes]) -> None:
     """Leave the terminal, stdin and stdout to the parent."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -263,10 +266,11 @@ def _kill(child: _Child) -> None:
     child.stacks.close()
 
 
-def _innermost(stacks: IO[str]) -> str:
+def _innermost(stacks: IO[bytes]) -> str:
     """The innermost line that faulthandler saw outside of Python, torch and this package."""
-    stacks.seek(0)
-    for file, number in re.findall(r'File "(.+)", line (\d+) in', stacks.read()):
+    # Not seek: parent and child share the position in the file.
+    text = os.pread(stacks.fileno(), 1 << 16, 0).decode(errors="replace")
+    for file, number in re.findall(r'File "(.+)", line (\d+) in', text):
         if is_users(file):
             return f"{short_path(file)}:{number}"
     return ""

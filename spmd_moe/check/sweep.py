@@ -1,4 +1,4 @@
-"""Which configurations of a layout are traced, and what comes out of them together."""
+"""Configurations of one layout: coordinates and numbers of tokens, traced and compared."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from spmd_moe.core.errors import ConfigError, PlacementError, SpmdMoeError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.messages import is_users, plural, short_path
+from spmd_moe.core.messages import PACKAGE, is_users, plural, short_path
 from spmd_moe.core.placement import Placement, placement_of
 
 COMMAND_LINE = "the command line"  # where an option stands
@@ -173,8 +173,12 @@ def accounted(error: BaseException, at: str) -> SpmdMoeError:
 
 
 def checker_error(error: BaseException, at: str) -> CheckerError:
+    """A defect of the checker, with the innermost of its lines that the error came through."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = f"{short_path(frames[-1].filename)}:{frames[-1].lineno}" if frames else "unknown"
+    ours = [
+        f"{short_path(f.filename)}:{f.lineno}" for f in frames if f.filename.startswith(PACKAGE)
+    ]
+    own = ours[-1] if ours else "an unknown line"
     return CheckerError(
         explain(
             "spmd-moe",

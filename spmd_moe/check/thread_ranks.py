@@ -1,4 +1,4 @@
-"""All ranks of a world as threads of one process, over torch's process group for threads.
+"""Ranks as threads of one process, over torch's process group for threads.
 
 Every rank runs the real code with real values and its own integers, so rows may be as ragged as
 they like. A world of 8 costs a few milliseconds. The process group is torch's own for its tests,

@@ -1,4 +1,4 @@
-"""X11: every rank with real values, beside one process that has everything.
+"""Real values on every rank, compared with one process that has everything (X11).
 
 The target is built once alone and once on every rank of a world of threads. Each rank is given its
 part of the lone module's weights and inputs, as their placements say. Then all types are put to the

@@ -1,4 +1,4 @@
-"""The whole that the tensors of all ranks stand for, and each rank's part of a whole.
+"""Whole tensors: made from the parts of all ranks by their kinds, and cut into parts.
 
 R, I   every rank has the whole           V, S(i)   the ranks' parts, joined in their order
 P      the sum over the ranks             V is joined on dim 0, which holds the rows

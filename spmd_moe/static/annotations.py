@@ -1,4 +1,4 @@
-"""`Placed[Tensor, DP[V], TP[S[0]]]` in a signature, an alias or a class: from source to kinds."""
+"""Annotations: `Placed[Tensor, DP[V], TP[S[0]]]` in a signature, an alias or a class, as kinds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is placed one way on one branch and another way on another."""
+"""Branches that place one name, or one expression, differently."""
 
 from __future__ import annotations
 

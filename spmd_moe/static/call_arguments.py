@@ -1,4 +1,4 @@
-"""Which argument of a call meets which parameter, and of which overload."""
+"""Arguments of a call matched with the parameters of the overload that was chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What collectives do to kinds: ours, and spmd_types' own."""
+"""Effects of collectives on kinds: ours, and those of spmd_types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an expression was found to be, against the type that is declared for it."""
+"""Placements of expressions compared with the types that are declared for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Being called once more for a module, after mypy has checked all of it.
+"""A hook at the end of a module, after mypy has checked all of it.
 
 mypy has no hook for that. It does check every function that stands in a module's symbol table, so a
 function of ours is put there; its one call has a name that the plugin answers to. It puts itself

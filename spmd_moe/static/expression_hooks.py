@@ -1,4 +1,4 @@
-"""What mypy asks while it checks: the type of a call, an operator, an attribute.
+"""Hooks of expressions: the type of a call, an operator or an attribute.
 
 Nothing is reported from here. mypy evaluates an expression more than once, and takes an error in an
 operator as a sign to try the reflected one; so problems are written down and reported at the end.

@@ -1,4 +1,4 @@
-"""Placements of type variables: what a generic function returns is placed as what it was given.
+"""Placements of type variables: a generic function returns what it was given, placed alike.
 
 mypy takes a type variable from the context of a call too, and forgets placements where it infers
 one from functions. So each call is solved once more, for placements alone.

@@ -1,4 +1,4 @@
-"""Which hook answers for which name. It is loaded when mypy first asks: a warm run may never."""
+"""Table of hooks by name. Loaded when mypy first asks; a warm run may never ask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a tensor while nothing runs: a kind for each of some roles.
+"""Kinds of a tensor without running anything: one for each role that is known.
 
 Kinds are letters, `R`, `I`, `V`, `P`, or `S(dim)`. Two more stand for what is not known: a role
 that is missing, and `?`, which says that an error was reported there already.

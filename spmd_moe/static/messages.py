@@ -1,4 +1,4 @@
-"""Errors of the static check: what is there and what is needed, why, and what to write instead."""
+"""Error messages of the static check: what is there and needed, why, and what to write."""
 
 from __future__ import annotations
 

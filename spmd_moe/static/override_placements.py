@@ -1,4 +1,4 @@
-"""A method or an attribute that is placed differently from the one that it overrides."""
+"""Overrides: a method or an attribute that is placed differently from the one in the base class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds within mypy's types: how they are kept, found and compared.
+"""Kinds in mypy's types: stored, found and compared.
 
 A placed tensor is mypy's type of the tensor with a note attached, in the slot where mypy keeps what
 it knows of one object beyond its class. Notes do not take part in subtyping, so a placed tensor and

@@ -1,4 +1,4 @@
-"""The plugin as mypy sees it. Most names are none of ours, which is found once for each."""
+"""Entry of the mypy plugin. Most names are not ours; each name is looked up once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written down while mypy checks, until a module is done and is reviewed."""
+"""Problems and roles found while mypy checks, kept until a module is reviewed."""
 
 from __future__ import annotations
 

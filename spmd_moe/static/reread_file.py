@@ -1,4 +1,4 @@
-"""Reading a file again into the syntax tree that was made of it.
+"""Second reading of a file, into the syntax tree that was made of it.
 
 Within one run the daemon keeps what it has parsed, and would analyse a tree twice that it checks
 twice. It has no need to; but a module that was edited, and uses another that was, is checked after

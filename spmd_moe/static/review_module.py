@@ -1,4 +1,4 @@
-"""A module after mypy has checked it: what is declared compared with what was found, and reported.
+"""Review of a module after mypy has checked it: declared placements against those found.
 
 mypy knows the type of every expression by now, and with it the placement. Calls, returns,
 assignments and branches are compared here; what was wrong in an operation was written down.

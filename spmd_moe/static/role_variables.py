@@ -1,4 +1,4 @@
-"""Which role a variable is: `TP`, another name of it such as `EAST = TP`, or one of the user's own.
+"""Role variables: `TP`, another name for it such as `EAST = TP`, or a role of the user's own.
 
 The role is kept in the variable's type, which other names of it inherit and mypy's cache keeps. In
 the module that is being read variables have no types yet; there the assignment is looked up.

@@ -1,4 +1,4 @@
-"""What a project says to the static check, in the file that has its settings for mypy.
+"""Settings of the static check, in the file that holds the project's settings for mypy.
 
 [tool.spmd_moe]                         in pyproject.toml
 strict = ["my_package.moe", "my_package.dispatch.*"]

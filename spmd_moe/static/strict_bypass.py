@@ -1,4 +1,4 @@
-"""Strict mode: what a checker cannot follow (X3), and what ranks would do differently (X2)."""
+"""Strict mode: code that a checker cannot follow (X3), or that differs between ranks (X2)."""
 
 from __future__ import annotations
 

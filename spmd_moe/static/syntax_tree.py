@@ -1,4 +1,4 @@
-"""Walking a syntax tree of mypy's: its own visitors cannot be subclassed from outside."""
+"""Walks over mypy's syntax tree, whose own visitors cannot be subclassed from outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full names as mypy gives them, and what they mean: `torch._C._nn.gelu` is `F.gelu`."""
+"""Names of torch functions as mypy gives them: `torch._C._nn.gelu` is `F.gelu`."""
 
 from __future__ import annotations
 
