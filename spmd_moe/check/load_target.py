@@ -31,8 +31,8 @@ def load(name: str) -> Target:
     if not callable(target):
         there = [n for n, v in vars(module).items() if _may_be_meant(module, n, v)]
         what = f"{module_name!r} has no callable {attribute!r}"
-        fixes = (f"{module_name}:{n}" for n in there[:3])
-        raise cannot("TARGET", what, _WHY, *fixes, at=COMMAND_LINE)
+        meant = (f"{module_name}:{n}" for n in there[:3])
+        raise cannot("TARGET", what, _WHY, *meant, at=COMMAND_LINE)
     return cast(Target, target)
 
 

@@ -51,8 +51,9 @@ class Case:
     placements: tuple[object, ...] = ()  # annotations or Placements; None for what needs none
 
     def __post_init__(self) -> None:
-        if not isinstance(self.module, nn.Module):
-            what = f"module is of type {type(self.module).__name__}, not an nn.Module"
+        module: object = self.module
+        if not isinstance(module, nn.Module):
+            what = f"module is of type {type(module).__name__}, not an nn.Module"
             raise cannot("Case", what, "the check runs a module", _CASE)
         for name in ("args", "placements"):
             value = getattr(self, name)
@@ -65,8 +66,8 @@ class Case:
         """The tensor arguments, each with its placement. DTensors know their own."""
         found = []
         if len(self.placements) > len(self.args):
-            given = plural(len(self.placements), "placement")
-            what = f"{given} for {plural(len(self.args), 'argument')}"
+            have = plural(len(self.placements), "placement")
+            what = f"{have} for {plural(len(self.args), 'argument')}"
             why = "each placement belongs to the argument at the same position"
             raise cannot("Case", what, why, "None   # as the placement of what is no tensor")
         given = (*self.placements, *[None] * (len(self.args) - len(self.placements)))
@@ -143,7 +144,8 @@ def line_of(target: object) -> str:
     ) is not None:
         found = inner
     if not hasattr(found, "__code__"):
-        found = found.__init__ if isinstance(found, type) else type(found).__call__
+        is_class = isinstance(found, type)
+        found = getattr(found if is_class else type(found), "__init__" if is_class else "__call__")
     code = getattr(found, "__code__", None)
     return "unknown" if code is None else f"{short_path(code.co_filename)}:{code.co_firstlineno}"
 
