@@ -85,7 +85,7 @@ def _options(check: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     _check_junit(args.junit)
-    progress = _Progress(quiet=args.json)
+    progress = Progress(quiet=args.json)
     try:
         report = run_checks(
             args.target,
@@ -125,7 +125,7 @@ def _check_junit(path: Path | None) -> None:
         raise cannot("--junit", what, why, fix, at=COMMAND_LINE) from None
 
 
-class _Progress:
+class Progress:
     """A line for each layout; on a terminal, also how far the check has come."""
 
     def __init__(self, quiet: bool) -> None:

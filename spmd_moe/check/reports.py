@@ -12,7 +12,7 @@ from spmd_moe.check.findings import Finding
 from spmd_moe.check.sweep import Result
 from spmd_moe.check.trace import Configuration
 from spmd_moe.core.errors import plural
-from spmd_moe.core.messages import printable
+from spmd_moe.core.messages import parts_of, printable
 
 
 @final
@@ -81,6 +81,8 @@ class Report:
             {
                 "rule": m.finding.rule,
                 "at": m.finding.at,
+                **_file_and_line(m.finding.at),
+                **parts_of(m.finding.text),
                 "text": m.finding.text,
                 "configuration": str(m.first),
                 "times": m.times,
@@ -117,6 +119,12 @@ class Report:
                 ElementTree.SubElement(case, "skipped", message=printable(result.refused))
         ElementTree.indent(suite)
         return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def _file_and_line(at: str) -> dict[str, object]:
+    """Of `file:line`; a finding about a parameter or an output has no line."""
+    file, _, line = at.rpartition(":")
+    return {"file": file, "line": int(line)} if file and line.isdigit() else {}
 
 
 def failed_json(target: str, text: str) -> str:

@@ -32,6 +32,18 @@ def notes(why: str, fixes: Iterable[str]) -> Iterator[str]:
     yield from (f"  fix: {fix}" for fix in fixes)
 
 
+def parts_of(text: str) -> dict[str, str | list[str]]:
+    """The parts of a message by name, for reports that machines read."""
+    first, *rest = text.splitlines() or [""]
+    marked = [(line[2:5], line[6:].strip()) for line in rest]
+    why = next((said for mark, said in marked if mark == "why"), "")
+    return {
+        "message": first,
+        "why": why,
+        "fixes": [said for mark, said in marked if mark == "fix"],
+    }
+
+
 def at_line(text: str, at: str) -> str:
     """The same message, at another line."""
     kept = [line for line in text.splitlines() if not line.startswith("  at:")]

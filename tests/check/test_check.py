@@ -261,6 +261,10 @@ def test_json_is_for_machines(run_cli: Callable[..., Done]) -> None:
     said = json.loads(done.out)
     assert done.status == 1
     assert said["ok"] is False and "X12" in {m["rule"] for m in said["mistakes"]}
+    (found,) = [m for m in said["mistakes"] if m["rule"] == "X12"]
+    assert found["file"] == "tests/support/faulty_targets.py" and found["line"] > 100
+    assert found["message"].startswith("sum: it gives ") and found["why"].endswith(".")
+    assert found["fixes"] and found["text"].startswith(found["message"])
     (layout,) = said["layouts"]
     assert layout["layout"] == "dp 2 tp 2 = edp 4" and layout["findings"] > 0
 

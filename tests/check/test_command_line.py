@@ -14,7 +14,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from spmd_moe.check import Layout, command_check
 from spmd_moe.check.rules import RULES
+from spmd_moe.check.sweep import Result
 from tests.support.command_server import Commands, Done
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +202,19 @@ def test_help_teaches(done: dict[str, Done]) -> None:
         assert all(word in text for word in rule.words)
     assert "exit status: 0 nothing found" in text and "examples:" in text
     assert "examples:" in done["help"].out
+
+
+def test_progress_says_how_much_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = command_check.Progress(quiet=True)
+    progress(1, 4, Result(Layout(dp=2)))
+    progress.end()
+    said = capsys.readouterr().err
+    assert "1 of 4 layouts, 0 findings, about 0 s left" in said and said.endswith("\x1b[K")
+    times = [command_check.duration(seconds) for seconds in (8, 190, 7500)]
+    assert times == ["8 s", "3 min", "2 h 5 min"]
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------
