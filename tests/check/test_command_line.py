@@ -118,6 +118,7 @@ def done(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         asked[f"{option} {value}"] = ["check", f"{FAULTY}:good", *FEW, option, value]
     asked |= {
         "several": ["check", f"{HOSTILE}:forward_is_killed", "--world", "4", "--jobs", "2"],
+        "copies": ["check", f"{HOSTILE}:forward_forks_once", *FEW, "--layout", "dp 2", "--json"],
         "path": ["check", f"{FAULTY.replace('.', '/')}.py:good", *FEW],
         "values": ["check", f"{HOSTILE}:raw_exchange", "--values", *FEW],
         "plan": ["plan", f"{HOSTILE}:build_exits"],
@@ -180,6 +181,11 @@ def test_a_nonsense_value_of_an_option_is_one_line(
 
 def test_a_lost_process_among_several_ends_the_check(done: dict[str, Done]) -> None:
     assert done["several"].status == 2 and "ended by SIGKILL" in done["several"].err
+
+
+def test_a_copy_of_a_process_is_not_listened_to(done: dict[str, Done]) -> None:
+    said = json.loads(done["copies"].out)
+    assert [layout["layout"] for layout in said["layouts"]] == ["dp 2 tp 2 = edp 4", "dp 2 = edp 2"]
 
 
 def test_a_path_names_a_module(done: dict[str, Done]) -> None:

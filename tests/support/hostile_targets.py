@@ -18,6 +18,7 @@ from spmd_moe.check import Case
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import CP, DP, TP, Placed, R, V
 
+FORKED: list[int] = []
 Act = Callable[[], object]
 Rows = Placed[Tensor, DP[V], CP[V], TP[V]]
 
@@ -79,6 +80,13 @@ def forks() -> None:
     time.sleep(60)
 
 
+def forks_once() -> None:
+    """The copy goes on with the check, as this process does."""
+    if not FORKED:
+        FORKED.append(os.getpid())
+        os.fork()
+
+
 def is_odd() -> None:
     raise OddError("odd")
 
@@ -89,6 +97,7 @@ def interrupts() -> None:
 
 def prints() -> None:
     print("{" * 100_000)
+    os.write(1, b"{" * 100_000)  # as code in C does
 
 
 def closes() -> None:
@@ -113,7 +122,7 @@ def nothing() -> None:
 
 ACTS = (
     *(loops, swallows, ignores_alarms, exits, exits_at_once, is_killed, segfaults, forks, is_odd),
-    *(interrupts, prints, closes, asks, says_odd_things, says_much),
+    *(forks_once, interrupts, prints, closes, asks, says_odd_things, says_much),
 )
 
 
