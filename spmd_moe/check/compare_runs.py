@@ -1,9 +1,9 @@
 """Comparison of the runs of one layout: across coordinates and across numbers of tokens.
 
-X2   what is R or I on an axis is computed by the same operations with the same plain arguments
-X5   every coordinate issues the same collectives
-X10  so does every number of tokens, backward too
-X12  every program point has the same types, whatever the number of tokens
+X2   R and I tensors are computed by the same operations with the same plain arguments
+X5   all coordinates issue the same collectives
+X10  all numbers of tokens issue the same collectives, in backward too
+X12  each program point has the same types for all numbers of tokens
 """
 
 from __future__ import annotations

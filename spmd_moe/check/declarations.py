@@ -33,7 +33,7 @@ def declared_types(module: nn.Module) -> dict[str, tuple[Tensor, Placement]]:
 
 
 def misdeclared(module: nn.Module, mesh: MoEMesh) -> Iterator[Finding]:
-    """What is declared and not there, there and not declared, or declared in part."""
+    """Declarations without a tensor, tensors without a declaration, and incomplete declarations."""
     for prefix, part in module.named_modules():
         yield from _named_nothing(prefix, part)
     for name, placement in declarations(module).items():
@@ -49,7 +49,7 @@ def misdeclared(module: nn.Module, mesh: MoEMesh) -> Iterator[Finding]:
 
 
 def unsaid(placement: Placement, mesh: MoEMesh) -> str:
-    """The axes of more than one rank that a placement says nothing of."""
+    """The axes of more than one rank that a placement does not mention."""
     roles = (r for r in presentation(placement) if r not in placement and mesh[r].size > 1)
     return ", ".join(mesh[role].name for role in roles)
 

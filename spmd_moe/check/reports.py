@@ -43,7 +43,7 @@ class Report:
         return not any(result.findings for result in self.results)
 
     def mistakes(self) -> list[Mistake]:
-        """The findings, each kind once, by the first configuration that shows it."""
+        """The findings, each kind once, with the first configuration that shows it."""
         seen: dict[tuple[str, str], list[tuple[Configuration, Finding]]] = {}
         for result in self.results:
             for configuration, finding in result.findings:

@@ -18,7 +18,7 @@ from spmd_moe.core.placement import DENSE, EXPERT, TP
 @final
 @dataclass(slots=True)
 class Result:
-    """What came out for one layout."""
+    """The result of one layout."""
 
     layout: Layout
     traced: int = 0
@@ -29,7 +29,7 @@ class Result:
 
 
 def token_counts(layout: Layout) -> list[int]:
-    """None, one, around the number of ranks that share them, and many, shared out evenly."""
+    """0, 1, one less to one more than the ranks of tp, and 6 times as many as those ranks."""
     n = layout.tp
     return sorted({0, 1, n - 1, n, n + 1, 6 * n})
 
@@ -45,7 +45,7 @@ def coordinates(layout: Layout, tokens: int) -> list[int]:
 
 
 def configurations(layout: Layout, tokens: Sequence[int] = ()) -> Iterator[Configuration]:
-    """Every number of tokens on rank 0; every coordinate at one, a few and the most of them."""
+    """All numbers of tokens on rank 0; all coordinates at a few of these numbers."""
     counts = sorted(tokens) or token_counts(layout)
     yield from (Configuration(layout, n) for n in counts)
     uneven = min((n for n in counts if n > layout.tp), default=counts[0])
@@ -55,7 +55,7 @@ def configurations(layout: Layout, tokens: Sequence[int] = ()) -> Iterator[Confi
 
 
 def _traced(target: Target, wanted: Sequence[Configuration], packages: set[str]) -> list[Trace]:
-    """Each configuration, in the order given; one rank after another, since a place costs time."""
+    """Traces in the order of `wanted`. Rank by rank, since making a mesh takes time."""
     found: dict[Configuration, Trace] = {}
     for rank in sorted({c.rank for c in wanted}):
         mine = [c for c in wanted if c.rank == rank]

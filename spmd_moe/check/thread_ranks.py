@@ -32,7 +32,7 @@ SECONDS = 120.0  # after which ranks that are not done are taken to wait for eac
 
 @final
 class RanksError(RuntimeError):
-    """Some ranks failed, or did not come to an end; `errors` has what each of them raised."""
+    """Some ranks failed or did not finish; `errors` holds the exception of each rank."""
 
     def __init__(self, text: str, errors: dict[int, BaseException], stuck: list[int]) -> None:
         super().__init__(text)
@@ -40,7 +40,7 @@ class RanksError(RuntimeError):
 
 
 def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts, seconds: float = SECONDS) -> list[T]:
-    """`fn(*args)` on every rank, each in a thread; what the ranks return, in their order."""
+    """Run `fn(*args)` on every rank, each in a thread; returns their results in rank order."""
     results: dict[int, T] = {}
     errors: dict[int, BaseException] = {}
 
@@ -74,7 +74,7 @@ def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts, seconds: float = SE
 
 
 def _join(ranks: list[threading.Thread], seconds: float) -> list[int]:
-    """Wait for all; the ranks that had to be woken because they waited for ever."""
+    """Wait for all threads; returns the ranks that had to be woken."""
     end = time.monotonic() + seconds
     for thread in ranks:
         thread.join(max(0.0, end - time.monotonic()))
