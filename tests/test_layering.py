@@ -28,7 +28,10 @@ FOLDERS = {
     "activations grouped_matmul grouped_ffn per_expert experts combine shared_experts boundary "
     "balance_losses selection_bias check_inputs moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
-    "parallelize checkpoint.state checkpoint.files checkpoint.save_load checkpoint",
+    "parallelize checkpoint.strict_json checkpoint.safetensors_file "
+    "checkpoint.optimizer_json checkpoint.state checkpoint.index checkpoint.random_state "
+    "checkpoint.files checkpoint.planners checkpoint.checks checkpoint.save_load "
+    "checkpoint.convert checkpoint",
     "sanitize": "tensor_digest signatures boundaries compare_ranks gradient_sums watch_job",
     "check": "mirror_world cut_dims target signatures findings declarations source_escapes layouts "
     "source_lines lineage observer trace compare_runs thread_ranks whole_tensors values sweep "
@@ -47,7 +50,10 @@ ORDER = [
 ORDER += ["mypy_plugin", "__main__"]
 LAYER = [name for name in ORDER if name.startswith("layer.")]
 STORED = ["obligations", "dtensor_storage", "gradients", "parallelize"]
-STORED += ["checkpoint.state", "checkpoint.files", "checkpoint.save_load"]
+STORED += [
+    f"checkpoint.{name}"
+    for name in ["state", "random_state", "files", "planners", "checks", "save_load", "convert"]
+]
 LONGEST = 400
 
 

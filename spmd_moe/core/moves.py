@@ -205,8 +205,8 @@ class InFlight(funcol.AsyncCollectiveTensor):
     """The result of a running collective. It waits at its first use, or when it is deleted unused.
 
     torch registers every functional collective and keeps its tensors until `wait_tensor` is called.
-    A result that nothing reads would stay registered until the process ends: `torch.utils.checkpoint`
-    discards such results, because it stops the second forward after the last saved tensor. Waiting
+    A result that nothing reads would stay registered until the process ends. There are such results
+    in `torch.utils.checkpoint`, which stops the second forward after the last saved tensor. Waiting
     at deletion is local and safe, because every rank has already issued the collective.
     """
 
@@ -214,9 +214,7 @@ class InFlight(funcol.AsyncCollectiveTensor):
     source: InFlight | None = None  # of a view: what it was taken from, kept alive until then
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's
         if isinstance(out, funcol.AsyncCollectiveTensor):
             return _view_of(args[0], out)
