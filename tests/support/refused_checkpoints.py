@@ -55,7 +55,7 @@ def into(other: nn.Module) -> Callable[[], object]:
 
 def spoiled_data(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     def spoil(path: Path) -> None:
-        data = path / "rank0.bin"
+        data = path / "rank0.safetensors"
         data.write_bytes(change(data.read_bytes()))
 
     return spoil

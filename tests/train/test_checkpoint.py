@@ -265,7 +265,7 @@ def test_a_save_that_fails_leaves_the_one_before(how: str, tmp_path: Path) -> No
         load_checkpoint(tmp_path / "2.part", fresh[0], fresh[1])
     save_checkpoint(tmp_path / "2", *fresh)  # over what was left
     assert latest_checkpoint(tmp_path) == tmp_path / "2"
-    assert sorted(p.name for p in (tmp_path / "2").iterdir()) == ["index.json", "rank0.bin"]
+    assert sorted(p.name for p in (tmp_path / "2").iterdir()) == ["index.json", "rank0.safetensors"]
 
 
 # --- what goes wrong while loading ----------------------------------------------------------------
@@ -274,14 +274,14 @@ def test_a_save_that_fails_leaves_the_one_before(how: str, tmp_path: Path) -> No
 def test_every_byte_is_watched(tmp_path: Path) -> None:
     run_ = trained_alone()
     save_checkpoint(tmp_path / "1", *run_)
-    data = tmp_path / "1" / "rank0.bin"
+    data = tmp_path / "1" / "rank0.safetensors"
     good = data.read_bytes()
     for place in (0, len(good) // 2, len(good) - 1):
         data.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(CheckpointError, match="other bytes for"):
             load_checkpoint(tmp_path / "1", *run_)
     data.write_bytes(good[:-1])
-    with pytest.raises(CheckpointError, match=r"rank0.bin has \d+ bytes of \d+"):
+    with pytest.raises(CheckpointError, match=r"rank0.safetensors has \d+ bytes of \d+"):
         load_checkpoint(tmp_path / "1", *run_)
     data.write_bytes(good)
     load_checkpoint(tmp_path / "1", *run_)

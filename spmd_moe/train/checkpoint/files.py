@@ -12,7 +12,6 @@ finished first. So a folder without that ending is complete, and no save changes
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import re
 import secrets
@@ -124,14 +123,15 @@ class Writer(StorageWriter):
         with open(self.path.with_name(folder) / name, "wb") as file:
             file.write(text)
             for item in items:
-                view = _bytes_of(_data(planner.resolve_data(item)))
+                data = _data(planner.resolve_data(item))  # has to live as long as its bytes
+                view = _bytes_of(data)
                 at, shape = _box(item)
                 chunk = Chunk(at, shape, name, file.tell(), zlib.crc32(view))
                 file.write(view)
                 results.append(WriteResult(item.index, len(view), chunk))
             size = file.tell()
             _to_disk(file)
-        record = File(size, len(text), hashlib.sha256(text).hexdigest())
+        record = File(size, len(text))
         return [replace(r, storage_data=(r.storage_data, record)) for r in results]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -188,13 +188,11 @@ def _box(item: WriteItem) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes)
 
 
-def _described(item: WriteItem) -> tuple[str, torch.dtype, tuple[int, ...], int]:
+def _described(item: WriteItem) -> tuple[str, torch.dtype, tuple[int, ...]]:
     about = item.tensor_data
     assert about is not None
     at, shape = _box(item)
-    dtype = about.properties.dtype
-    name = chunk_name(item.index.fqn, at, shape, about.size)
-    return name, dtype, shape, torch.Size(shape).numel() * dtype.itemsize
+    return chunk_name(item.index.fqn, at, shape, about.size), about.properties.dtype, shape
 
 
 def _data(tensor: object) -> Tensor:
@@ -348,11 +346,20 @@ class Reader(StorageReader):
         return next(c for c in chunks if c.at == tuple(place.offset or ()))
 
     def check_header(self, name: str) -> None:
-        """It is not used here; other programs read the file by it."""
-        about = self.index.files[name]
+        """Other programs read the file by its header: it must say what the index says."""
+        found = [
+            (chunk.start, chunk_name(tensor, chunk.at, chunk.shape, entry.shape), entry, chunk)
+            for tensor, entry in self.index.tensors.items()
+            for chunk in entry.chunks
+            if chunk.file == name
+        ]
+        text = header(
+            (tensor, entry.dtype, chunk.shape)
+            for _, tensor, entry, chunk in sorted(found, key=lambda row: row[0])
+        )
         with open(self.path / name, "rb") as file:
-            text = file.read(about.header_bytes)
-        if hashlib.sha256(text).hexdigest() != about.header_sha256:
+            said = file.read(self.index.files[name].header_bytes)
+        if said != text:
             raise damaged(self.path, f"the header of {name} is not the one that was saved")
 
     def read(self, chunk: Chunk, name: str) -> Tensor:

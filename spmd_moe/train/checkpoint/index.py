@@ -1,7 +1,7 @@
 """The index of a checkpoint: what it holds and where, under a SHA-256 digest.
 
     {"format": "spmd_moe checkpoint", "version": 2, "sha256": "...", "index": {
-      "files":   {"rank0.safetensors": {"bytes": 5120, "header_bytes": 512, "header_sha256": ...}},
+      "files":   {"rank0.safetensors": {"bytes": 5120, "header_bytes": 512}},
       "tensors": {"router.weight_ED": {"dtype": "F32", "shape": [8, 64], "chunks": [
                    {"at": [0, 0], "shape": [4, 64], "file": "rank0.safetensors",
                     "start": 512, "crc32": 1234}, ...]}},
@@ -32,7 +32,6 @@ MAX_BYTES = 2**30  # of an index
 
 _HEAD = b'{"format": "%s", "version": %d, "sha256": "' % (FORMAT.encode(), VERSION)
 _BODY, _END = b'", "index": ', b"}"
-_HEX = re.compile("[0-9a-f]{64}")
 _FILE = re.compile(r"rank(0|[1-9][0-9]{0,8})\.safetensors")
 _OTHER_VERSION = re.compile(rb'\{"format": "%s", "version": ([0-9]{1,9}),' % FORMAT.encode())
 _BIGGEST = 2**62
@@ -67,7 +66,6 @@ class File:
 
     bytes: int
     header_bytes: int
-    header_sha256: str
 
 
 @final
@@ -125,10 +123,8 @@ def decode(text: bytes) -> Index:
 
 def _file(name: str, found: Json) -> File:
     _need(_FILE.fullmatch(name) is not None, f"{name[:40]!r} is not the name of a file of tensors")
-    values = _object(found, ("bytes", "header_bytes", "header_sha256"))
-    digest = values["header_sha256"]
-    _need(isinstance(digest, str) and _HEX.fullmatch(digest) is not None, f"digest of {name}")
-    return File(_integer(values["bytes"]), _integer(values["header_bytes"], least=8), digest)
+    values = _object(found, ("bytes", "header_bytes"))
+    return File(_integer(values["bytes"]), _integer(values["header_bytes"], least=8))
 
 
 def _entry(name: str, found: Json) -> Entry:

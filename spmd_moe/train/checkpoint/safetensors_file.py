@@ -11,6 +11,7 @@ Only the header is made here; `files.py` writes and reads the tensors. A file ca
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -62,12 +63,12 @@ def chunk_name(name: str, at: Sequence[int], shape: Sequence[int], whole: Sequen
     return f"{name}[{slices}]"
 
 
-def header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int], int]]) -> bytes:
-    """What precedes the first tensor; `tensors` are name, dtype, shape, number of bytes."""
+def header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """What precedes the first tensor; `tensors` are name, dtype and shape, in their order."""
     entries: dict[str, object] = {_METADATA: {"format": "pt"}}
     end = 0
-    for name, dtype, shape, size in tensors:
-        start, end = end, end + size
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {
             "dtype": DTYPE_NAMES[dtype],
             "shape": list(shape),
