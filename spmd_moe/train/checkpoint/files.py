@@ -227,9 +227,8 @@ def read_index(path: Path) -> Index:
     """The index of a checkpoint, after every check that does not need the tensors' bytes."""
     try:
         _check_there(path)
-        size = _size_of_file(path / INDEX)
-        if size > MAX_BYTES:
-            raise damaged(path, f"{INDEX} has {size} bytes, more than any that is written")
+        if _size_of_file(path / INDEX) > MAX_BYTES:
+            raise damaged(path, f"{INDEX} is larger than any that is written")
         text = (path / INDEX).read_bytes()
         version = other_version(text)
         if version:

@@ -198,11 +198,11 @@ def _settings_of(names: list[str], by_name: ByName) -> dict[str, Json]:
     """Those of a group with these parameters; an optimizer's groups need not be those saved."""
     known = [by_name[name][0] for name in names if name in by_name]
     if len(known) < len(names) or any(settings != known[0] for settings in known):
-        what = "without all of" if len(known) < len(names) else "with other settings for some of"
+        what = "lacks some of" if len(known) < len(names) else "has several settings for"
         raise CheckpointError(
             explain(
                 "load_checkpoint",
-                f"the checkpoint is {what} the parameters of an optimizer group: "
+                f"the checkpoint {what} the parameters of an optimizer group: "
                 f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
                 why="learning rates and moments are stored by name, and one group has one setting",
                 fixes=[
