@@ -214,7 +214,9 @@ class InFlight(funcol.AsyncCollectiveTensor):
     source: InFlight | None = None  # of a view: what it was taken from, kept alive until then
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # as torch's own subclass, which it extends
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's
         if isinstance(out, funcol.AsyncCollectiveTensor):
             return _view_of(args[0], out)
@@ -236,7 +238,7 @@ class InFlight(funcol.AsyncCollectiveTensor):
 def _view_of(source: InFlight, view: Any) -> Any:
     if not isinstance(view, funcol.AsyncCollectiveTensor):
         return view
-    out = InFlight(view.elem)  # type: ignore[no-untyped-call]  # torch's
+    out = InFlight(view.elem)
     out.source = source
     return out
 
@@ -247,7 +249,7 @@ def awaitable(result: Tensor) -> Tensor:
         return result
     if type(result.elem) is not Tensor:
         return result.wait()
-    return cast(Tensor, InFlight(result.elem))  # type: ignore[no-untyped-call]  # torch's
+    return cast(Tensor, InFlight(result.elem))
 
 
 def wait_for(result: T) -> T:

@@ -201,7 +201,16 @@ class Fuzz:
             "cpu",
             "float32",
         ]
-        odd = [None, True, [], {}, [value], {"value": value}, [[]] * 70, {"__float__": "inf"}]
+        odd: list[Any] = [
+            None,
+            True,
+            [],
+            {},
+            [value],
+            {"value": value},
+            [[]] * 70,
+            {"__float__": "inf"},
+        ]
         return self.draw.choice([*numbers, *near * 3, *texts, *odd])
 
 

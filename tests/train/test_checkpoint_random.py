@@ -38,7 +38,8 @@ class Noisy(nn.Module):
         declare_placements(self, {"linear.*": Placement((DP[R], CP[R], TP[R]))})
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return x_TD + self.moe(self.dropout(self.linear(x_TD))).hidden
+        y_TD: Tensor = self.moe(self.dropout(self.linear(x_TD))).hidden
+        return x_TD + y_TD
 
 
 Run = tuple[Noisy, MoEMesh, torch.optim.Optimizer]

@@ -237,7 +237,7 @@ def _stored_by_dcp(source: Path) -> tuple[dict[str, _Stored], Json]:
             shape,
             {box[0]: (box[1], _reading(source, metadata, name, box, dtype)) for box in boxes},
         )
-    rest = {"extra": {}, "random": None, "optimizer": None}
+    rest: Json = {"extra": {}, "random": None, "optimizer": None}
     if REST in tensors:
         ((_, read),) = tensors.pop(REST).chunks.values()
         rest = from_json(bytes(read().tolist()))

@@ -183,7 +183,8 @@ def load_checkpoint(
     index = index_of_all(path, model, mesh, pipeline)
     rest = rest_of(path, index)
     parts, random, wrong, settings = Parts(), Parts(), None, list[Json]()
-    sums, states = sums_awaited(model, mesh), {}
+    sums = sums_awaited(model, mesh)
+    states: dict[nn.Parameter, dict[str, Any]] = {}
     try:
         parts = model_parts(model, mesh, sums, prefix)
         if optimizer is not None:
