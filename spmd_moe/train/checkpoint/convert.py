@@ -279,4 +279,4 @@ def _reading(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
