@@ -50,7 +50,7 @@ CONFIGS = [Config(outside, how) for outside in (I, S(0)) for how in (None, False
 
 def layer_of(config: Config, dim: int) -> MoE:
     mesh = MoEMesh.init("cpu", tp=2, ep=2)
-    shared = SharedConfig(8, sharded=True, gated=True)
+    shared = SharedConfig(8, sharded=True)  # without a gate, which would read it
     layer = MoE(
         MoEConfig(
             dim, 8, RouterConfig(4, 2), shared=shared, src=config.outside, dst=config.outside
