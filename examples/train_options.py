@@ -8,6 +8,7 @@ A run remembers its settings in its folder, so that it can be resumed on any lay
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from spmd_moe.check import Layout
 
@@ -175,6 +176,7 @@ def claimed(o: Options) -> Path:
                 break
         if not o.resume and any(folder.iterdir()):
             refuse(f"{str(folder)!r} is not empty: --resume goes on with the run in it")
+        lock(folder)
         new = folder / "options.json.part"  # replaced at once: another rank may be reading it
         new.write_text(json.dumps(asdict(replace(o, resume=False)), indent=2))
         new.replace(folder / "options.json")
@@ -182,6 +184,20 @@ def claimed(o: Options) -> Path:
     except OSError as error:
         refuse(f"{str(folder)!r} cannot be written: {error.strerror}")
     return folder
+
+
+LOCKS: list[TextIO] = []  # open files, which hold their locks until this process ends
+
+
+def lock(folder: Path) -> None:
+    """Keep a second job out of the run while this one trains in it."""
+    LOCKS.append((folder / "lock").open("w"))
+    try:
+        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f"another job is training in {str(folder)!r}")
+    except OSError:
+        pass  # a file system without locks
 
 
 def main() -> None:

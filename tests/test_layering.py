@@ -28,7 +28,10 @@ FOLDERS = {
     "activations grouped_matmul grouped_ffn per_expert experts combine shared_experts boundary "
     "balance_losses selection_bias check_inputs moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
-    "parallelize checkpoint.state checkpoint.files checkpoint.save_load checkpoint",
+    "parallelize checkpoint.strict_json checkpoint.safetensors_file "
+    "checkpoint.optimizer_json checkpoint.state checkpoint.index checkpoint.random_state "
+    "checkpoint.files checkpoint.planners checkpoint.checks checkpoint.save_load "
+    "checkpoint.convert checkpoint",
     "signatures": "allow_comments tensor_walk annotated_functions interception",
     "sanitize": "tensor_digest boundaries compare_ranks gradient_sums watch_job",
     "check": "rules mirror_world cut_dims target load_target signatures findings declarations "
@@ -49,7 +52,10 @@ ORDER = [
 ORDER += ["mypy_plugin", "__main__"]
 LAYER = [name for name in ORDER if name.startswith("layer.")]
 STORED = ["obligations", "dtensor_storage", "gradients", "parallelize"]
-STORED += ["checkpoint.state", "checkpoint.files", "checkpoint.save_load"]
+STORED += [
+    f"checkpoint.{name}"
+    for name in ["state", "random_state", "files", "planners", "checks", "save_load", "convert"]
+]
 LONGEST = 400
 
 

@@ -15,9 +15,10 @@ torch.compile; a result waits when it is first used.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar, cast, final
+from typing import Any, TypeAlias, TypeVar, cast, final
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from spmd_types import Shard, rules
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import _disable_current_modes
 
 from spmd_moe.core.local_tensor import map_ranks, map_ranks_to_ints
 from spmd_moe.core.placement import Kind
@@ -198,11 +200,56 @@ def _with_zeros(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [before, after])
 
 
+@final
+class InFlight(funcol.AsyncCollectiveTensor):
+    """The result of a running collective. It waits at its first use, or when it is deleted unused.
+
+    torch registers every functional collective and keeps its tensors until `wait_tensor` is called.
+    A result that nothing reads would stay registered until the process ends. There are such results
+    in `torch.utils.checkpoint`, which stops the second forward after the last saved tensor. Waiting
+    at deletion is local and safe, because every rank has already issued the collective.
+    """
+
+    __slots__ = ()
+    source: InFlight | None = None  # of a view: what it was taken from, kept alive until then
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # as torch's own subclass, which it extends
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's
+        if isinstance(out, funcol.AsyncCollectiveTensor):
+            return _view_of(args[0], out)
+        if isinstance(out, list | tuple):
+            return type(out)(_view_of(args[0], y) for y in out)
+        return out
+
+    def wait(self) -> Tensor:
+        return cast(Tensor, self.trigger_wait())  # type: ignore[no-untyped-call]  # torch's
+
+    def __del__(self) -> None:
+        if self.source is not None:
+            self.source.completed |= self.completed
+        elif not self.completed and not sys.is_finalizing():
+            with _disable_current_modes():  # no part of the program that a mode records
+                funcol.wait_tensor(self.elem)
+
+
+def _view_of(source: InFlight, view: Any) -> Any:
+    if not isinstance(view, funcol.AsyncCollectiveTensor):
+        return view
+    out = InFlight(view.elem)
+    out.source = source
+    return out
+
+
 def awaitable(result: Tensor) -> Tensor:
-    """Waits at its first use; at once where that cannot be, as in a simulation."""
-    if isinstance(result, funcol.AsyncCollectiveTensor) and type(result.elem) is not Tensor:
+    """Make a result wait at its first use; wait at once in a simulation, which cannot defer it."""
+    if not isinstance(result, funcol.AsyncCollectiveTensor):
+        return result
+    if type(result.elem) is not Tensor:
         return result.wait()
-    return result
+    return cast(Tensor, InFlight(result.elem))
 
 
 def wait_for(result: T) -> T:

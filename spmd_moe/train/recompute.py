@@ -1,4 +1,4 @@
-"""Activation checkpointing: a block's forward runs again in backward, and little waits for it."""
+"""Activation checkpointing: backward runs a block's forward again; activations are not kept."""
 
 from __future__ import annotations
 
@@ -21,17 +21,26 @@ from spmd_moe.core.validate import describe_value
 
 Contexts: TypeAlias = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
-# What is dear to do twice and cheap to keep: whatever waits for other ranks, and the choices, which
-# a second computation in another precision might not repeat.
+# Results that are expensive to compute twice and cheap to keep: those of collectives; and the
+# chosen experts, which a second forward in another precision might choose differently.
 _KEPT_NAMESPACE, _KEPT = "_c10d_functional", (torch.ops.aten.topk.default,)
 
 
 def recompute(blocks: Iterable[nn.Module], *, exchanges: bool = False) -> None:
-    """Let each block compute its forward again in backward, in place of keeping activations.
+    """Make backward run each block's forward again instead of keeping its activations.
 
-    By itself what came from other ranks is kept, and the chosen experts, so nothing is sent twice.
-    With `exchanges` nothing but the block's inputs is kept. Names, parameters and counters are as
-    before; call it before `parallelize`.
+    Call it before `parallelize`. Names, parameters and counters of the blocks do not change.
+
+    Args:
+        blocks: The modules, each of which is recomputed on its own.
+        exchanges: Run the collectives again too, and keep only the inputs of a block. Default: keep
+            what collectives returned, and the chosen experts, so that nothing is sent twice.
+
+    Raises:
+        ConfigError: `blocks` is not a list of modules.
+
+    Example:
+        >>> recompute(model.blocks)
     """
     contexts = _keep_nothing if exchanges else _keep_exchanges
     for block in _modules(blocks):
@@ -40,10 +49,10 @@ def recompute(blocks: Iterable[nn.Module], *, exchanges: bool = False) -> None:
 
 @final
 class _Again:
-    """A forward that is computed again in backward.
+    """A forward that backward runs again.
 
-    An object that holds the block's own method, not a function around it: `copy.deepcopy` takes a
-    function as it is, and the copy of the block would run the block that it was copied from.
+    An object that holds the block's bound method, not a function around it: `copy.deepcopy` does
+    not copy functions, so the copy of a block would run the block that it was copied from.
     """
 
     def __init__(self, forward: Callable[..., Any], contexts: Callable[[], Contexts]) -> None:
@@ -57,16 +66,16 @@ class _Again:
 
 
 def _modules(blocks: object) -> list[nn.Module]:
-    """All of them, before the first is changed."""
+    """The blocks as a list, checked before the first is changed."""
     asked = list(blocks) if isinstance(blocks, Iterable) else []
     modules = [block for block in asked if isinstance(block, nn.Module)]
     if len(modules) < len(asked) or not isinstance(blocks, Iterable):
-        inside = "with other things in it" if asked else "which is no list"
+        inside = "with other objects in it" if asked else "which is not iterable"
         raise ConfigError(
             explain(
                 "recompute",
                 f"blocks is {describe_value(blocks)} {inside}; it must be a list of modules",
-                why="each of them is a module whose forward runs again by itself",
+                why="the forward of each module is run again on its own",
                 fixes=["recompute(model.blocks)", "recompute([layer])   # one alone"],
             )
         )

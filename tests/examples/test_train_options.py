@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import math
 import os
@@ -130,3 +131,16 @@ def test_ranks_that_are_told_otherwise(option: str, shown: str, tmp_path: Path) 
     assert line.startswith("train.py: ") and "called with different settings" in line
     assert shown in line and "on ranks [0]" in line and "on ranks [1]" in line
     assert {p.name for p in (tmp_path / "runs/001").iterdir()} == {"options.json", "job"}
+
+
+def test_two_jobs_in_one_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run").mkdir()
+    again = train_options.Options(out=str(folder / "run"), resume=True)
+    with (folder / "run" / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit):
+            train_options.claimed(again)
+        assert "another job is training in " in capsys.readouterr().err
+    train_options.claimed(again)
+    while train_options.LOCKS:
+        train_options.LOCKS.pop().close()

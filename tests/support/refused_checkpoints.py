@@ -1,20 +1,31 @@
-"""What checkpoints are refused for: the cases of `test_errors.py` that need files."""
+"""Checkpoints that are refused: the cases of `test_errors.py` that need files."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import pickle
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from spmd_moe import MoEMesh, declare_placements, load_checkpoint, save_checkpoint
 from spmd_moe.core.placement import SharedWeight
+from spmd_moe.train.checkpoint import convert as convert_module
 from spmd_moe.train.checkpoint import files
+from spmd_moe.train.checkpoint.checks import refuse_unknown
+from spmd_moe.train.checkpoint.convert import convert
+from spmd_moe.train.checkpoint.planners import SaveParts
+from spmd_moe.train.checkpoint.state import model_parts
 from tests.support.simulated_ranks import fake_world
 
 Optimizer = torch.optim.Optimizer
@@ -55,24 +66,142 @@ def into(other: nn.Module) -> Callable[[], object]:
 
 def spoiled_data(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     def spoil(path: Path) -> None:
-        data = path / "rank0.bin"
+        data = path / "rank0.safetensors"
         data.write_bytes(change(data.read_bytes()))
 
     return spoil
 
 
-def spoiled_index(**changes: object) -> Callable[[Path], object]:
+def other_weight(path: Path) -> None:
+    """A byte right behind the header of the file."""
+    data = bytearray((path / "rank0.safetensors").read_bytes())
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1
+    (path / "rank0.safetensors").write_bytes(data)
+
+
+def with_digest(path: Path, change: Callable[[Any], object]) -> None:
+    """Change the index of a checkpoint as a program that knows the format could."""
+    text = (path / "index.json").read_bytes()
+    document = json.loads(text)
+    change(document["index"])
+    body = json.dumps(document["index"]).encode()
+    head = text.partition(b'"sha256": "')[0] + b'"sha256": "'
+    digest = hashlib.sha256(body).hexdigest().encode()
+    (path / "index.json").write_bytes(head + digest + b'", "index": ' + body + b"}")
+
+
+def spoiled_index(change: Callable[[Any], object]) -> Callable[[Path], object]:
+    return lambda path: with_digest(path, change)
+
+
+def replaced(old: bytes, new: bytes, name: str = "index.json") -> Callable[[Path], object]:
+    """Without another digest."""
+
     def spoil(path: Path) -> None:
-        index = json.loads((path / "index.json").read_bytes())
-        (path / "index.json").write_text(json.dumps(index | changes))
+        text = (path / name).read_bytes()
+        assert old in text
+        (path / name).write_bytes(text.replace(old, new))
 
     return spoil
 
 
-def contradicted(path: Path) -> None:
-    index = json.loads((path / "index.json").read_bytes())
-    index["tensors"]["weight"]["chunks"][0]["bytes"] += 1
-    (path / "index.json").write_text(json.dumps(index))
+def doubled_key(path: Path) -> None:
+    text = (path / "index.json").read_bytes()
+    with patch.object(json, "dumps", side_effect=lambda index: '{"rest": {}, "rest": {}}'):
+        with_digest(path, lambda index: None)
+    assert (path / "index.json").read_bytes() != text
+
+
+def moved_chunk(index: Any) -> None:
+    index["tensors"]["weight"]["chunks"][0]["at"] = [1, 0]
+
+
+def odd_groups() -> None:
+    with TemporaryDirectory() as folder:
+        path = saved(Path(folder), adam)
+        with_digest(path, lambda index: index["rest"]["optimizer"][0].pop("settings"))
+        this = model()
+        load_checkpoint(path, this, MoEMesh.single(), adam(this))
+
+
+def odd_random() -> None:
+    """A state of the generator that torch refuses, under the right checksums."""
+    with TemporaryDirectory() as folder:
+        path = saved(Path(folder), adam)
+        data = path / "rank0.safetensors"
+        start = [0]
+
+        def change(index: Any) -> None:
+            chunk = index["tensors"]["random:cpu"]["chunks"][0]
+            start[0] = chunk["start"]
+            chunk["crc32"] = zlib.crc32(b"\xff" * 5056)
+
+        with_digest(path, change)
+        content = bytearray(data.read_bytes())
+        content[start[0] : start[0] + 5056] = b"\xff" * 5056
+        data.write_bytes(content)
+        this = model()
+        load_checkpoint(path, this, MoEMesh.single(), adam(this))
+
+
+def of_two_stages() -> None:
+    this = model()
+    parts = model_parts(this, MoEMesh.single(), {})
+    planner = SaveParts(0, None, None)
+    planner.set_up_planner(parts)
+    plan = planner.create_local_plan()
+    planner.create_global_plan([plan, replace(plan, planner_data=(1, None))])
+
+
+def unwanted() -> None:
+    """What no stage of a pipeline wants."""
+    refuse_unknown(Path("1"), ["blocks.7.weight"])
+
+
+def too_large() -> None:
+    with patch.object(files, "MAX_BYTES", 10):
+        loading(lambda path: None)()
+
+
+def from_dcp(spoil: Callable[[Path], object]) -> Callable[[], object]:
+    """A checkpoint as a DCP folder, and back after something was done to it."""
+
+    def act() -> None:
+        with TemporaryDirectory() as folder:
+            convert(saved(Path(folder)), Path(folder) / "dcp")
+            spoil(Path(folder) / "dcp")
+            convert(Path(folder) / "dcp", Path(folder) / "2")
+
+    return act
+
+
+def other_metadata(change: Callable[[Any], object]) -> Callable[[Path], object]:
+    def spoil(path: Path) -> None:
+        metadata = pickle.loads((path / ".metadata").read_bytes())
+        change(metadata)
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return spoil
+
+
+def other_shape(metadata: Any) -> None:
+    metadata.state_dict_metadata["weight"].chunks[0].sizes = torch.Size((3, 3))
+
+
+def other_bytes(metadata: Any) -> None:
+    places = metadata.storage_data
+    weight = next(p for p in places if p.fqn == "weight")
+    places[weight] = next(info for place, info in places.items() if place.fqn == "random:cpu")
+
+
+def spoiled_dcp_data(path: Path) -> None:
+    (data,) = path.glob("*.distcp")
+    data.write_bytes(bytes(data.stat().st_size))
+
+
+def large_metadata() -> None:
+    with patch.object(convert_module, "MAX_BYTES", 10):
+        from_dcp(lambda path: None)()
 
 
 def over_another() -> None:
@@ -82,11 +211,12 @@ def over_another() -> None:
 
 
 def other_groups() -> None:
+    """Two groups with rates of their own, for an optimizer that has one."""
     with TemporaryDirectory() as folder:
         this, mesh = model(bias=True), MoEMesh.single()
-        save_checkpoint(Path(folder) / "1", this, mesh, adam(this))
-        optimizer = torch.optim.Adam([{"params": [p]} for p in this.parameters()])
-        load_checkpoint(Path(folder) / "1", this, mesh, optimizer)
+        groups = [{"params": [p], "lr": 0.1 * n} for n, p in enumerate(this.parameters())]
+        save_checkpoint(Path(folder) / "1", this, mesh, torch.optim.Adam(groups))
+        load_checkpoint(Path(folder) / "1", this, mesh, adam(this))
 
 
 def adam(this: nn.Module) -> Optimizer:
@@ -143,10 +273,20 @@ BAD_CHECKPOINTS: dict[str, Callable[[], object]] = {
     "checkpoint_not_there": loading(lambda path: None, name="2"),
     "checkpoint_no_index": loading(lambda path: (path / "index.json").unlink()),
     "checkpoint_index_cut": loading(lambda path: (path / "index.json").write_text("{")),
-    "checkpoint_index_contradicts": loading(contradicted),
-    "checkpoint_other_version": loading(spoiled_index(version=2)),
+    "checkpoint_index_changed": loading(replaced(b'"F32"', b'"I32"')),
+    "checkpoint_index_chunks": loading(spoiled_index(moved_chunk)),
+    "checkpoint_index_doubled_key": loading(doubled_key),
+    "checkpoint_index_rest": loading(spoiled_index(lambda index: index["rest"].pop("extra"))),
+    "checkpoint_index_too_large": too_large,
+    "checkpoint_index_not_readable": loading(lambda path: None, name="1/" + "a" * 300),
+    "checkpoint_header": loading(replaced(b'"pt"', b'"tf"', "rank0.safetensors")),
+    "checkpoint_optimizer_settings": odd_groups,
+    "checkpoint_random_state": odd_random,
+    "checkpoint_same_names": of_two_stages,
+    "checkpoint_unwanted": unwanted,
+    "checkpoint_other_version": loading(replaced(b'"version": 2', b'"version": 1')),
     "checkpoint_cut": loading(spoiled_data(lambda data: data[:-1])),
-    "checkpoint_other_bytes": loading(spoiled_data(lambda data: data[:-1] + b"?")),
+    "checkpoint_other_bytes": loading(other_weight),
     "checkpoint_other_names": into(model(bias=True)),
     "checkpoint_other_shape": into(model(5)),
     "checkpoint_other_dtype": into(model(dtype=torch.bfloat16)),
@@ -154,6 +294,20 @@ BAD_CHECKPOINTS: dict[str, Callable[[], object]] = {
     "checkpoint_foreign_parameter": with_optimizer(lambda this: adam(model())),
     "checkpoint_odd_state": with_optimizer(odd_state),
     "checkpoint_odd_setting": with_optimizer(odd_setting),
+    "checkpoint_odd_dtype": lambda: save_checkpoint(
+        "1", model(dtype=torch.complex128), MoEMesh.single()
+    ),
+    "checkpoint_odd_name": named("a\nb"),
+    "convert_no_tensor": from_dcp(
+        other_metadata(lambda m: m.state_dict_metadata.update(step=BytesStorageMetadata()))
+    ),
+    "convert_other_class": from_dcp(
+        lambda path: (path / ".metadata").write_bytes(pickle.dumps(Path.cwd))
+    ),
+    "convert_other_chunks": from_dcp(other_metadata(other_shape)),
+    "convert_other_bytes": from_dcp(other_metadata(other_bytes)),
+    "convert_no_bytes": from_dcp(spoiled_dcp_data),
+    "convert_large_metadata": large_metadata,
     "checkpoint_odd_extra": named(step=torch.ones(2)),
     "checkpoint_extra_keys": named(steps={1: 2}),
     "checkpoint_extra_tuple": named(sizes=[(2, 3)]),

@@ -3,45 +3,60 @@
     save_checkpoint(folder / "000100", model, mesh, optimizer, {"step": 100})
     extra = load_checkpoint(latest_checkpoint(folder), model, mesh, optimizer)
 
-torch.distributed.checkpoint plans who writes and who reads what; `files.py` does both.
+torch.distributed.checkpoint plans which rank writes and reads what; `files.py` does both.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, final
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from spmd_moe.core.errors import CheckpointError, MeshError, SpmdMoeError, explain, short_dtype
-from spmd_moe.core.mesh import MoEMesh, check_mesh
+from spmd_moe.core.errors import CheckpointError, SpmdMoeError
+from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
-from spmd_moe.core.validate import describe_value
-from spmd_moe.train.checkpoint.files import INDEX, UNFINISHED, Index, Reader, Writer, read_index
+from spmd_moe.train.checkpoint.checks import (
+    agree,
+    check_name,
+    check_whole_world,
+    index_of_all,
+    json_of,
+    refuse_unknown,
+    rest_of,
+    unstorable,
+    wanted_names,
+)
+from spmd_moe.train.checkpoint.files import (
+    INDEX,
+    UNFINISHED,
+    Reader,
+    Writer,
+    damaged,
+    read_index,
+)
+from spmd_moe.train.checkpoint.planners import LoadParts, SaveParts, run_plan
+from spmd_moe.train.checkpoint.random_state import (
+    awaited_random,
+    give_random,
+    is_state,
+    layout_of,
+    random_parts,
+)
+from spmd_moe.train.checkpoint.safetensors_file import check_storable
 from spmd_moe.train.checkpoint.state import (
     Parts,
     awaited_state,
@@ -52,6 +67,7 @@ from spmd_moe.train.checkpoint.state import (
     sums_awaited,
     sums_taken,
 )
+from spmd_moe.train.checkpoint.strict_json import Json
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -64,42 +80,66 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     *,
     asynchronous: bool = False,
+    pipeline: ProcessGroup | None = None,
+    prefix: str = "",
 ) -> Future[None]:
     """Write a new checkpoint at `path`, which must not exist. Every rank must call it.
 
-    `extra` is anything that JSON gives back as it was, the same on all ranks: the step, say. With
-    `asynchronous` the tensors are copied and written while training goes on; `.result()` of what
-    is returned waits for the end, and has to be called before the process group is destroyed.
+    The states of the default random number generators are saved too. The checkpoint appears under
+    its name when it is complete. If two jobs save to one name, one of the saves succeeds and the
+    other raises.
+
+    Args:
+        path: The folder to make. Its parents are made where they are missing.
+        model: The model, or this rank's stage of a pipeline.
+        mesh: The ranks that have `model`: all ranks, or those of one stage.
+        optimizer: Its state and the settings of its groups are saved. Default: weights only.
+        extra: Values that JSON can store, the same on all ranks: the step, for example.
+        asynchronous: Copy the tensors and write them in a thread while training continues. Call
+            `.result()` of the returned future before the process group is destroyed.
+        pipeline: The group of the ranks that have the other stages, as for `clip_grad_norm_`.
+        prefix: Put before every name of this rank's model. Required where two stages of a pipeline
+            have parameters of one name.
+
+    Returns:
+        A future. It is done on return unless `asynchronous`.
+
+    Raises:
+        CheckpointError: The path exists, the disk refuses, or something cannot be stored.
+        MeshError: The ranks disagree, or the mesh and the pipeline are not all ranks.
+
+    Example:
+        >>> save_checkpoint(folder / "000100", model, mesh, optimizer, {"step": 100})
     """
-    path = Path(path)
-    _check_whole_world("save_checkpoint", mesh)
-    kept, wrong = _json_of(extra)
+    where, path = "save_checkpoint", Path(path)
+    check_whole_world(where, mesh, pipeline)
+    kept, unfit = json_of(extra)
     told = {f"extra[{key!r}]": json.dumps(value, sort_keys=True) for key, value in kept.items()}
-    there = {"path": path.name, "exists": path.exists()}
-    mesh.check_ranks_agree("save_checkpoint", there | ({"extra": wrong} if wrong else told))
-    _check_name(path)
-    if wrong:
-        raise _unstorable(wrong)
-    if path.exists():
-        raise CheckpointError(
-            explain(
-                "save_checkpoint",
-                f"{path.name!r} exists",
-                why="a checkpoint is never written over: it may be the only complete one",
-                fixes=["a path of its own for each step, such as folder / '000100'"],
-            )
-        )
-    parts = model_parts(model, mesh, sums_taken(model, mesh))
-    groups = None
-    if optimizer is not None:
-        moments, groups = optimizer_parts(model, mesh, optimizer)
-        parts |= moments
-    rest = {"extra": kept, "optimizer": groups}
+    call = {"path": repr(path.name), "optimizer": optimizer is not None}
+    agree(where, model, mesh, pipeline, call | ({"extra": unfit} if unfit else told))
+    check_name(path)
+    if unfit:
+        raise unstorable(unfit)
+    parts, groups, wrong = Parts(), None, None
+    sums = sums_taken(model, mesh)
+    try:
+        parts = model_parts(model, mesh, sums, prefix)
+        if optimizer is not None:
+            moments, groups = optimizer_parts(model, mesh, optimizer, prefix)
+            parts |= moments
+        check_storable((name, part.tensor.dtype) for name, part in parts.items())
+    except SpmdMoeError as error:
+        wrong = _here_or_later(error, pipeline)
+    parts |= random_parts(model)
+    rest = {"extra": kept, "random": layout_of(mesh)}
+    first = all(mesh[role].rank == 0 for role in DENSE)
+    planner = SaveParts(_stage(pipeline), groups if first else None, wrong)
+    writer = Writer(path, lambda: rest | {"optimizer": planner.groups})
     if asynchronous:
         parts = {n: replace(p, tensor=p.tensor.to("cpu", copy=True)) for n, p in parts.items()}
-        return _thread().submit(_write, path, parts, rest, _group_of_threads(mesh))
+        return _thread().submit(_write, writer, planner, parts, _group_of_threads())
     done: Future[None] = Future()
-    _write(path, parts, rest, None)
+    _write(writer, planner, parts, None)
     done.set_result(None)
     return done
 
@@ -109,70 +149,126 @@ def load_checkpoint(
     model: nn.Module,
     mesh: MoEMesh,
     optimizer: torch.optim.Optimizer | None = None,
+    *,
+    pipeline: ProcessGroup | None = None,
+    prefix: str = "",
 ) -> dict[str, Any]:
-    """Read a checkpoint of any layout into this model and optimizer; returns `extra`.
+    """Read a checkpoint of any layout into this model and optimizer. Every rank must call it.
 
-    Everything but the bytes themselves is checked before the first of them is copied. Every rank
-    must call it.
+    Everything except the bytes of the tensors is checked before the first tensor is changed. If
+    their bytes turn out to be damaged, the model is changed in part: load another checkpoint.
+
+    Args:
+        path: The folder of the checkpoint.
+        model: The model, or this rank's stage of a pipeline.
+        mesh: The ranks that have `model`.
+        optimizer: Gets the state and the settings that were saved. With it, the run continues, so
+            the random number generators are set too: to the states that were saved where the
+            layout is the same, else by this rank's place on dp and cp. Default: weights only.
+        pipeline: The group of the ranks that have the other stages.
+        prefix: Put before every name of this rank's model, as when it was saved.
+
+    Returns:
+        `extra` as it was saved.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or it is of another model.
+        MeshError: The ranks see different checkpoints.
+
+    Example:
+        >>> step = load_checkpoint(folder / "000100", model, mesh, optimizer)["step"]
     """
-    path = Path(path)
-    _check_whole_world("load_checkpoint", mesh)
-    index = _index_of_all(path, mesh)
+    where, path = "load_checkpoint", Path(path)
+    check_whole_world(where, mesh, pipeline)
+    index = index_of_all(path, model, mesh, pipeline)
+    rest = rest_of(path, index)
+    parts, random, wrong, settings = Parts(), Parts(), None, list[Json]()
     sums = sums_awaited(model, mesh)
-    parts = model_parts(model, mesh, sums)
-    if optimizer is not None:
-        more, states, settings = awaited_state(model, mesh, optimizer, index.rest["optimizer"])
-        parts |= more
-    _check(path, parts, index, weights_only=optimizer is None)
-    _alike(
-        "load_checkpoint",
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    try:
+        parts = model_parts(model, mesh, sums, prefix)
+        if optimizer is not None:
+            more, states, settings = awaited_state(
+                model, mesh, optimizer, rest["optimizer"], prefix
+            )
+            random = awaited_random(model, mesh, index, rest["random"])
+            parts |= more | random
+        wanted = wanted_names(path, parts, index, optimizer is None, pipeline is None)
+    except SpmdMoeError as error:
+        wrong, wanted = _here_or_later(error, pipeline), set()
+    planner = LoadParts(wanted, lambda names: refuse_unknown(path, names), wrong)
+    run_plan(
+        where,
         path,
         lambda: dcp.load(
             dict(parts),
             storage_reader=Reader(path, index),
-            planner=_LoadPlanner(),
+            planner=planner,
             no_dist=not dist.is_initialized(),
         ),
     )
+    if not all(is_state(name, part.tensor[0]) for name, part in random.items()):
+        raise damaged(path, "it has a state of a random number generator that torch refuses")
     give_sums(model, mesh, sums)
     if optimizer is not None:
         give_state(optimizer, states, settings)
-    extra: dict[str, Any] = index.rest["extra"]
+        give_random(model, mesh, index, random)
+    extra: dict[str, Any] = rest["extra"]
     return extra
 
 
 def latest_checkpoint(folder: PathLike) -> Path | None:
-    """The complete checkpoint whose name comes last, `step_1000` after `step_900`; None of none."""
+    """The complete checkpoint whose name comes last, `step_1000` after `step_900`.
+
+    Skips, with a warning, one whose index or whose files' sizes show that it would not load.
+
+    Args:
+        folder: The folder of the checkpoints.
+
+    Returns:
+        The path of the checkpoint, or None where there is none.
+
+    Example:
+        >>> latest_checkpoint("runs/001/checkpoints")
+        PosixPath('runs/001/checkpoints/000200')
+    """
     complete = (p for p in Path(folder).glob(f"*/{INDEX}") if p.parent.suffix != UNFINISHED)
-    return max((p.parent for p in complete), key=_in_numbers, default=None)
+    for path in sorted((p.parent for p in complete), key=_in_numbers, reverse=True):
+        try:
+            read_index(path)
+        except CheckpointError as error:
+            said = str(error).partition("\n")[0].removeprefix("load_checkpoint: ")
+            warnings.warn(f"latest_checkpoint: skipped {said}", stacklevel=2)
+            continue
+        return path
+    return None
 
 
 def _in_numbers(path: Path) -> tuple[list[str | int], str]:
-    """For sorting: digits in a name count as numbers, whatever their width."""
+    """For sorting: digits in a name count as numbers, with or without leading zeros."""
     parts: list[str | int] = list(re.split("([0-9]+)", path.name))
     parts[1::2] = map(int, parts[1::2])
     return parts, path.name
 
 
-# --- writing ------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------
 
 
-def _write(path: Path, parts: Parts, rest: Any, group: ProcessGroup | None) -> None:
-    writer = Writer(path, rest)
+def _write(writer: Writer, planner: SaveParts, parts: Parts, group: ProcessGroup | None) -> None:
     try:
-        _alike(
+        run_plan(
             "save_checkpoint",
-            path,
+            writer.path,
             lambda: dcp.save(
                 dict(parts),
                 storage_writer=writer,
-                planner=_SavePlanner(flatten_state_dict=False),
+                planner=planner,
                 process_group=group,
                 no_dist=not dist.is_initialized(),
             ),
         )
-    finally:  # it is gone already if all went well
-        if not dist.is_initialized() or dist.get_rank() == 0:
+    finally:
+        if writer.folder is not None:  # renamed, and so gone, if all went well
             shutil.rmtree(writer.folder, ignore_errors=True)
 
 
@@ -185,8 +281,8 @@ def _thread() -> ThreadPoolExecutor:
 _GROUPS: dict[ProcessGroup, ProcessGroup] = {}
 
 
-def _group_of_threads(mesh: MoEMesh) -> ProcessGroup | None:
-    """A group for the threads that write: in that of training, the two would mix up."""
+def _group_of_threads() -> ProcessGroup | None:
+    """A group for the threads that write: in training's own group the messages would mix."""
     if not dist.is_initialized():
         return None
     training = dist.group.WORLD
@@ -197,172 +293,12 @@ def _group_of_threads(mesh: MoEMesh) -> ProcessGroup | None:
     return _GROUPS[training]
 
 
-# --- planning: torch's, told where our tensors are --------------------------------------------
+def _stage(pipeline: ProcessGroup | None) -> int:
+    return 0 if pipeline is None else dist.get_rank(pipeline)
 
 
-@final
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        tensor: Tensor = self.state_dict[index.fqn].tensor
-        return tensor
-
-
-@final
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: Parts, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        self.state_dict, self.metadata = state_dict, metadata
-        self.is_coordinator = is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        plan = []
-        for name, part in self.state_dict.items():
-            stored = self.metadata.state_dict_metadata[name]
-            assert isinstance(stored, TensorStorageMetadata)
-            plan += create_read_items_for_chunk_list(name, stored, part.chunks())
-        return LoadPlan(plan)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        tensor: Tensor = self.state_dict[index.fqn].tensor
-        return tensor
-
-
-# --- refusals ---------------------------------------------------------------------------------
-
-
-def _check_whole_world(where: str, mesh: MoEMesh) -> None:
-    """All ranks write into one folder, where two tensors of one name are parts of one tensor."""
-    check_mesh(where, mesh)
-    ranks = math.prod(mesh[role].size for role in DENSE)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if ranks != world:
-        raise MeshError(
-            explain(
-                where,
-                f"the mesh has {ranks} of {world} ranks",
-                why="another mesh has tensors of the same names, as other stages of a pipeline do: "
-                "in one checkpoint they would be taken for the same",
-                fixes=["torch.save(model.state_dict(), path)   # each rank to a path of its own"],
-            )
-        )
-
-
-def _check_name(path: Path) -> None:
-    if path.name.endswith(UNFINISHED):
-        raise CheckpointError(
-            explain(
-                "save_checkpoint",
-                f"{path.name!r} ends in {UNFINISHED!r}",
-                why="so does the name of a checkpoint that was never finished, which is not loaded",
-                fixes=[f"{path.name.removesuffix(UNFINISHED)!r}"],
-            )
-        )
-
-
-def _json_of(extra: Mapping[str, Any] | None) -> tuple[dict[str, Any], str]:
-    """What comes back, and what is wrong: told now, not when all tensors are written."""
-    given = dict(extra or {})
-    try:
-        copied: dict[str, Any] = json.loads(json.dumps(given))
-    except (TypeError, ValueError) as error:
-        return {}, str(error)
-    return copied, _changed_by_json(given)
-
-
-def _changed_by_json(value: Any) -> str:
-    """What would come back as another thing: keys that become strings, tuples that become lists."""
-    if isinstance(value, dict):
-        odd = [describe_value(key) for key in value if not isinstance(key, str)]
-        found = [f"{odd[0]} is a key, which JSON makes a string"] if odd else []
-        value = value.values()
-    elif isinstance(value, tuple):
-        return f"{describe_value(value)} is in it, which JSON makes a list"
-    else:
-        found, value = [], value if isinstance(value, list) else ()
-    return next(filter(None, (*found, *map(_changed_by_json, value))), "")
-
-
-def _unstorable(wrong: str) -> CheckpointError:
-    return CheckpointError(
-        explain(
-            "save_checkpoint",
-            f"extra cannot be stored: {wrong}",
-            why="what is not a tensor of the model or the optimizer is stored as JSON",
-            fixes=["numbers, strings, lists, and dicts with strings as keys"],
-        )
-    )
-
-
-def _index_of_all(path: Path, mesh: MoEMesh) -> Index:
-    """The index, if every rank reads the same; what is wrong with it, if that is the same."""
-    index, wrong = None, None
-    try:
-        index = read_index(path)
-        said = hashlib.sha256((path / INDEX).read_bytes()).hexdigest()[:16]
-    except CheckpointError as error:
-        wrong, said = error, str(error).partition("\n")[0][-100:]
-    mesh.check_ranks_agree("load_checkpoint", {"checkpoint": said})
-    if index is None:
-        assert wrong is not None
-        raise wrong
-    return index
-
-
-def _check(path: Path, parts: Parts, index: Index, *, weights_only: bool) -> None:
-    """Refuse the checkpoint of another model."""
-    there = {n for n in index.tensors if not (weights_only and n.startswith("optimizer:"))}
-    missing, unknown = sorted(parts.keys() - there), sorted(there - parts.keys())
-    if missing or unknown:
-        lacks = f"lacks {_some(missing)}" if missing else ""
-        has = f"has {_some(unknown)}, which the model has not" if unknown else ""
-        _refuse(path, " and ".join(filter(None, (lacks, has))), "they are not of one model")
-    for name, part in parts.items():
-        entry, dtype = index.tensors[name], part.tensor.dtype
-        if entry.shape != part.shape or entry.dtype is not dtype:
-            _refuse(
-                path,
-                f"has {name!r} as {short_dtype(entry.dtype)}{list(entry.shape)}, the model as "
-                f"{short_dtype(dtype)}{list(part.shape)}",
-                "nothing is cut, padded or rounded on the way",
-            )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
-
-
-def _refuse(path: Path, what: str, why: str) -> NoReturn:
-    raise CheckpointError(
-        explain(
-            "load_checkpoint",
-            f"{path.name!r} {what}",
-            why=why,
-            fixes=["the model and dtype that were saved"],
-        )
-    )
-
-
-def _alike(where: str, path: Path, plan: Callable[[], object]) -> None:
-    """Let torch plan and do it. What goes wrong on some ranks is one error on all."""
-    try:
-        with warnings.catch_warnings():
-            if not dist.is_initialized():  # torch warns of what is no mistake here
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            plan()
-    except CheckpointException as failed:
-        rank = min(failed.failures)
-        error = failed.failures[rank][0]
-        if isinstance(error, SpmdMoeError):
-            raise error from None
-        if not isinstance(error, OSError):
-            raise failed
-        raise CheckpointError(
-            explain(
-                where,
-                f"{path.name!r}, on rank {rank}: {error.strerror or error}",
-                why="the disk refused; checkpoints that were complete are as they were",
-                fixes=["another folder, or room on this one"],
-            )
-        ) from error
+def _here_or_later(error: SpmdMoeError, pipeline: ProcessGroup | None) -> SpmdMoeError:
+    """Raise what all ranks find alike at once; the stages of a pipeline tell each other first."""
+    if pipeline is None:
+        raise error
+    return error

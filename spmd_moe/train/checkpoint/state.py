@@ -25,10 +25,17 @@ from spmd_moe.core.errors import CheckpointError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import P, R
 from spmd_moe.core.redistribute import redistribute
+from spmd_moe.train.checkpoint.optimizer_json import (
+    ByName,
+    check_settings,
+    give_settings,
+    plain,
+    saved_by_name,
+    unknown_state,
+)
+from spmd_moe.train.checkpoint.strict_json import Json
 from spmd_moe.train.dtensor_storage import local, place_in_whole, settled
 from spmd_moe.train.obligations import Obligation, obligations
-
-Json: TypeAlias = Any  # what json writes and reads: None, bool, int, float, str, list, dict
 
 
 @final
@@ -60,6 +67,7 @@ class Part:
 
 
 Parts: TypeAlias = dict[str, Part]
+OPTIMIZER = "optimizer:"  # how the names of its tensors begin
 
 
 def whole(tensor: Tensor) -> Part:
@@ -70,15 +78,17 @@ def whole(tensor: Tensor) -> Part:
 # --- the model ----------------------------------------------------------------------------------
 
 
-def model_parts(model: nn.Module, mesh: MoEMesh, sums: Mapping[str, Tensor]) -> Parts:
-    """Every parameter and buffer; `sums` has what stands for the buffers that are P."""
+def model_parts(
+    model: nn.Module, mesh: MoEMesh, sums: Mapping[str, Tensor], prefix: str = ""
+) -> Parts:
+    """Every parameter and buffer; `sums` has the values that are stored for buffers that are P."""
     parts: Parts = {}
     for row in obligations(settled(model), mesh):
         if row.name in sums:
-            parts[row.name] = whole(sums[row.name])
+            parts[prefix + row.name] = whole(sums[row.name])
         else:
             tensor = _of_row(model, row)
-            parts[row.name] = Part(
+            parts[prefix + row.name] = Part(
                 local(tensor), row.global_shape, place_in_whole(row.placement, mesh, tensor)
             )
     return parts
@@ -124,7 +134,7 @@ def _of_row(model: nn.Module, row: Obligation) -> Tensor:
 
 
 def optimizer_parts(
-    model: nn.Module, mesh: MoEMesh, optimizer: torch.optim.Optimizer
+    model: nn.Module, mesh: MoEMesh, optimizer: torch.optim.Optimizer, prefix: str = ""
 ) -> tuple[Parts, Json]:
     """The tensors of an optimizer's state, and the rest of it."""
     parts: Parts = {}
@@ -132,52 +142,42 @@ def optimizer_parts(
     for group, rows in _groups(model, mesh, optimizer):
         state: dict[str, dict[str, Json]] = {}
         for row, parameter in rows:
-            state[row.name] = kept = {}
+            name = prefix + row.name
+            state[name] = kept = {}
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, Tensor):
-                    kept[key] = {"value": _plain(value, row.name, key)}
+                    kept[key] = {"value": plain(value, row.name, key)}
                 elif value.shape == parameter.shape:
                     kept[key] = {"like_parameter": True, "dtype": _dtype_name(value)}
                     place = place_in_whole(row.placement, mesh, parameter)
-                    parts[_name(row, key)] = Part(local(value), row.global_shape, place)
+                    parts[_name(name, key)] = Part(local(value), row.global_shape, place)
                 elif value.ndim == 0:
                     kept[key] = {"like_parameter": False, "dtype": _dtype_name(value)}
-                    parts[_name(row, key)] = whole(local(value))
+                    parts[_name(name, key)] = whole(local(value))
                 else:
-                    raise _unknown_state(f"{describe(value)} of {row.name!r} {key!r}")
-        settings = {k: _plain(v, "a group", k) for k, v in group.items() if k != "params"}
+                    raise unknown_state(f"{describe(value)} of {row.name!r} {key!r}")
+        settings = {k: plain(v, "a group", k) for k, v in group.items() if k != "params"}
         groups.append({"settings": settings, "state": state})
     return parts, groups
 
 
 def awaited_state(
-    model: nn.Module, mesh: MoEMesh, optimizer: torch.optim.Optimizer, saved: Json
+    model: nn.Module, mesh: MoEMesh, optimizer: torch.optim.Optimizer, saved: Json, prefix: str = ""
 ) -> tuple[Parts, dict[nn.Parameter, dict[str, Any]], list[Json]]:
     """Room for the state that is loaded; it becomes the optimizer's own when all is there."""
     parts: Parts = {}
     states: dict[nn.Parameter, dict[str, Any]] = {}
     settings = []
-    for _, rows in _groups(model, mesh, optimizer):
-        names = {row.name for row, _ in rows}
-        of_group = next((g for g in saved or () if g["state"].keys() == names), None)
-        if of_group is None:
-            raise CheckpointError(
-                explain(
-                    "load_checkpoint",
-                    f"no optimizer group of the checkpoint has the parameters "
-                    f"{', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}",
-                    why="learning rates and moments are kept by group and by name",
-                    fixes=[
-                        "the optimizer with the groups that were saved",
-                        "optimizer=None   # weights alone",
-                    ],
-                )
-            )
-        kept_settings = of_group["settings"]  # which the optimizer gets, so its step goes by them
+    by_name = saved_by_name(saved)
+    for group, rows in _groups(model, mesh, optimizer):
+        names = [prefix + row.name for row, _ in rows]
+        kept_settings = _settings_of(names, by_name)
+        check_settings(kept_settings, group)
+        # Those of the checkpoint become the optimizer's, so its step counts where they say.
         on_device = bool(kept_settings.get("fused") or kept_settings.get("capturable"))
-        for row, parameter in rows:
+        for name, (row, parameter) in zip(names, rows, strict=True):
             states[parameter] = state = {}
-            for key, kept in of_group["state"][row.name].items():
+            for key, kept in by_name[name][1].items():
                 if "value" in kept:
                     state[key] = kept["value"]
                     continue
@@ -185,13 +185,33 @@ def awaited_state(
                 if kept["like_parameter"]:
                     state[key] = torch.empty_like(parameter.detach(), dtype=dtype)
                     place = place_in_whole(row.placement, mesh, parameter)
-                    parts[_name(row, key)] = Part(local(state[key]), row.global_shape, place)
+                    parts[_name(name, key)] = Part(local(state[key]), row.global_shape, place)
                 else:
                     device = parameter.device if on_device else torch.device("cpu")
                     state[key] = torch.empty((), dtype=dtype, device=device)
-                    parts[_name(row, key)] = whole(state[key])
+                    parts[_name(name, key)] = whole(state[key])
         settings.append(kept_settings)
     return parts, states, settings
+
+
+def _settings_of(names: list[str], by_name: ByName) -> dict[str, Json]:
+    """Those of a group with these parameters; an optimizer's groups need not be those saved."""
+    known = [by_name[name][0] for name in names if name in by_name]
+    if len(known) < len(names) or any(settings != known[0] for settings in known):
+        what = "lacks some of" if len(known) < len(names) else "has several settings for"
+        raise CheckpointError(
+            explain(
+                "load_checkpoint",
+                f"the checkpoint {what} the parameters of an optimizer group: "
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+                why="learning rates and moments are stored by name, and one group has one setting",
+                fixes=[
+                    "the optimizer with the groups that were saved",
+                    "optimizer=None   # weights only",
+                ],
+            )
+        )
+    return known[0] if known else {}
 
 
 def give_state(
@@ -202,12 +222,7 @@ def give_state(
     optimizer.state.clear()
     optimizer.state.update({parameter: state for parameter, state in states.items() if state})
     for group, saved in zip(optimizer.param_groups, settings, strict=True):
-        for key, value in saved.items():
-            now = group.get(key)
-            if isinstance(now, Tensor):
-                now.fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(now, tuple) else value
+        give_settings(group, saved)
 
 
 def _groups(
@@ -232,29 +247,8 @@ def _groups(
     ]
 
 
-def _plain(value: Any, of: str, key: str) -> Json:
-    if isinstance(value, Tensor) and value.ndim == 0:
-        return value.item()
-    if isinstance(value, tuple | list):
-        return [_plain(v, of, key) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise _unknown_state(f"{type(value).__name__} of {of!r} {key!r}")
-
-
-def _unknown_state(what: str) -> CheckpointError:
-    return CheckpointError(
-        explain(
-            "save_checkpoint",
-            f"the optimizer has a state that cannot be stored: {what}",
-            why="it is neither a number nor of the shape of its parameter",
-            fixes=["optimizer=None   # weights alone"],
-        )
-    )
-
-
-def _name(row: Obligation, key: str) -> str:
-    return f"optimizer:{row.name}:{key}"
+def _name(parameter: str, key: str) -> str:
+    return f"{OPTIMIZER}{parameter}:{key}"
 
 
 def _dtype_name(tensor: Tensor) -> str:
