@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from spmd_moe.layer.experts import ExpertRecompute as ExpertRecompute
     from spmd_moe.layer.experts import ScoreApplication as ScoreApplication
     from spmd_moe.layer.grouped_matmul import GroupedMatmul as GroupedMatmul
+    from spmd_moe.layer.grouped_matmul import LoopedMatmul as LoopedMatmul
     from spmd_moe.layer.grouped_matmul import Masked as Masked
-    from spmd_moe.layer.grouped_matmul import PerExpert as PerExpert
     from spmd_moe.layer.grouped_matmul import TorchGroupedMM as TorchGroupedMM
     from spmd_moe.layer.moe import MoE as MoE
     from spmd_moe.layer.moe import MoEConfig as MoEConfig
@@ -113,7 +113,7 @@ else:
         "layer.dispatch": "AllGather AllToAll Dispatcher FixedCapacity Local",
         "layer.expert_load": "expert_load",
         "layer.experts": "ExpertRecompute ScoreApplication",
-        "layer.grouped_matmul": "GroupedMatmul Masked PerExpert TorchGroupedMM",
+        "layer.grouped_matmul": "GroupedMatmul LoopedMatmul Masked TorchGroupedMM",
         "layer.moe": "MoE MoEConfig MoEOutput SharedConfig",
         "layer.router": "RouterConfig Routing",
         "layer.selection_bias": "update_selection_bias",

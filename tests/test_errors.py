@@ -39,11 +39,11 @@ from spmd_moe import (
 )
 from spmd_moe.core.collectives import declare_sum, exchange
 from spmd_moe.layer import balance_losses, routing_faults
-from spmd_moe.layer.activations import SWIGLU, Activation
+from spmd_moe.layer.activations import SWIGLU
 from spmd_moe.layer.dispatch import AllToAll, FixedCapacity, Local
 from spmd_moe.layer.expert_load import expert_load
 from spmd_moe.layer.experts import ExpertRecompute, Experts
-from spmd_moe.layer.grouped_matmul import PerExpert
+from spmd_moe.layer.grouped_matmul import LoopedMatmul
 from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.layer.router import RouterConfig
 from spmd_moe.layer.selection_bias import update_selection_bias
@@ -214,7 +214,7 @@ CASES: dict[str, Callable[[], object]] = {
     "config_activation": built(activation="swiglu"),
     "moe_without_mesh": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), None),  # type: ignore[arg-type]  # wrong on purpose
     "dispatcher_without_mesh": lambda: AllToAll(None, 8),  # type: ignore[arg-type]  # wrong on purpose
-    "matmul_class": lambda: _layer(matmul=PerExpert),
+    "matmul_class": lambda: _layer(matmul=LoopedMatmul),
     "dispatcher_class": dispatched(lambda mesh: AllToAll),
     "dispatcher_of_other_experts": dispatched(lambda mesh: AllToAll(mesh, 16)),
     "dispatcher_of_other_mesh": dispatched(lambda mesh: Local(MoEMesh.single())),
@@ -234,7 +234,6 @@ CASES: dict[str, Callable[[], object]] = {
     "local_with_sharded_experts": lambda: _local_on_two(),
     "fixed_no_room": lambda: FixedCapacity(MoEMesh.single(), 4, 0),
     "fixed_rows_to_count": lambda: _fixed_on_two(),
-    "activation_name_twice": lambda: Activation("swiglu", False, lambda gate, up: gate),
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_scores": experts(3, 1, 2, scores=1),  # of one row: it would be broadcast
     "experts_counts": experts(3, 1, 3),

@@ -23,10 +23,10 @@ ROOT = PACKAGE.parent
 FOLDERS = {
     "core": "messages errors placement declare_placements shard_shape validate mesh_degrees "
     "host_reads torch_state dtypes local_tensor ranks_agree mesh moves collectives redistribute",
-    "layer": "routing_faults router_logits router permute dispatch.protocol dispatch.pack_scores "
-    "dispatch.local dispatch.all_to_all dispatch.all_gather dispatch.fixed_capacity dispatch "
-    "activations grouped_matmul grouped_ffn per_expert experts combine shared_experts boundary "
-    "balance_losses selection_bias check_inputs moe expert_load",
+    "layer": "routing_faults router_logits router_scores router permute dispatch.protocol "
+    "dispatch.pack_scores dispatch.local dispatch.all_to_all dispatch.all_gather "
+    "dispatch.fixed_capacity dispatch activations grouped_matmul grouped_ffn experts combine "
+    "shared_experts boundary balance_losses selection_bias check_inputs moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
     "parallelize checkpoint.strict_json checkpoint.safetensors_file "
     "checkpoint.optimizer_json checkpoint.state checkpoint.index checkpoint.random_state "

@@ -1,32 +1,23 @@
-"""Does somebody follow what is computed, or keep it otherwise, or do tensors simply have values?
+"""Whether torch is compiling, a mode or a transform is active, or a tensor is of another kind.
 
 torch has no public questions for it. These are asked in this file alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
-from torch._C import _get_tracing_state
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import (
+    is_batchedtensor,
+    is_legacy_batchedtensor,
+    peek_interpreter_stack,
+)
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import _is_torch_function_mode_enabled
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
-
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
-
-
-def is_traced(*tensors: Tensor | None) -> bool:
-    """By a compiler, a tracer, a mode, a transform of functions, or a class of tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or not _PLAIN.issuperset(map(type, tensors))
-        or _len_torch_dispatch_stack() > 0
-        or _is_torch_function_mode_enabled()
-        or _get_tracing_state() is not None
-        or peek_interpreter_stack() is not None
-    )
 
 
 def is_unchecked() -> bool:
@@ -41,6 +32,23 @@ def is_unobserved() -> bool:
     """No checker, and no autograd: an `autograd.Function` has nobody to tell, and its kernel is
     called as it is."""
     return not torch.is_grad_enabled() and is_unchecked()
+
+
+def function_transform(tensors: Iterable[Tensor]) -> str | None:
+    """The name of the transform that a call is in: of torch.func, or forward AD of any tensor."""
+    if torch.compiler.is_compiling():
+        return None
+    if peek_interpreter_stack() is not None:
+        return "torch.func (grad, vmap, jvp, ...)"
+    in_forward_ad = forward_ad._current_level >= 0
+    if in_forward_ad and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "forward-mode AD"
+    return None
+
+
+def is_vmapped(x: Tensor) -> bool:
+    """Many tensors in one, as torch.vmap makes them."""
+    return is_batchedtensor(x) or is_legacy_batchedtensor(x)
 
 
 def is_dtensor(x: Tensor) -> bool:

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeAlias, final
 
 import torch
 import torch.nn.functional as fn
 from torch import Tensor
-
-from spmd_moe.core.errors import ConfigError, explain
 
 # gate_RF, up_RF (None when the activation is plain) -> h_RF
 Forward: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
@@ -31,31 +29,18 @@ Forward: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 Backward: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
-# Every activation, by name.
-ACTIVATIONS: dict[str, Activation] = {}
-
-
 @final
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """An elementwise function of `gate` and, when `gated`, of `up`. The name must be its own."""
+    """An elementwise function of `gate` and, when `gated`, of `up`.
+
+    `derivative` is used where gradients are not differentiated again; else that of `forward` is.
+    """
 
     name: str
     gated: bool
     forward: Forward
     derivative: Backward | None = None
-
-    def __post_init__(self) -> None:
-        # An operator's arguments are tensors and plain values: it is told the name.
-        if ACTIVATIONS.setdefault(self.name, self) != self:
-            raise ConfigError(
-                explain(
-                    "Activation",
-                    f"the name {self.name!r} stands for another activation already",
-                    why="the experts' operators find an activation by its name",
-                    fixes=[f"name={self.name + '(beta=2.0)'!r}   # with what is other in this one"],
-                )
-            )
 
     def __deepcopy__(self, memo: object) -> Activation:
         """A copied layer has the same: functions compare by identity."""
@@ -68,17 +53,21 @@ class Activation:
         self, dh_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of gate and up."""
-        if self.derivative is not None:
+        # Where they are differentiated again, autograd must know the operators: silu_backward has
+        # no derivative, and a user's derivative may work in place.
+        if self.derivative is not None and not torch.is_grad_enabled():
             return self.derivative(dh_RF, gate_RF, up_RF)
         return _derived(self.forward, dh_RF, gate_RF, up_RF)
 
 
 def clamped_swiglu(limit: float = 7.0, alpha: float = 1.702) -> Activation:
     """GPT-OSS: gate is clamped from above, up from both sides, and up is shifted by one."""
+    return _clamped_swiglu(limit, alpha)
+
+
+@cache  # partial objects compare by identity: the same numbers are the same record
+def _clamped_swiglu(limit: float, alpha: float) -> Activation:
     name = f"clamped_swiglu(limit={limit}, alpha={alpha})"
-    # partial objects compare by identity, so the same numbers must give the same record.
-    if name in ACTIVATIONS:
-        return ACTIVATIONS[name]
     forward = partial(_clamped_forward, limit, alpha)
     return Activation(name, True, forward, partial(_clamped_backward, limit, alpha))
 

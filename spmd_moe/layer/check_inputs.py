@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from spmd_moe.core.dtypes import dtypes_match
 from spmd_moe.core.errors import (
     DtypeError,
+    GradientError,
     ShapeError,
     SpmdMoeError,
     describe,
@@ -19,7 +22,7 @@ from spmd_moe.core.errors import (
     plural,
     short_dtype,
 )
-from spmd_moe.core.torch_state import fsdp_casts, is_dtensor
+from spmd_moe.core.torch_state import fsdp_casts, function_transform, is_dtensor
 from spmd_moe.core.validate import check_instance
 from spmd_moe.layer.experts import Experts
 from spmd_moe.layer.router import Router
@@ -35,6 +38,9 @@ def check_inputs(
 ) -> None:
     """Where all is well, a few comparisons."""
     check_instance("MoE.forward", "x", x, Tensor, "torch.as_tensor(x)   # [B, L, D] or [T, D]")
+    transform = function_transform(chain((x,), router.parameters(), experts.parameters()))
+    if transform is not None:
+        raise _transformed(transform)
     _check_plain("x", x)
     if x.ndim not in (2, 3):
         _refuse_dims(x, dim)
@@ -61,6 +67,21 @@ def check_inputs(
         )
     if not dtypes_match(x, experts.w1_eFD):
         _refuse_dtype(x, experts)
+
+
+def _transformed(transform: str) -> GradientError:
+    return GradientError(
+        explain(
+            "MoE.forward",
+            f"it is called under {transform}; the layer has derivatives by torch.autograd alone",
+            why="its backward is written by hand, and it reads numbers of rows on the host",
+            fixes=[
+                "torch.autograd.grad(y, x, v, create_graph=True)   # and again: any order",
+                "torch.autograd.functional.hvp(f, x, v)   # hessian, vhp, jacobian",
+                "layer(x.flatten(0, -2))   # for torch.vmap: a batch is more tokens",
+            ],
+        )
+    )
 
 
 def _check_plain(name: str, given: Tensor) -> None:

@@ -15,17 +15,14 @@ where it is linear: then no expert's output has to be kept for backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
-from typing import Any, NamedTuple, final
+from typing import final
 
 import torch
-from spmd_types import register_local_autograd_function
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
-from spmd_moe.core.dtypes import as_dtype, dtypes_match, matmul_dtype, no_autocast
+from spmd_moe.core.dtypes import dtypes_match, matmul_dtype
 from spmd_moe.core.errors import DtypeError, ShapeError, describe, explain, plural
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import (
@@ -43,20 +40,10 @@ from spmd_moe.core.placement import (
 )
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.validate import split_evenly
-from spmd_moe.layer import per_expert
 from spmd_moe.layer.activations import Activation
-from spmd_moe.layer.grouped_ffn import (
-    Call,
-    Gradients,
-    Hidden,
-    Needs,
-    Weights,
-    gradients,
-    hidden,
-    output,
-)
-from spmd_moe.layer.grouped_matmul import AllExperts, Matmul, PerExpert, choose_matmul
-from spmd_moe.layer.permute import Gather, add_rows
+from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, choose_matmul
+from spmd_moe.layer.permute import Gather
 from spmd_moe.layer.routing_faults import nan_parameter
 
 
@@ -76,18 +63,6 @@ class ExpertRecompute(Enum):
     """The results of the first matmuls are saved."""
     FIRST_MATMULS = "first matmuls"
     """Backward computes the first matmuls again."""
-
-
-class Recipe(NamedTuple):
-    """How to compute: settled before the first call."""
-
-    activation: Activation
-    matmul: Matmul
-    recompute: ExpertRecompute
-    padded: bool
-    """Behind the rows of all experts there may be rows of none."""
-    compute: torch.dtype
-    """What rows and weights are taken to for the matmuls."""
 
 
 @final
@@ -115,7 +90,7 @@ class Experts(nn.Module):
         activation: Activation,
         bias: bool,
         recompute: ExpertRecompute,
-        matmul: Matmul | None = None,
+        matmul: GroupedMatmul | None = None,
     ) -> None:
         super().__init__()
         self.etp, self.activation, self.recompute, self.matmul = (
@@ -135,20 +110,20 @@ class Experts(nn.Module):
 
     def forward(
         self,
-        x_RD: GatheredRows,
+        x: GatheredRows,
         counts_e: GatheredRows,
         scores_R: GatheredRows | None = None,
         gather: Gather | None = None,
         padded: bool = False,
     ) -> RowSums:
-        """`y_RD`. With `gather`, the first argument is tokens, and row r is token `token_R[r]`.
+        """`y_RD`. With `gather`, `x` is tokens, and row r is token `token_R[r]`.
 
         `padded`: shapes are fixed, and rows past the counts' sum are no expert's; they become 0.
         """
         w = Weights(self.w1_eFD, self.w2_eDF, self.w3_eFD, self.b1_eF, self.b3_eF)
         activation, matmul = self.activation, self.matmul
         part_RD: Rows = experts_ffn(
-            x_RD, counts_e, w, scores_R, gather, activation, matmul, self.recompute, padded
+            x, counts_e, w, scores_R, gather, activation, matmul, self.recompute, padded
         )
         y_RD = declare_sum(part_RD, self.etp)  # each rank of etp has summed over its slice
         if self.b2_eD is None:
@@ -170,42 +145,35 @@ def _members(counts_e: GatheredRows, rows: int) -> GatheredRows:
     return expert_R.unsqueeze(1) == experts
 
 
-# spmd: allow unknown - a kernel: the same for rows of whatever kind
 def experts_ffn(
-    x_RD: Tensor,
-    counts_e: Tensor,
+    x: GatheredRows,
+    counts_e: GatheredRows,
     w: Weights,
-    scores_R: Tensor | None,
+    scores_R: GatheredRows | None,
     gather: Gather | None,
     activation: Activation,
-    matmul: Matmul | None,
+    matmul: GroupedMatmul | None,
     recompute: ExpertRecompute = ExpertRecompute.NONE,
     padded: bool = False,
-) -> Tensor:
-    """The experts as a function. `padded`: rows past the counts' sum are there, and become 0."""
-    _check_dtype(x_RD, w.w1_eFD)
+) -> Rows:
+    """The experts as a function, without the last bias; see `Experts.forward`."""
+    _check_dtype(x, w.w1_eFD)
+    if scores_R is not None:
+        _check_scores(scores_R, x if gather is None else gather.token_R)
     # Settled here, and autocast left out of what follows: backward must compute as forward did.
     # Not in a constructor: weights may still move or be cast (meta device, FSDP).
-    compute = matmul_dtype(x_RD)
+    compute = matmul_dtype(x)
     if matmul is None:
-        matmul = choose_matmul(compute, x_RD.device, w.w1_eFD.shape[1:], fixed=padded)
-    if isinstance(matmul, PerExpert):
+        matmul = choose_matmul(compute, x.device, w.w1_eFD.shape[1:], fixed=padded)
+    if isinstance(matmul, LoopedMatmul):
         compute = matmul.compute or compute
-        counts_e = counts_e.cpu()  # its loop runs on the host
-    recipe = Recipe(activation, matmul, recompute, padded, compute)
-    token_R, row_TK = gather if gather is not None else (None, None)
-    if scores_R is not None:
-        _check_scores(scores_R, x_RD if token_R is None else token_R)
-    inputs = (x_RD, scores_R, *w)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        apply: Callable[..., Tensor] = _ExpertsFFN.apply
-        return apply(recipe, counts_e, token_R, row_TK, *inputs)
-    x_RD = x_RD if token_R is None else x_RD.index_select(0, token_R)
-    return _forward(recipe, Call(x_RD, scores_R, w, activation), counts_e, keep=False)[0]
+    again = recompute is ExpertRecompute.FIRST_MATMULS
+    recipe = Recipe(activation, matmul, compute, again, padded)
+    y_RD: Rows = grouped_ffn(recipe, Call(counts_e, gather, x, scores_R, w))
+    return y_RD
 
 
-# spmd: allow unknown - a kernel: the same for rows of whatever kind
-def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
+def _check_dtype(x_RD: GatheredRows, w1_eFD: ExpertInWeight) -> None:
     if not dtypes_match(x_RD, w1_eFD):
         raise DtypeError(
             explain(
@@ -217,8 +185,7 @@ def _check_dtype(x_RD: Tensor, w1_eFD: Tensor) -> None:
         )
 
 
-# spmd: allow unknown - a kernel: the same for rows of whatever kind
-def _check_scores(scores_R: Tensor, rows: Tensor) -> None:
+def _check_scores(scores_R: GatheredRows, rows: GatheredRows) -> None:
     if scores_R.shape[0] != rows.shape[0]:
         raise ShapeError(
             explain(
@@ -230,77 +197,3 @@ def _check_scores(scores_R: Tensor, rows: Tensor) -> None:
                 ],
             )
         )
-
-
-# spmd: allow unknown - a kernel: the same for rows of whatever kind
-def _forward(
-    recipe: Recipe, call: Call, counts_e: Tensor, *, keep: bool
-) -> tuple[Tensor, Hidden | None]:
-    compute, matmul = recipe.compute, recipe.matmul
-    with no_autocast(call.x_RD):
-        if isinstance(matmul, PerExpert):
-            return per_expert.forward(call, counts_e, compute, matmul.row_block, keep=keep)
-        cast = call.cast(compute)
-        block = AllExperts(matmul, counts_e)
-        hid = hidden(block, cast)
-        y_RD = as_dtype(output(block, cast, hid), call.x_RD.dtype)
-        y_RD = block.zero_past_the_end(y_RD) if recipe.padded else y_RD
-        return y_RD, hid if keep else None
-
-
-# spmd: allow unknown - a kernel: the same for rows of whatever kind
-def _backward(
-    recipe: Recipe, call: Call, counts_e: Tensor, dy_RD: Tensor, kept: Hidden | None, needs: Needs
-) -> Gradients:
-    compute, matmul = recipe.compute, recipe.matmul
-    with no_autocast(dy_RD):
-        if isinstance(matmul, PerExpert):
-            how = (compute, matmul.row_block)
-            return per_expert.backward(call, counts_e, *how, dy_RD, kept, needs)
-        cast = call.cast(compute)
-        block = AllExperts(matmul, counts_e)
-        hid = kept if kept is not None else hidden(block, cast)
-        dy_RD = as_dtype(dy_RD.contiguous(), cast.x_RD.dtype)
-        found = gradients(block, cast, hid, dy_RD, needs)
-        for rows in (found.x_RD, found.scores_R):
-            if recipe.padded and rows is not None:
-                block.zero_past_the_end(rows)
-    pairs = zip(found, call.tensors(), strict=True)
-    return Gradients(*(None if g is None or t is None else as_dtype(g, t.dtype) for g, t in pairs))
-
-
-@register_local_autograd_function
-class _ExpertsFFN(torch.autograd.Function):
-    """One node for the whole network, so that it decides what is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        recipe: Recipe,
-        counts_e: Tensor,
-        token_R: Tensor | None,
-        row_TK: Tensor | None,
-        x: Tensor,
-        scores_R: Tensor | None,
-        *weights: Any,
-    ) -> Tensor:
-        x_RD = x if token_R is None else x.index_select(0, token_R)
-        call = Call(x_RD, scores_R, Weights(*weights), recipe.activation)
-        y_RD, kept = _forward(recipe, call, counts_e, keep=recipe.recompute is ExpertRecompute.NONE)
-        ctx.recipe = recipe
-        gate_RF, up_RF = kept if kept is not None else (None, None)
-        ctx.save_for_backward(counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF)
-        return y_RD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF = ctx.saved_tensors
-        x_RD = x if token_R is None else x.index_select(0, token_R)
-        call = Call(x_RD, scores_R, Weights(*weights), ctx.recipe.activation)
-        kept = None if gate_RF is None else Hidden(gate_RF, up_RF)
-        needs = Needs(*ctx.needs_input_grad[4:])
-        dx, *others = _backward(ctx.recipe, call, counts_e, dy_RD, kept, needs)
-        if dx is not None and row_TK is not None:
-            dx = add_rows(dx, row_TK, every_slot=dx.shape[0] == row_TK.numel())
-        return None, None, None, None, dx, *others

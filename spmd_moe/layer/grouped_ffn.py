@@ -1,63 +1,89 @@
-"""The experts' feed-forward network, forward and backward, with little kept in between.
+"""The feed-forward network of all experts, forward and backward, with little kept in between.
 
     h = activation(x @ w1.T + b1, x @ w3.T + b3)        y = (score * h) @ w2.T
 
-A bias of the last matmul is not in here: of the ranks that share an expert only one may add it.
-
-The mathematics stands here once, for a block of rows: those of a few experts at a time in
-`per_expert.py`, all at once, with a grouped matmul, in `experts.py`.
-
-Kept for backward: what was handed in, and `gate` and `up`. Never `y`, `h`, or `score * h`.
+Kept for backward are the arguments, and `gate` and `up`, the results of the first matmuls; never
+`h`, `score * h` or `y`. The bias of the last matmul is added elsewhere: of the ranks that share an
+expert only one may add it.
 """
 
 # Shape letters in this file:
-#   R  rows at this rank's experts, sorted by expert     e  experts on this rank
-#   D  model width     F  hidden width of an expert     A, B  any width
+#   T  tokens on this rank     R  rows at this rank's experts, sorted by expert
+#   K  experts per token       e  experts on this rank
+#   D  model width             F  hidden width of an expert, on this rank     A  any width
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+from spmd_types import register_local_autograd_function
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype
+from spmd_moe.core.dtypes import as_dtype, no_autocast
+from spmd_moe.core.errors import GradientError, explain
+from spmd_moe.core.placement import (
+    ExpertHiddenBias,
+    ExpertInWeight,
+    ExpertOutWeight,
+    GatheredRows,
+    Rows,
+)
+from spmd_moe.core.torch_state import is_vmapped
 from spmd_moe.layer.activations import Activation
-from spmd_moe.layer.grouped_matmul import Block
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, RowGroups
+from spmd_moe.layer.permute import Gather, fold_gathered, gather_rows
+
+T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+U = TypeVar("U", bound=Tensor)
 
 
 class Weights(NamedTuple):
     """The weights of the experts: w3 is there if the activation has a gate, b1 and b3 by choice."""
 
-    w1_eFD: Tensor
-    w2_eDF: Tensor
-    w3_eFD: Tensor | None = None
-    b1_eF: Tensor | None = None
-    b3_eF: Tensor | None = None
+    w1_eFD: ExpertInWeight
+    w2_eDF: ExpertOutWeight
+    w3_eFD: ExpertInWeight | None = None
+    b1_eF: ExpertHiddenBias | None = None
+    b3_eF: ExpertHiddenBias | None = None
+
+
+class Recipe(NamedTuple):
+    """How to compute."""
+
+    activation: Activation
+    matmul: GroupedMatmul
+    compute: torch.dtype
+    """What rows and weights are cast to for the matmuls."""
+    recompute: bool
+    """Backward computes the first matmuls again."""
+    padded: bool
+    """Behind the rows of all experts there may be rows of none."""
 
 
 class Call(NamedTuple):
-    """What the experts, or some of them, are given to compute."""
+    """The arguments. With `gather`, `x` is tokens, and row r is token `token_R[r]`."""
 
-    x_RD: Tensor
-    scores_R: Tensor | None
+    counts_e: GatheredRows
+    gather: Gather | None
+    x: GatheredRows
+    scores_R: GatheredRows | None
     w: Weights
-    activation: Activation
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What may have a gradient, in the order of `Gradients`."""
-        return self.x_RD, self.scores_R, *self.w
 
-    def cast(self, dtype: torch.dtype) -> Call:
-        """The same with rows and weights in that dtype; scores keep theirs."""
-        w1, w2, *others = self.w
-        cast = [None if t is None else as_dtype(t, dtype) for t in others]
-        w = Weights(as_dtype(w1, dtype), as_dtype(w2, dtype), *cast)
-        return self._replace(x_RD=as_dtype(self.x_RD, dtype), w=w)
+class Hidden(NamedTuple):
+    """The results of the first matmuls; `up` is None when the activation has no gate."""
+
+    gate_RF: Rows
+    up_RF: Rows | None
+
+    def to(self, dtype: torch.dtype) -> Hidden:
+        up_RF = None if self.up_RF is None else as_dtype(self.up_RF, dtype)
+        return Hidden(as_dtype(self.gate_RF, dtype), up_RF)
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asked for, in the order of `Gradients`."""
+    """Which gradients are needed, in the order in which `_GroupedFFN` takes their tensors."""
 
     x: bool
     scores: bool
@@ -68,81 +94,136 @@ class Needs(NamedTuple):
     b3: bool
 
 
-class Gradients(NamedTuple):
-    """The gradients of a call, or room for them; None where nobody asks."""
-
-    x_RD: Tensor | None = None
-    scores_R: Tensor | None = None
-    w1_eFD: Tensor | None = None
-    w2_eDF: Tensor | None = None
-    w3_eFD: Tensor | None = None
-    b1_eF: Tensor | None = None
-    b3_eF: Tensor | None = None
-
-
-NO_ROOM = Gradients()
+def grouped_ffn(recipe: Recipe, call: Call) -> Rows:
+    """`y_RD`, zero in rows of no expert."""
+    inputs = (call.x, call.scores_R, *call.w)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        token_R, row_TK = call.gather or (None, None)
+        y_RD: Rows = _GroupedFFN.apply(recipe, call.counts_e, token_R, row_TK, *inputs)  # type: ignore[no-untyped-call]  # torch
+        return y_RD
+    with torch.no_grad():
+        return _GroupedFFN.outputs(recipe, call)[0]
 
 
-class Hidden(NamedTuple):
-    """What the first matmuls gave; `up` is None when the activation has no gate."""
+@register_local_autograd_function
+class _GroupedFFN(torch.autograd.Function):
+    """One node for the whole network, so that it decides what is kept."""
 
-    gate_RF: Tensor
-    up_RF: Tensor | None
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recipe: Recipe,
+        counts_e: Tensor,
+        token_R: Tensor | None,
+        row_TK: Tensor | None,
+        x: Tensor,
+        scores_R: Tensor | None,
+        *weights: Any,
+    ) -> Tensor:
+        call = Call(counts_e, _gather(token_R, row_TK), x, scores_R, Weights(*weights))
+        y_RD, kept = _GroupedFFN.outputs(recipe, call)
+        # In the narrower of the two dtypes.
+        dtype = min(recipe.compute, x.dtype, key=lambda dtype: dtype.itemsize)
+        gate_RF, up_RF = (None, None) if recipe.recompute else kept.to(dtype)
+        ctx.recipe = recipe
+        ctx.save_for_backward(counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF)
+        return y_RD
+
+    @staticmethod
+    def outputs(recipe: Recipe, call: Call) -> tuple[Rows, Hidden]:
+        """`y_RD`, and the results of the first matmuls."""
+        with no_autocast(call.x):
+            groups = RowGroups.of(recipe.matmul, call.counts_e)
+            x_RD = gather_rows(as_dtype(call.x, recipe.compute), call.gather)
+            hidden = _GroupedFFN.hidden(groups, x_RD, call.w)
+            h_RF = _scaled(recipe.activation.forward(*hidden), call.scores_R)
+            y_RD: Rows = as_dtype(groups.linear(h_RF, call.w.w2_eDF), call.x.dtype)
+            return groups.zero_past_the_end(y_RD) if recipe.padded else y_RD, hidden
+
+    @staticmethod
+    def hidden(groups: RowGroups, x_RD: Tensor, w: Weights) -> Hidden:
+        """The results of the first matmuls."""
+        gate_RF = groups.linear(x_RD, w.w1_eFD, w.b1_eF)
+        up_RF = None if w.w3_eFD is None else groups.linear(x_RD, w.w3_eFD, w.b3_eF)
+        return Hidden(gate_RF, up_RF)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+        counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF = ctx.saved_tensors
+        call = Call(counts_e, _gather(token_R, row_TK), x, scores_R, Weights(*weights))
+        _refuse_batched(dy_RD)
+        # With create_graph=True autograd follows the lines below, to differentiate them again. It
+        # has not seen how gate and up were computed, so they are computed again.
+        kept = None if gate_RF is None or torch.is_grad_enabled() else Hidden(gate_RF, up_RF)
+        needs = Needs(*ctx.needs_input_grad[4:])
+        return None, None, None, None, *_GroupedFFN.gradients(ctx.recipe, call, kept, dy_RD, needs)
+
+    @staticmethod
+    def gradients(
+        recipe: Recipe, call: Call, kept: Hidden | None, dy_RD: Tensor, needs: Needs
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients in the order of `Needs`, None where they are not needed."""
+        activation, compute = recipe.activation, recipe.compute
+        counts_e, gather, x, scores_R, w = call
+        dtype = w.w1_eFD.dtype
+        with no_autocast(x):
+            groups = RowGroups.of(recipe.matmul, counts_e)
+            x_RD = gather_rows(as_dtype(x, compute), gather)
+            dy_RD = as_dtype(dy_RD.contiguous(), compute)
+            hidden = kept.to(compute) if kept is not None else _GroupedFFN.hidden(groups, x_RD, w)
+            h_RF = activation.forward(*hidden)
+
+            dw2 = groups.outer(dy_RD, _scaled(h_RF, scores_R), dtype) if needs.w2 else None
+            dh_RF = groups.rows(dy_RD, w.w2_eDF)
+            ds_R = None
+            if scores_R is not None and needs.scores:
+                ds_R = _dot(dh_RF, h_RF, scores_R.dtype)
+            dgate_RF, dup_RF = activation.backward(_scaled(dh_RF, scores_R), *hidden)
+
+            dw1 = groups.outer(dgate_RF, x_RD, dtype) if needs.w1 else None
+            db1 = groups.total(dgate_RF, dtype) if needs.b1 else None
+            dx_RD = groups.rows(dgate_RF, w.w1_eFD) if needs.x else None
+            dw3 = db3 = None
+            if dup_RF is not None and w.w3_eFD is not None:
+                dw3 = groups.outer(dup_RF, x_RD, dtype) if needs.w3 else None
+                db3 = groups.total(dup_RF, dtype) if needs.b3 else None
+                dx_RD = None if dx_RD is None else dx_RD.add_(groups.rows(dup_RF, w.w3_eFD))
+
+            for rows in (dx_RD, ds_R):
+                if recipe.padded and rows is not None:
+                    groups.zero_past_the_end(rows)
+            dx = None if dx_RD is None else as_dtype(fold_gathered(dx_RD, gather), x.dtype)
+        return dx, ds_R, dw1, dw2, dw3, db1, db3
 
 
-def hidden(block: Block, call: Call, room: Hidden | None = None) -> Hidden:
-    """The first matmul, or both. In `room`, if that is given and suits the block."""
-    w, (gate_room, up_room) = call.w, room or (None, None)
-    gate_RF = _linear(block, call.x_RD, w.w1_eFD, w.b1_eF, gate_room)
-    if not call.activation.gated:
-        return Hidden(gate_RF, None)
-    assert w.w3_eFD is not None
-    return Hidden(gate_RF, _linear(block, call.x_RD, w.w3_eFD, w.b3_eF, up_room))
+def _refuse_batched(dy_RD: T) -> None:
+    """Raise for a backward of several gradients at once; the operators take those of one."""
+    if not torch.compiler.is_compiling() and is_vmapped(dy_RD):
+        raise GradientError(
+            explain(
+                "Experts",
+                "backward is under torch.vmap (vectorize=True, or is_grads_batched=True)",
+                why="the experts' backward takes the gradient of one output at a time",
+                fixes=[
+                    "torch.autograd.functional.jacobian(f, x)   # without vectorize=True",
+                    "[torch.autograd.grad(y, x, v, retain_graph=True) for v in vectors]",
+                ],
+            )
+        )
 
 
-def output(block: Block, call: Call, hid: Hidden, room_RD: Tensor | None = None) -> Tensor:
-    """`y_RD`, from what the first matmuls gave; in `room`, as above."""
-    h_RF = _scaled(call.activation.forward(*hid), call.scores_R)
-    return block.linear(h_RF, call.w.w2_eDF, room_RD)
+def _gather(token_R: T | None, row_TK: U | None) -> Gather | None:
+    return None if token_R is None or row_TK is None else Gather(token_R, row_TK)
 
 
-def gradients(
-    block: Block, call: Call, hid: Hidden, dy_RD: Tensor, needs: Needs, room: Gradients = NO_ROOM
-) -> Gradients:
-    """What is needed; gradients of weights are written into `room`, where there is some."""
-    x_RD, scores_R, w, activation = call
-    h_RF = activation.forward(*hid)
-    dh_RF = block.rows(dy_RD, w.w2_eDF)
-    dw2 = block.outer(dy_RD, _scaled(h_RF, scores_R), room.w2_eDF) if needs.w2 else None
-    ds_R = None
-    if needs.scores and scores_R is not None:
-        ds_R = _dot(dh_RF, h_RF, scores_R)
-    dgate_RF, dup_RF = activation.backward(_scaled(dh_RF, scores_R), *hid)
-    dw1 = block.outer(dgate_RF, x_RD, room.w1_eFD) if needs.w1 else None
-    db1 = block.total(dgate_RF, room.b1_eF) if needs.b1 else None
-    dx_RD = block.rows(dgate_RF, w.w1_eFD) if needs.x else None
-    dw3 = db3 = None
-    if dup_RF is not None:
-        assert w.w3_eFD is not None
-        dw3 = block.outer(dup_RF, x_RD, room.w3_eFD) if needs.w3 else None
-        db3 = block.total(dup_RF, room.b3_eF) if needs.b3 else None
-        dx_RD = block.rows(dup_RF, w.w3_eFD, onto=dx_RD) if needs.x else None
-    return Gradients(dx_RD, ds_R, dw1, dw2, dw3, db1, db3)
-
-
-def _linear(
-    block: Block, x_RA: Tensor, w_eBA: Tensor, b_eB: Tensor | None, room_RB: Tensor | None
-) -> Tensor:
-    y_RB = block.linear(x_RA, w_eBA, room_RB)
-    return y_RB if b_eB is None else block.plus(y_RB, b_eB)
-
-
-def _scaled(x_RA: Tensor, scores_R: Tensor | None) -> Tensor:
+def _scaled(x_RA: T, scores_R: U | None) -> T:
     if scores_R is None:
         return x_RA
     # Scores are often wider than the rows: the product is rounded, not the score.
-    return as_dtype(x_RA * scores_R.unsqueeze(1), x_RA.dtype)
+    return cast(T, as_dtype(x_RA * scores_R.unsqueeze(1), x_RA.dtype))
 
 
-def _dot(a_RA: Tensor, b_RA: Tensor, scores_R: Tensor) -> Tensor:
-    return (a_RA * b_RA).sum(1, dtype=torch.promote_types(a_RA.dtype, scores_R.dtype))
+def _dot(a_RA: T, b_RA: T, dtype: torch.dtype) -> T:
+    """The scalar product of the rows, a sum in the wider dtype."""
+    sums_R = (a_RA * b_RA).sum(1, dtype=torch.promote_types(a_RA.dtype, dtype))
+    return cast(T, as_dtype(sums_R, dtype))

@@ -1,12 +1,11 @@
-"""Grouped matmul: each expert's rows times that expert's matrix, behind one seam.
+"""Grouped matmul: the rows of each expert times the matrix of that expert.
 
     rows of e0 | rows of e1 | (none of e2) | rows of e3 | rows past the last end
        @ w[0]      @ w[1]                      @ w[3]        never read
 
-An object with `rows` and `outer` is a grouped matmul and may be given to the experts: a tuned
-library, a kernel of one's own. `PerExpert` is the other way to do it: the experts are computed one
-after another with plain matmuls. That is what a CPU does best (an expert's activations stay in
-cache) and what remains for dtypes and widths that grouped kernels refuse.
+Two operations, `rows` and `outer`, compute the experts and derivatives of any order. An object that
+has both is a grouped matmul: torch's kernel for all experts, which a GPU runs; a loop over experts,
+for CPUs and for the dtypes and widths that the kernel refuses; or a kernel of the user's own.
 """
 
 # Shape letters in this file:
@@ -15,20 +14,21 @@ cache) and what remains for dtypes and widths that grouped kernels refuse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, final
+from typing import Any, NamedTuple, Protocol, cast, final
 
 import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe.core.errors import ConfigError, explain
+from spmd_moe.core.dtypes import as_dtype
+from spmd_moe.core.errors import ConfigError, ShapeError, explain
 from spmd_moe.core.validate import check_positive_ints, describe_value
 
 
 class GroupedMatmul(Protocol):
-    """The seam: all experts at once. `ends_e` int32, on the device: where each expert's rows end.
+    """The two operations. `ends_e` int32, on the device: where the rows of each expert end.
 
     Rows past the last end must not be read; what is written there does not matter.
     """
@@ -38,14 +38,132 @@ class GroupedMatmul(Protocol):
         ...
 
     def outer(self, dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor) -> Tensor:
-        """`dw_eBA`: per expert, the transpose of its `dy` times its `x`; zero without rows."""
+        """`dw_eBA`: for each expert, the transpose of its `dy` times its `x`."""
         ...
+
+
+# --- what the experts call ----------------------------------------------------------------------
+
+
+class RowGroups(NamedTuple):
+    """The rows of each expert, and the grouped matmul that multiplies them."""
+
+    matmul: GroupedMatmul
+    ends_e: Tensor
+    matmul_ends_e: Tensor  # the same, on the device where the matmul needs them
+
+    @staticmethod
+    def of(matmul: GroupedMatmul, counts_e: Tensor) -> RowGroups:
+        ends_e = counts_e.cumsum(0).to(torch.int32)
+        # The loop runs on the host: one read for all of its matmuls.
+        return RowGroups(
+            matmul, ends_e, ends_e.cpu() if isinstance(matmul, LoopedMatmul) else ends_e
+        )
+
+    def linear(self, x_RA: Tensor, w_eBA: Tensor, b_eB: Tensor | None = None) -> Tensor:
+        """`y_RB`: `x @ w.T + b`, the weight as it is stored."""
+        y_RB = self.rows(x_RA, w_eBA.transpose(1, 2))
+        if b_eB is None:
+            return y_RB
+        # One more bias, of zeros, for the rows past the last end.
+        b_eB = fn.pad(as_dtype(b_eB, y_RB.dtype), (0, 0, 0, 1))
+        return y_RB.add_(b_eB.index_select(0, _expert_of_rows(y_RB, self.ends_e)))
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor) -> Tensor:
+        """`y_RB`, in the dtype of `x`: every row times the matrix of its expert."""
+        if torch.is_grad_enabled():
+            return cast(Tensor, _Rows.apply(x_RA, w_eAB, self))  # type: ignore[no-untyped-call]  # torch
+        if not isinstance(self.matmul, LoopedMatmul):  # which casts the weights of one at a time
+            w_eAB = as_dtype(w_eAB, x_RA.dtype)
+        return self.matmul.rows(x_RA, w_eAB, self.matmul_ends_e)
+
+    def outer(self, dy_RB: Tensor, x_RA: Tensor, dtype: torch.dtype) -> Tensor:
+        """`dw_eBA`: for each expert, the transpose of its `dy` times its `x`; zero without rows."""
+        if torch.is_grad_enabled():
+            return cast(Tensor, _Outer.apply(dy_RB, x_RA, dtype, self))  # type: ignore[no-untyped-call]  # torch
+        if isinstance(self.matmul, LoopedMatmul):
+            return self.matmul.outer(dy_RB, x_RA, self.matmul_ends_e, dtype)
+        dw_eBA = as_dtype(self.matmul.outer(dy_RB, x_RA, self.ends_e), dtype)
+        # torch's kernel leaves anything there on Blackwell (pytorch issue 172439).
+        empty_e = self.ends_e.diff(prepend=self.ends_e.new_zeros(1)) == 0
+        return dw_eBA.masked_fill_(empty_e.view(-1, 1, 1), 0)
+
+    def total(self, dy_RB: Tensor, dtype: torch.dtype) -> Tensor:
+        """`db_eB`: the sum over the rows of each expert."""
+        # A matmul with ones, not index_add: no atomics, and rows past the last end stay out of it.
+        # 16 bytes is the narrowest row that grouped kernels take.
+        ones = dy_RB.new_ones(dy_RB.shape[0], 16 // dy_RB.element_size())
+        return self.outer(dy_RB, ones, dtype).select(2, 0).contiguous()
+
+    def zero_past_the_end(self, y_R: Tensor) -> Tensor:
+        """Zeros, in place, in the rows that belong to no expert; `y_R` may have more dims."""
+        past_R = _row_numbers(y_R) >= self.ends_e[-1]
+        return y_R.masked_fill_(past_R.view(-1, *[1] * (y_R.dim() - 1)), 0)
+
+
+class _Rows(torch.autograd.Function):
+    """`RowGroups.rows` as backward calls it when its gradients are to be differentiated again.
+
+    Rows past the last end are zeros here, because another derivative may add them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RA: Tensor, w_eAB: Tensor, groups: RowGroups) -> Tensor:
+        ctx.save_for_backward(x_RA, w_eAB)
+        ctx.groups = groups
+        return groups.zero_past_the_end(groups.rows(x_RA.contiguous(), w_eAB))
+
+    @staticmethod
+    def backward(ctx: Any, dy_RB: Tensor) -> tuple[Tensor | None, ...]:
+        (x_RA, w_eAB), groups, dx_RA, dw_eAB = ctx.saved_tensors, ctx.groups, None, None
+        dy_RB = dy_RB.contiguous()
+        if ctx.needs_input_grad[0]:
+            dx_RA = groups.zero_past_the_end(groups.rows(dy_RB, w_eAB.transpose(1, 2)))
+        if ctx.needs_input_grad[1]:
+            dw_eAB = groups.outer(x_RA, dy_RB, w_eAB.dtype)
+        return dx_RA, dw_eAB, None
+
+
+class _Outer(torch.autograd.Function):
+    """`RowGroups.outer`, in the same place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dy_RB: Tensor, x_RA: Tensor, dtype: torch.dtype, groups: RowGroups
+    ) -> Tensor:
+        ctx.save_for_backward(dy_RB, x_RA)
+        ctx.groups = groups
+        return groups.outer(dy_RB.contiguous(), x_RA.contiguous(), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_eBA: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_RB, x_RA), groups, ddy_RB, dx_RA = ctx.saved_tensors, ctx.groups, None, None
+        grad_eBA = grad_eBA.contiguous()
+        if ctx.needs_input_grad[0]:
+            ddy_RB = groups.zero_past_the_end(groups.rows(x_RA, grad_eBA.transpose(1, 2)))
+        if ctx.needs_input_grad[1]:
+            dx_RA = groups.zero_past_the_end(groups.rows(dy_RB, grad_eBA))
+        return ddy_RB, dx_RA, None, None
+
+
+def _expert_of_rows(x_RA: Tensor, ends_e: Tensor) -> Tensor:
+    """The expert of each row; past the last end, one that is not there."""
+    return torch.searchsorted(ends_e, _row_numbers(x_RA), right=True)
+
+
+def _row_numbers(x_R: Tensor) -> Tensor:
+    # Not arange: made from x, the numbers have a type for a checker that follows types.
+    column_R = x_R if x_R.ndim == 1 else x_R.select(1, 0)
+    return torch.ones_like(column_R, dtype=torch.int32).cumsum(0).sub_(1)
+
+
+# --- grouped matmuls ----------------------------------------------------------------------------
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class TorchGroupedMM:
-    """torch.nn.functional.grouped_mm: never waits for the device."""
+    """torch.nn.functional.grouped_mm: the host never waits for the device."""
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
         return fn.grouped_mm(x_RA, w_eAB, offs=ends_e)
@@ -84,24 +202,13 @@ def _members(x_RA: Tensor, ends_e: Tensor) -> Sequence[Tensor]:
     return [(expert_R == expert).unsqueeze(1) for expert in range(ends_e.shape[0])]
 
 
-def _expert_of_rows(x_RA: Tensor, ends_e: Tensor) -> Tensor:
-    """The expert of each row; past the last end, one that is not there."""
-    return torch.searchsorted(ends_e, _row_numbers(x_RA), right=True)
-
-
-def _row_numbers(x_R: Tensor) -> Tensor:
-    # Not arange: made from x, the numbers have a type for a checker that follows types.
-    column_R = x_R if x_R.ndim == 1 else x_R.select(1, 0)
-    return torch.ones_like(column_R, dtype=torch.int32).cumsum(0).sub_(1)
-
-
 @final
 @dataclass(frozen=True, slots=True)
-class PerExpert:
-    """One expert after another, by plain matmuls; reads the row counts on the host once per call.
+class LoopedMatmul:
+    """A loop over the experts that have rows, by plain matmuls; the host reads the row counts.
 
-    `compute` is the dtype that an expert's rows and weights are taken to before the matmuls, and
-    each result is rounded once. Without it that is the weights' own, or what autocast asks for.
+    `compute` is the dtype that rows and weights are cast to before the matmuls, the weights of one
+    expert at a time. Without it, that is the dtype of the rows, or what autocast asks for.
 
     `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes another
     kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and with
@@ -114,15 +221,114 @@ class PerExpert:
     row_block: int = 1
 
     def __post_init__(self) -> None:
-        check_positive_ints("PerExpert", row_block=self.row_block)
+        check_positive_ints("LoopedMatmul", row_block=self.row_block)
+
+    def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops.spmd_moe.rows.default(x_RA, w_eAB, ends_e, self.row_block))
+
+    def outer(
+        self, dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        dtype = dtype or x_RA.dtype
+        return cast(Tensor, torch.ops.spmd_moe.outer.default(dy_RB, x_RA, ends_e, dtype))
 
 
-Matmul: TypeAlias = GroupedMatmul | PerExpert
+def _rows(x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor, row_block: int) -> Tensor:
+    if _is_differentiated(x_RA, w_eAB):
+        groups = RowGroups(LoopedMatmul(row_block=row_block), ends_e, ends_e)
+        return cast(Tensor, _Rows.apply(x_RA, w_eAB, groups))  # type: ignore[no-untyped-call]  # torch
+    y_RB = x_RA.new_empty(x_RA.shape[0], w_eAB.shape[2])
+    for e, x_nA, y_nB in _by_expert(ends_e, x_RA, y_RB):
+        if e is None:
+            y_nB.zero_()
+            continue
+        w_AB, missing = as_dtype(w_eAB[e], x_RA.dtype), -x_nA.shape[0] % row_block
+        if missing:
+            y_nB.copy_(torch.mm(fn.pad(x_nA, (0, 0, 0, missing)), w_AB)[: x_nA.shape[0]])
+        else:
+            torch.mm(x_nA, w_AB, out=y_nB)
+    return y_RB
+
+
+def _outer(dy_RB: Tensor, x_RA: Tensor, ends_e: Tensor, dtype: torch.dtype) -> Tensor:
+    if _is_differentiated(dy_RB, x_RA):
+        groups = RowGroups(LoopedMatmul(), ends_e, ends_e)
+        return cast(Tensor, _Outer.apply(dy_RB, x_RA, dtype, groups))  # type: ignore[no-untyped-call]  # torch
+    dw_eBA = x_RA.new_empty(ends_e.shape[0], dy_RB.shape[1], x_RA.shape[1], dtype=dtype)
+    empty = set(range(ends_e.shape[0]))
+    for e, dy_nB, x_nA in _by_expert(ends_e, dy_RB, x_RA):
+        if e is None:
+            continue
+        empty.remove(e)
+        if dtype is x_RA.dtype:
+            torch.mm(dy_nB.t(), x_nA, out=dw_eBA[e])
+        else:
+            dw_eBA[e].copy_(torch.mm(dy_nB.t(), x_nA))
+    for e in empty:
+        dw_eBA[e].zero_()
+    return dw_eBA
+
+
+def _is_differentiated(*tensors: Tensor) -> bool:
+    """An exported graph calls the operators outside of the experts' autograd function."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _by_expert(ends_e: Tensor, *rows: Tensor) -> Iterator[Any]:
+    """Each expert that has rows, and its part of each tensor; at last None, and the rows of none.
+
+    All views are made before the first matmul: after it, whose weight has filled the caches, each
+    takes four times as long.
+    """
+    begin, experts, sizes = 0, list[int | None](), list[int]()
+    for e, end in enumerate(ends_e.tolist()):
+        if end > begin:
+            experts.append(e)
+            sizes.append(end - begin)
+        begin = end
+    rest = rows[0].shape[0] - begin
+    if rest < 0:
+        raise ShapeError(
+            explain(
+                "Experts",
+                f"x_RD has {rows[0].shape[0]} rows, the counts sum to {begin}",
+                why="every counted row must be there",
+                fixes=[
+                    "counts_e = expert_ids_R.bincount(minlength=num_local)   # of rows that came"
+                ],
+            )
+        )
+    parts = [t.split_with_sizes([*sizes, rest]) for t in rows]
+    return zip([*experts, None], *parts, strict=True)
+
+
+# The length of the loop and its slices are data. As operators, they are no concern of a compiler,
+# of fake tensors, or of LocalTensorMode, which runs them once for every rank that it simulates.
+_OPERATORS = torch.library.Library("spmd_moe", "DEF")
+for _schema, _run, _fake in (
+    (
+        "rows(Tensor x, Tensor w, Tensor ends, int row_block) -> Tensor",
+        _rows,
+        lambda x, w, ends, row_block: x.new_empty(x.shape[0], w.shape[2]),
+    ),
+    (
+        "outer(Tensor dy, Tensor x, Tensor ends, ScalarType dtype) -> Tensor",
+        _outer,
+        lambda dy, x, ends, dtype: x.new_empty(ends.shape[0], dy.shape[1], x.shape[1], dtype=dtype),
+    ),
+):
+    _name = _OPERATORS.define(_schema)
+    _OPERATORS.impl(_name, _run, "CompositeExplicitAutograd")
+    _OPERATORS.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"spmd_moe::{_name}", _fake)
+
+
+# --- which one ----------------------------------------------------------------------------------
 
 
 def check_matmul(where: str, matmul: object) -> None:
-    """One of the two, or None, which leaves the choice to `choose_matmul`."""
-    if matmul is None or isinstance(matmul, PerExpert):
+    """A grouped matmul, or None, which leaves the choice to `choose_matmul`."""
+    if matmul is None:
         return
     methods = (getattr(matmul, name, None) for name in ("rows", "outer"))
     if isinstance(matmul, type) or not all(map(callable, methods)):
@@ -130,38 +336,35 @@ def check_matmul(where: str, matmul: object) -> None:
             explain(
                 where,
                 f"matmul is {describe_value(matmul)}; "
-                "it must be a PerExpert, or an object with the methods rows and outer",
+                "it must be an object with the methods rows and outer",
                 why="the experts multiply by it, forward and backward",
-                fixes=["matmul=PerExpert(row_block=4)", "matmul=None   # what suits the device"],
+                fixes=["matmul=LoopedMatmul(row_block=4)", "matmul=None   # what suits the device"],
             )
         )
 
 
 # Made once: every call of the layer chooses.
 _CPU = torch.device("cpu")
-_AS_THEY_ARE, _IN_FLOAT32 = PerExpert(), PerExpert(compute=torch.float32)
+_AS_THEY_ARE, _IN_FLOAT32 = LoopedMatmul(), LoopedMatmul(compute=torch.float32)
+_GROUPED_MM_CAPABILITIES = (9, 10)  # major; on others torch's grouped_mm is a loop that waits
 
 
 def choose_matmul(
     dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], fixed: bool = False
-) -> Matmul:
+) -> GroupedMatmul:
     """What suits matmuls in this dtype, on this device, with rows of these widths.
 
-    `fixed`: the host must not wait. Before compute capability 9, torch's grouped_mm does.
+    `fixed`: the host must not wait.
     """
     # Only of other devices than the usual: their type is a string, made anew whenever it is asked.
     if device != _CPU and device.type == "cuda":
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
-        oldest = 9 if fixed else 8
-        newer = torch.cuda.get_device_capability(device)[0] >= oldest
-        if dtype is torch.bfloat16 and aligned and newer:
+        major = torch.cuda.get_device_capability(device)[0]
+        if dtype is torch.bfloat16 and aligned and major in _GROUPED_MM_CAPABILITIES:
             return TorchGroupedMM()
-        return Masked() if fixed else _AS_THEY_ARE
-    if fixed:
-        return Masked()
-    if dtype in _WIDENED_ON_THIS_CPU and device.type == "cpu":
+    elif not fixed and dtype in _WIDENED_ON_THIS_CPU and device.type == "cpu":
         return _IN_FLOAT32
-    return _AS_THEY_ARE
+    return Masked() if fixed else _AS_THEY_ARE
 
 
 def _widened_on_this_cpu() -> frozenset[torch.dtype]:
@@ -175,140 +378,3 @@ def _widened_on_this_cpu() -> frozenset[torch.dtype]:
 
 
 _WIDENED_ON_THIS_CPU = _widened_on_this_cpu()
-
-
-class Block(Protocol):
-    """What the experts' mathematics needs from a set of rows and the weights of their experts."""
-
-    def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
-        """`y_RB`, `x @ w.T`: the weight as it lies in memory. `room` may be used for the result."""
-        ...
-
-    def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`y_RB`, `x @ w`, added to `onto` (which is used up) where given."""
-        ...
-
-    def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
-        """`dw_eBA`, written into `out_eBA` where given."""
-        ...
-
-    def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
-        """`y_RB`, which is used up, with the bias of its expert added to each row."""
-        ...
-
-    def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
-        """`db_eB`: the sum over the rows of each expert."""
-        ...
-
-
-@final
-class AllExperts:
-    """A block of all experts' rows, for a grouped matmul."""
-
-    def __init__(self, matmul: GroupedMatmul, counts_e: Tensor) -> None:
-        self._matmul = matmul
-        self._ends_e = counts_e.cumsum(0).to(torch.int32)
-
-    def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
-        return self._matmul.rows(x_RA, w_eBA.transpose(1, 2), self._ends_e)
-
-    def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
-        y_RB = self._matmul.rows(x_RA, w_eAB, self._ends_e)
-        return y_RB if onto is None else onto.add_(y_RB)
-
-    def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
-        return self._matmul.outer(dy_RB, x_RA, self._ends_e)
-
-    def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
-        expert_R = _expert_of_rows(y_RB, self._ends_e)
-        return y_RB.add_(b_eB.index_select(0, expert_R.clamp(max=b_eB.shape[0] - 1)))
-
-    def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
-        # A matmul with ones, not index_add: no atomics, and rows past the last end stay out of it.
-        # 16 bytes is the narrowest row that grouped kernels take.
-        ones = dy_RB.new_ones(dy_RB.shape[0], 16 // dy_RB.element_size())
-        return self._matmul.outer(dy_RB, ones, self._ends_e).select(2, 0).contiguous()
-
-    def zero_past_the_end(self, y_R: Tensor) -> Tensor:
-        """Zeros in the rows that belong to no expert; `y_R` is used up, and may have more dims."""
-        past_R = _row_numbers(y_R) >= self._ends_e[-1]
-        return y_R.masked_fill_(past_R.view(-1, *[1] * (y_R.dim() - 1)), 0)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class SomeExperts:
-    """A block of the rows of some experts, for plain matmuls; it finds their weights among all."""
-
-    experts: Sequence[int]
-    parts: Sequence[int]
-    """How many rows each of them has."""
-    row_block: int
-    scratch: Tensor | None
-    """Room for one weight in the dtype of the rows, where the weights have another."""
-
-    def linear(self, x_RA: Tensor, w_eBA: Tensor, room_RB: Tensor | None) -> Tensor:
-        if room_RB is None or room_RB.dtype is not x_RA.dtype:
-            room_RB = x_RA.new_empty(x_RA.shape[0], w_eBA.shape[1])
-        plain, mm = self.scratch is None, self._product()
-        for w, (x_nA, y_nB) in self._each(w_eBA.mT if plain else w_eBA, x_RA, room_RB):
-            mm(x_nA, w if plain else self._cast(w).t(), out=y_nB)
-        return room_RB
-
-    def rows(self, x_RA: Tensor, w_eAB: Tensor, onto: Tensor | None = None) -> Tensor:
-        y_RB = x_RA.new_empty(x_RA.shape[0], w_eAB.shape[2]) if onto is None else onto
-        mm = self._product()
-        for w_AB, (x_nA, y_nB) in self._each(w_eAB, x_RA, y_RB):
-            w_AB = self._cast(w_AB)
-            if onto is None:
-                mm(x_nA, w_AB, out=y_nB)
-            else:
-                y_nB.addmm_(x_nA, w_AB)
-        return y_RB
-
-    def outer(self, dy_RB: Tensor, x_RA: Tensor, out_eBA: Tensor | None) -> Tensor:
-        assert out_eBA is not None
-        for out_BA, (dy_nB, x_nA) in self._each(out_eBA, dy_RB, x_RA):
-            # Of one row there is nothing to add up, and each times each takes half of a matmul.
-            product = torch.mul if dy_nB.shape[0] == 1 else torch.mm
-            if self.scratch is None:
-                product(dy_nB.t(), x_nA, out=out_BA)
-            else:
-                out_BA.copy_(product(dy_nB.t(), x_nA, out=self.scratch.view(out_BA.shape)))
-        return out_eBA
-
-    def plus(self, y_RB: Tensor, b_eB: Tensor) -> Tensor:
-        for b_B, (y_nB,) in self._each(b_eB, y_RB):
-            y_nB.add_(b_B)
-        return y_RB
-
-    def total(self, dy_RB: Tensor, out_eB: Tensor | None) -> Tensor:
-        assert out_eB is not None
-        for out_B, (dy_nB,) in self._each(out_eB, dy_RB):
-            out_B.copy_(dy_nB.sum(0))
-        return out_eB
-
-    def _each(self, t_e: Tensor, *rows: Tensor) -> Iterable[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Of each expert its part of `t_e`, and its rows of each tensor.
-
-        All views are made first: after a product, whose weight has filled the caches, one takes
-        four times as long.
-        """
-        mine = [t_e[e] for e in self.experts]
-        if len(mine) == 1:
-            return [(mine[0], rows)]
-        views = zip(*[t.split_with_sizes(self.parts) for t in rows], strict=True)
-        return zip(mine, views, strict=True)
-
-    def _cast(self, w: Tensor) -> Tensor:
-        return w if self.scratch is None else self.scratch.view(w.shape).copy_(w)
-
-    def _product(self) -> Callable[..., Tensor]:
-        return torch.mm if self.row_block == 1 else self._in_blocks
-
-    def _in_blocks(self, x_nA: Tensor, w_AB: Tensor, *, out: Tensor) -> Tensor:
-        missing = -x_nA.shape[0] % self.row_block
-        if not missing:
-            return torch.mm(x_nA, w_AB, out=out)
-        padded = fn.pad(x_nA, (0, 0, 0, missing))
-        return out.copy_(torch.mm(padded, w_AB)[: x_nA.shape[0]])

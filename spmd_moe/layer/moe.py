@@ -37,7 +37,7 @@ from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.layer.dispatch.protocol import check_dispatcher
 from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
-from spmd_moe.layer.grouped_matmul import Matmul, check_matmul
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, check_matmul
 from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Router, RouterConfig, Routing
 from spmd_moe.layer.router_logits import mask_rows
@@ -143,7 +143,7 @@ class MoE(nn.Module):
         mesh: MoEMesh,
         dispatcher: Dispatcher[Any] | None = None,
         *,
-        matmul: Matmul | None = None,
+        matmul: GroupedMatmul | None = None,
     ) -> None:
         super().__init__()
         check_instance(

@@ -176,6 +176,28 @@ def fold(x_ND: Tokens, slots: Slots) -> Tokens:
     return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.every_slot)
 
 
+def gather_rows(x: Tensor, gather: Gather | None) -> Tensor:
+    """The rows of a gather. Without one, x is rows already."""
+    if gather is None:
+        return x
+    if not torch.is_grad_enabled():
+        return x.index_select(0, gather.token_R)
+    return _call(_Spread, x, *gather, _every_slot(gather))
+
+
+def fold_gathered(x_RD: Tensor, gather: Gather | None) -> Tensor:
+    """The sum of the rows that a gather took of each token: what `gather_rows` does in backward."""
+    if gather is None:
+        return x_RD
+    if not torch.is_grad_enabled():
+        return add_rows(x_RD, gather.row_TK, _every_slot(gather))
+    return _call(_Fold, x_RD, *gather, _every_slot(gather))
+
+
+def _every_slot(gather: Gather) -> bool:
+    return gather.token_R.shape[0] == gather.row_TK.numel()
+
+
 def take_scores(scores_TK: T, slots: Slots) -> T:
     """The weight of each row."""
     return cast(T, scores_TK.flatten().index_select(0, slots.slot_N))

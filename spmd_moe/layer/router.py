@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd_moe.core.dtypes import sum_dtype
@@ -27,11 +26,10 @@ from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.validate import check_instance, check_number, check_one_of, check_positive_ints
 from spmd_moe.layer import routing_faults
 from spmd_moe.layer.router_logits import router_logits
+from spmd_moe.layer.router_scores import LOG_OF_NONE, SCORES, ScoreName
 from spmd_moe.layer.routing_faults import nan_parameter
 
 T = TypeVar("T", bound=Tensor)
-
-ScoreName: TypeAlias = Literal["softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"]
 
 
 @final
@@ -216,14 +214,35 @@ class Router(nn.Module):
         none_TK = None if complete else ids_TK < 0
         return Routing(
             expert_ids_TK=ids_TK,
-            scores_TK=_weigh(self.score, scores_TE, ids_TK, none_TK, config),
+            scores_TK=self._weights(scores_TE, logits_TE, ids_TK, none_TK),
             logits_TE=logits_TE,
-            probs_TE=self.score.to_probs(scores_TE),
+            probs_TE=self._probs(scores_TE, logits_TE),
             counts_E=count_choices(ids_TK, config.num_experts, complete),
             dropped=dropped,
             fault=marked,
             complete=complete,
         )
+
+    def _weights(
+        self, scores_TE: Tokens, logits_TE: Tokens, ids_TK: Tokens, none_TK: Tokens | None
+    ) -> Tokens:
+        """The weights of the choices; 0 where there is no expert, in values and gradients."""
+        config, score = self.config, self.score
+        real_TK = ids_TK if none_TK is None else ids_TK.clamp(min=0)
+        if config.route_norm or score.normalized:
+            logs_TK = score.log(logits_TE.gather(1, real_TK))
+            if none_TK is not None:
+                logs_TK = logs_TK.masked_fill(none_TK, LOG_OF_NONE)
+            weights_TK = logs_TK.softmax(1)
+        else:
+            weights_TK = scores_TE.gather(1, real_TK)
+        if none_TK is not None:
+            weights_TK = weights_TK.masked_fill(none_TK, 0.0)
+        return weights_TK if config.route_scale == 1.0 else weights_TK * config.route_scale
+
+    def _probs(self, scores_TE: Tokens, logits_TE: Tokens) -> Tokens:
+        """The scores as shares of 1."""
+        return scores_TE if self.score.is_probs else self.score.log(logits_TE).softmax(1)
 
 
 def _place(mesh: MoEMesh) -> tuple[int, int]:
@@ -244,20 +263,6 @@ def _given(expert_ids_TK: Tokens, mask_T: Tokens | None, num_experts: int) -> tu
     none_TK = (expert_ids_TK < 0) | (expert_ids_TK >= num_experts)
     counted_TK = none_TK if mask_T is None else none_TK & mask_T.unsqueeze(1)
     return expert_ids_TK.masked_fill(none_TK, -1), counted_TK.sum()
-
-
-def _weigh(
-    score: Score, scores_TE: Tokens, ids_TK: Tokens, none_TK: Tokens | None, config: RouterConfig
-) -> Tokens:
-    """The weights of the choices; 0 where there is no expert, in values and gradients."""
-    if none_TK is None:
-        weights_TK = score.of_choice(scores_TE.gather(1, ids_TK))
-    else:
-        chosen_TK = scores_TE.gather(1, ids_TK.clamp(min=0)).masked_fill(none_TK, score.of_none)
-        weights_TK = score.of_choice(chosen_TK).masked_fill(none_TK, 0.0)
-    if config.route_norm:
-        weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=_TINY)
-    return weights_TK if config.route_scale == 1.0 else weights_TK * config.route_scale
 
 
 def count_choices(expert_ids_TK: T, num_experts: int, complete: bool = False) -> T:
@@ -319,45 +324,7 @@ def first_in_turn(place: int, places: int, num_experts: int) -> int:
     return num_experts * place // places
 
 
-# --- scores -----------------------------------------------------------------------------------
-
-_TINY = torch.finfo(torch.float32).tiny
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A way to score: of all logits, of the chosen scores, and as shares that sum to 1."""
-
-    of_logits: Callable[[Tokens], Tokens]
-    of_choice: Callable[[Tokens], Tokens]
-    to_probs: Callable[[Tokens], Tokens]
-    of_none: float = 0.0  # stands in for the score of a choice of no expert
-
-
-def _softmax(x: Tokens) -> Tokens:
-    return x.softmax(1)
-
-
-def _same(x: Tokens) -> Tokens:
-    return x
-
-
-def _shares(x: Tokens) -> Tokens:
-    total: Tokens = x.sum(1, keepdim=True).clamp(min=_TINY)
-    return x / total
-
-
-def _sqrt_softplus(x: Tokens) -> Tokens:
-    return torch.sqrt(F.softplus(x).clamp(min=_TINY))  # the root of 0 has no slope
-
-
-SCORES: dict[str, Score] = {
-    "softmax": Score(_softmax, _same, _same),
-    "softmax_chosen": Score(_same, _softmax, _softmax, of_none=torch.finfo(torch.float32).min),
-    "sigmoid": Score(torch.sigmoid, _same, _shares),
-    "sqrt_softplus": Score(_sqrt_softplus, _same, _shares),
-}
+# --- noise ------------------------------------------------------------------------------------
 
 
 @final

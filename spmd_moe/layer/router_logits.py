@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as fn
@@ -15,6 +15,9 @@ from torch import Tensor
 from spmd_moe.core.dtypes import as_dtype, no_autocast
 from spmd_moe.core.placement import Tokens, Whole
 from spmd_moe.core.torch_state import is_unobserved
+
+T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+U = TypeVar("U", bound=Tensor)
 
 
 class _Gate(torch.autograd.Function):
@@ -54,7 +57,7 @@ def router_logits(
 ) -> Tokens:
     """The logits, in `dtype`, also under autocast: choices depend on small bits. 0 of padding."""
     if is_unobserved():
-        return _product(x_TD, weight_ED, mask_T, dtype)  # spmd: allow unknown - a kernel
+        return _product(x_TD, weight_ED, mask_T, dtype)
     if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype:  # autograd keeps the same
         with no_autocast(x_TD):
             return fn.linear(x_TD, weight_ED)
@@ -63,16 +66,15 @@ def router_logits(
 
 
 def mask_rows(x_TD: Tokens, mask_T: Tokens | None) -> Tokens:
-    """Whatever stands in padding, or is made of it, reaches neither values nor gradients."""
-    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)
+    """Zeros in the rows of padding, so that it reaches neither values nor gradients."""
+    return _masked(x_TD, mask_T)
 
 
-# spmd: allow unknown - a kernel
-def _product(x_TD: Tensor, weight_ED: Tensor, mask_T: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _product(x_TD: T, weight_ED: U, mask_T: T | None, dtype: torch.dtype) -> T:
     with no_autocast(x_TD):
-        return fn.linear(as_dtype(_masked(x_TD, mask_T), dtype), as_dtype(weight_ED, dtype))
+        x_TD = as_dtype(_masked(x_TD, mask_T), dtype)
+        return cast(T, fn.linear(x_TD, as_dtype(weight_ED, dtype)))
 
 
-# spmd: allow unknown - a kernel
-def _masked(x_TD: Tensor, mask_T: Tensor | None) -> Tensor:
-    return x_TD if mask_T is None else x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0)
+def _masked(x_TD: T, mask_T: T | None) -> T:
+    return x_TD if mask_T is None else cast(T, x_TD.masked_fill(~mask_T.unsqueeze(1), 0.0))

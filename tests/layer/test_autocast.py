@@ -16,16 +16,16 @@ from spmd_moe import (
     Activation,
     DtypeError,
     ExpertRecompute,
+    LoopedMatmul,
     MoE,
     MoEConfig,
     MoEMesh,
-    PerExpert,
     RouterConfig,
     SharedConfig,
     init_weights,
 )
 from spmd_moe.core.dtypes import matmul_dtype
-from spmd_moe.layer.grouped_matmul import Masked, Matmul, TorchGroupedMM
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, Masked, TorchGroupedMM
 from tests.bench.layer import grad_of
 
 CONFIG = MoEConfig(6, 8, RouterConfig(8, 2))
@@ -41,10 +41,10 @@ def test_autocast_takes_tokens_of_the_layers_dtype(dtype: torch.dtype) -> None:
     assert grad_of(layer.experts.w1_eFD).any()
 
 
-@pytest.mark.parametrize("matmul", [PerExpert(), Masked(), TorchGroupedMM()], ids=str)
+@pytest.mark.parametrize("matmul", [LoopedMatmul(), Masked(), TorchGroupedMM()], ids=str)
 @pytest.mark.parametrize("keep", ExpertRecompute, ids=lambda keep: keep.value)
 def test_autocast_takes_what_another_layer_made_of_it(
-    keep: ExpertRecompute, matmul: Matmul
+    keep: ExpertRecompute, matmul: GroupedMatmul
 ) -> None:
     """Tokens in bfloat16 for a layer in float32: as if they were cast back, and then rounded."""
     config = replace(
@@ -71,7 +71,7 @@ def test_autocast_takes_what_another_layer_made_of_it(
 
 def results(
     keep: ExpertRecompute,
-    matmul: Matmul | None,
+    matmul: GroupedMatmul | None,
     dtype: torch.dtype | None,
     activation: Activation = SWIGLU,
 ) -> list[Tensor]:
@@ -87,9 +87,9 @@ def results(
 
 
 @pytest.mark.parametrize(
-    "matmul", [PerExpert(), PerExpert(row_block=4), Masked(), TorchGroupedMM()], ids=str
+    "matmul", [LoopedMatmul(), LoopedMatmul(row_block=4), Masked(), TorchGroupedMM()], ids=str
 )
-def test_the_matmuls_of_experts_follow_autocast(matmul: Matmul) -> None:
+def test_the_matmuls_of_experts_follow_autocast(matmul: GroupedMatmul) -> None:
     """Forward and backward, also where backward computes the first matmuls again."""
     found = [results(keep, matmul, torch.bfloat16) for keep in ExpertRecompute]
     plain = results(ExpertRecompute.FIRST_MATMULS, matmul, None)
@@ -100,25 +100,25 @@ def test_the_matmuls_of_experts_follow_autocast(matmul: Matmul) -> None:
 
 
 def test_it_is_what_the_matmul_can_be_told() -> None:
-    asked = results(ExpertRecompute.NONE, PerExpert(), torch.bfloat16)
-    told = results(ExpertRecompute.NONE, PerExpert(torch.bfloat16), None)
+    asked = results(ExpertRecompute.NONE, LoopedMatmul(), torch.bfloat16)
+    told = results(ExpertRecompute.NONE, LoopedMatmul(torch.bfloat16), None)
     assert all(torch.equal(a, b) for a, b in zip(asked, told, strict=True))
     for rows in (1, 4):  # padded rows, too
-        wide = results(ExpertRecompute.NONE, PerExpert(torch.float32, rows), torch.bfloat16)
-        plain = results(ExpertRecompute.NONE, PerExpert(row_block=rows), None)
+        wide = results(ExpertRecompute.NONE, LoopedMatmul(torch.float32, rows), torch.bfloat16)
+        plain = results(ExpertRecompute.NONE, LoopedMatmul(row_block=rows), None)
         assert all(torch.equal(a, b) for a, b in zip(wide, plain, strict=True))
 
 
 def test_the_matmul_is_chosen_for_the_dtype_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a layer in that dtype: a kernel for all experts, or float32, where that is quicker."""
     told = results(ExpertRecompute.NONE, TorchGroupedMM(), torch.bfloat16)
-    chosen = {torch.bfloat16: TorchGroupedMM(), torch.float32: PerExpert()}
+    chosen = {torch.bfloat16: TorchGroupedMM(), torch.float32: LoopedMatmul()}
     monkeypatch.setattr(
         "spmd_moe.layer.experts.choose_matmul", lambda dtype, *_, **__: chosen[dtype]
     )
     asked = results(ExpertRecompute.NONE, None, torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(asked, told, strict=True))
-    plain = results(ExpertRecompute.NONE, PerExpert(), None)
+    plain = results(ExpertRecompute.NONE, LoopedMatmul(), None)
     without = results(ExpertRecompute.NONE, None, None)
     assert all(torch.equal(a, b) for a, b in zip(without, plain, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(asked, plain, strict=True))
@@ -140,7 +140,7 @@ def test_autocast_stays_out_of_activations() -> None:
     widened = Activation("widened by autocast", False, forward)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert forward(torch.ones(2, 3, dtype=torch.bfloat16), None).dtype is torch.float32
-    for matmul in (PerExpert(), Masked()):
+    for matmul in (LoopedMatmul(), Masked()):
         cast = results(ExpertRecompute.FIRST_MATMULS, matmul, torch.bfloat16, widened)
         plain = results(ExpertRecompute.FIRST_MATMULS, matmul, None, widened)
         for found, near in zip(cast, plain, strict=True):

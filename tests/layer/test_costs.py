@@ -146,7 +146,7 @@ def test_decode_gives_what_training_gives() -> None:
 
 def test_the_bookkeeping_test_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     told, y = bookkeeping(monkeypatch, built(CONFIGS["plain"]), torch.randn(3, 16))
-    assert {"_ExpertsFFN", "_Fold", "kept (3, 16)"} <= set(told) and y.grad_fn is not None
+    assert {"_GroupedFFN", "_Fold", "kept (3, 16)"} <= set(told) and y.grad_fn is not None
 
 
 # --- waiting ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmd_moe import MoE, MoEConfig, MoEMesh, PerExpert, RouterConfig, SharedConfig, init_weights
+from spmd_moe import LoopedMatmul, MoE, MoEConfig, MoEMesh, RouterConfig, SharedConfig, init_weights
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.layer.moe import ScoreApplication
 
@@ -30,7 +30,7 @@ def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def layer(dtype: torch.dtype, weigh: ScoreApplication, matmul: PerExpert | None) -> MoE:
+def layer(dtype: torch.dtype, weigh: ScoreApplication, matmul: LoopedMatmul | None) -> MoE:
     mesh = MoEMesh.single()
     config = MoEConfig(WIDTH, 96, RouterConfig(8, 2), score_application=weigh)
     made = MoE(config, mesh, matmul=matmul)
@@ -57,8 +57,8 @@ def differing(run: Callable[[Tensor], Tensor], x: Tensor, company: int) -> int:
 def test_a_token_does_not_depend_on_its_company(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weigh: ScoreApplication
 ) -> None:
-    monkeypatch.setattr("spmd_moe.layer.router.F.linear", row_by_row)
-    made = layer(dtype, weigh, PerExpert(row_block=4))
+    monkeypatch.setattr("torch.nn.functional.linear", row_by_row)
+    made = layer(dtype, weigh, LoopedMatmul(row_block=4))
     found = {n: differing(lambda x: made(x).hidden, tokens(dtype), n) for n in COMPANY}
     assert set(found.values()) == {0}, found
 
@@ -69,7 +69,7 @@ def test_with_torchs_gate_only_a_token_alone_differs(dtype: torch.dtype) -> None
 
     The experts' rows are taken in blocks of four here, so their kernel is always the same.
     """
-    made = layer(dtype, ScoreApplication.BEFORE_SECOND_MATMUL, PerExpert(row_block=4))
+    made = layer(dtype, ScoreApplication.BEFORE_SECOND_MATMUL, LoopedMatmul(row_block=4))
     found = {n: differing(lambda x: made(x).hidden, tokens(dtype), n) for n in COMPANY[1:]}
     assert set(found.values()) == {0}, found
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spmd_moe import SWIGLU, ConfigError, PerExpert, TorchGroupedMM
-from spmd_moe.layer.grouped_matmul import Matmul, choose_matmul
+from spmd_moe import SWIGLU, ConfigError, LoopedMatmul, TorchGroupedMM
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, choose_matmul
 from tests.support.experts_oracle import Case
 
 MIXED = (3, 0, 5, 1)
@@ -17,20 +17,21 @@ MIXED = (3, 0, 5, 1)
 
 def test_the_choice_of_a_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_matmul(torch.float64, cpu, (5, 7)) == PerExpert()
-    assert choose_matmul(torch.float32, cpu, (16, 24)) == PerExpert()
+    assert choose_matmul(torch.float64, cpu, (5, 7)) == LoopedMatmul()
+    assert choose_matmul(torch.float32, cpu, (16, 24)) == LoopedMatmul()
     bf16 = any(v for k, v in torch.cpu.get_capabilities().items() if k.endswith("bf16"))
     chosen = choose_matmul(torch.bfloat16, cpu, (16, 24))
-    assert chosen == PerExpert(compute=None if bf16 else torch.float32)
+    assert chosen == LoopedMatmul(compute=None if bf16 else torch.float32)
     monkeypatch.setattr("spmd_moe.layer.grouped_matmul._WIDENED_ON_THIS_CPU", {torch.bfloat16})
-    assert choose_matmul(torch.bfloat16, cpu, (16, 24)) == PerExpert(compute=torch.float32)
-    assert choose_matmul(torch.bfloat16, torch.device("meta"), (16, 24)) == PerExpert()
+    assert choose_matmul(torch.bfloat16, cpu, (16, 24)) == LoopedMatmul(compute=torch.float32)
+    assert choose_matmul(torch.bfloat16, torch.device("meta"), (16, 24)) == LoopedMatmul()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose_matmul(torch.bfloat16, cuda, (16, 24)) == TorchGroupedMM()
-    assert choose_matmul(torch.bfloat16, cuda, (16, 20)) == PerExpert()
-    assert choose_matmul(torch.float32, cuda, (16, 24)) == PerExpert()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose_matmul(torch.bfloat16, cuda, (16, 24)) == PerExpert()
+    assert choose_matmul(torch.bfloat16, cuda, (16, 20)) == LoopedMatmul()
+    assert choose_matmul(torch.float32, cuda, (16, 24)) == LoopedMatmul()
+    for older_or_other in ((7, 5), (8, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=older_or_other: c)
+        assert choose_matmul(torch.bfloat16, cuda, (16, 24)) == LoopedMatmul()
 
 
 class NoHostReads(TorchDispatchMode):
@@ -53,16 +54,16 @@ def test_all_at_once_never_reads_on_the_host() -> None:
         counts_e[0].item()
 
 
-@pytest.mark.parametrize("matmul", [PerExpert(), TorchGroupedMM()], ids=str)
-def test_repeats_are_bitwise_equal(matmul: Matmul) -> None:
+@pytest.mark.parametrize("matmul", [LoopedMatmul(), TorchGroupedMM()], ids=str)
+def test_repeats_are_bitwise_equal(matmul: GroupedMatmul) -> None:
     case = Case(SWIGLU, MIXED, bias=True, dtype=torch.float32)
     first, second = case.by_layer(matmul), case.by_layer(matmul)
     assert all(t.any() and torch.equal(t, second[name]) for name, t in first.items())
 
 
 def test_a_block_of_no_rows_is_refused() -> None:
-    with pytest.raises(ConfigError, match="PerExpert: row_block is 0; it must be an integer of 1"):
-        PerExpert(row_block=0)
+    with pytest.raises(ConfigError, match="LoopedMatmul: row_block is 0; it must be"):
+        LoopedMatmul(row_block=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -71,7 +72,7 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
     the same bits however many rows its expert has."""
     compute = torch.float32 if dtype is torch.bfloat16 else None
     case = Case(SWIGLU, (300, 0), bias=False, dtype=dtype, widths=(48, 64))
-    layer, given = case.layer(PerExpert(compute, row_block=4)), case.leaves()
+    layer, given = case.layer(LoopedMatmul(compute, row_block=4)), case.leaves()
     with torch.no_grad():
         whole = layer(given["x"], torch.tensor([300, 0]), given["scores"])
         assert whole.any()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,21 +16,20 @@ import torch.nn.functional as fn
 from torch import Tensor
 
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.layer import experts as experts_file
+from spmd_moe.layer import grouped_ffn
 from spmd_moe.layer.activations import CLAMPED_SWIGLU, GELU, SQUARED_RELU, SWIGLU, Activation
 from spmd_moe.layer.experts import ExpertRecompute, Experts, Gather, ScoreApplication
-from spmd_moe.layer.grouped_matmul import Matmul, PerExpert, TorchGroupedMM
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, TorchGroupedMM
 from spmd_moe.layer.moe import MoE, MoEConfig
-from spmd_moe.layer.per_expert import untouched_zeros
 from spmd_moe.layer.router import RouterConfig
-from tests.support.experts_oracle import Case, compare
+from tests.support.experts_oracle import Case
 
 E, K, T = 8, 4, 16
 ROWS = T * K
-WAYS: list[tuple[torch.dtype, Matmul]] = [
-    (torch.float32, PerExpert()),
+WAYS: list[tuple[torch.dtype, GroupedMatmul]] = [
+    (torch.float32, LoopedMatmul()),
     (torch.float32, TorchGroupedMM()),
-    (torch.bfloat16, PerExpert(compute=torch.float32)),
+    (torch.bfloat16, LoopedMatmul(compute=torch.float32)),
     (torch.bfloat16, TorchGroupedMM()),
 ]
 ways = pytest.mark.parametrize(("dtype", "matmul"), WAYS, ids=str)
@@ -51,7 +49,7 @@ class Run:
     def make(
         activation: Activation,
         dtype: torch.dtype,
-        matmul: Matmul,
+        matmul: GroupedMatmul,
         keep: ExpertRecompute = ExpertRecompute.NONE,
         *,
         bias: bool = False,
@@ -131,7 +129,7 @@ def saved_bytes(run: Callable[[], Tensor], given: Sequence[Tensor]) -> int:
 )
 @pytest.mark.parametrize("widths", [(128, 64), (64, 64), (64, 128)], ids=str)
 def test_saved_bytes(
-    widths: tuple[int, int], activation: Activation, dtype: torch.dtype, matmul: Matmul
+    widths: tuple[int, int], activation: Activation, dtype: torch.dtype, matmul: GroupedMatmul
 ) -> None:
     """Gate and up, in the dtype of the rows; with recompute nothing at all."""
     run = Run.make(activation, dtype, matmul, widths=widths)
@@ -145,7 +143,7 @@ def test_saved_bytes(
 
 
 @ways
-def test_saved_bytes_with_biases(dtype: torch.dtype, matmul: Matmul) -> None:
+def test_saved_bytes_with_biases(dtype: torch.dtype, matmul: GroupedMatmul) -> None:
     """The last bias keeps two numbers per row and expert: which expert, and with what weight."""
     D, F = widths = (256, 256)  # GPT-OSS has one width, too
     which = ROWS * E * (torch.bool.itemsize + dtype.itemsize)
@@ -162,7 +160,7 @@ def test_saved_bytes_with_biases(dtype: torch.dtype, matmul: Matmul) -> None:
 
 @ways
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_both_forms_compute_the_same(dtype: torch.dtype, matmul: Matmul, bias: bool) -> None:
+def test_both_forms_compute_the_same(dtype: torch.dtype, matmul: GroupedMatmul, bias: bool) -> None:
     """Or the bytes of one would say nothing of the other."""
     for activation in (SWIGLU, CLAMPED_SWIGLU, SQUARED_RELU, GELU):
         run = Run.make(activation, dtype, matmul, bias=bias)
@@ -176,7 +174,7 @@ def test_both_forms_compute_the_same(dtype: torch.dtype, matmul: Matmul, bias: b
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("keep", ExpertRecompute, ids=lambda k: k.value)
 def test_the_output_is_not_saved(
-    keep: ExpertRecompute, bias: bool, dtype: torch.dtype, matmul: Matmul
+    keep: ExpertRecompute, bias: bool, dtype: torch.dtype, matmul: GroupedMatmul
 ) -> None:
     run = Run.make(SWIGLU, dtype, matmul, keep, bias=bias, widths=(64, 48))
     y_RD, saved = saved_by(run)
@@ -190,7 +188,7 @@ def test_the_output_is_not_saved(
 @ways
 @pytest.mark.parametrize("keep", ExpertRecompute, ids=lambda k: k.value)
 def test_nothing_hides_from_the_count(
-    keep: ExpertRecompute, dtype: torch.dtype, matmul: Matmul
+    keep: ExpertRecompute, dtype: torch.dtype, matmul: GroupedMatmul
 ) -> None:
     """A tensor put on the node itself would wait for backward without passing the hooks."""
     y_RD = Run.make(SWIGLU, dtype, matmul, keep)()
@@ -206,14 +204,14 @@ def test_without_grad_nothing_is_saved(
     keep: ExpertRecompute,
     bias: bool,
     dtype: torch.dtype,
-    matmul: Matmul,
+    matmul: GroupedMatmul,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = Run.make(SWIGLU, dtype, matmul, keep, bias=bias)
     with_grad, saved = saved_by(run)
     assert saved
     # Not even written: what nobody will read is not computed into tensors of its own.
-    monkeypatch.setattr(experts_file, "_ExpertsFFN", None)
+    monkeypatch.setattr(grouped_ffn._GroupedFFN, "apply", None)
     with torch.no_grad():
         y_RD, saved = saved_by(run)
     assert not saved and not y_RD.requires_grad
@@ -254,17 +252,3 @@ def test_weighing_early_spares_the_layer_the_outputs(bias: bool) -> None:
         ScoreApplication.BEFORE_SECOND_MATMUL: False,
         ScoreApplication.IN_COMBINE: True,
     }
-
-
-def test_gradients_of_experts_without_rows_take_no_memory() -> None:
-    """Their pages are zeros that nobody has written; the others are what they should be."""
-    case = Case(SWIGLU, (2, 0, 0, 0, 0, 0, 0, 3), dtype=torch.float32, widths=(512, 1024))
-    compare(case, case.by_function(PerExpert()), 1e-5)
-    like = torch.empty(1 << 24)
-    begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    zeros = untouched_zeros(like)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin
-    assert faults < 20, "64 MB are 32 huge pages, or 16,000 small ones"
-    assert not zeros.any() and zeros.shape == like.shape and zeros.is_contiguous()
-    zeros[3] = 1.0
-    assert zeros.sum() == 1 and not untouched_zeros(like).any()

@@ -58,7 +58,7 @@ def scores_by_definition(logits: list[Tensor], name: str) -> list[Tensor]:
     if name == "sigmoid":
         return [1 / (1 + (-n).exp()) for n in logits]
     if name == "sqrt_softplus":
-        return [(1 + n.exp()).log().sqrt() for n in logits]
+        return [n.exp().log1p().sqrt() for n in logits]
     return logits
 
 
@@ -157,6 +157,39 @@ def test_probabilities_are_scores_as_shares_of_one(score: ScoreName) -> None:
         scores = shares(scores) if score == "softmax_chosen" else scores
         want = torch.stack(scores) / torch.stack(scores).sum()
         torch.testing.assert_close(probs, want, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["chosen", "given"])
+@pytest.mark.parametrize("score", NAMES)
+def test_tiny_scores_have_finite_weights_and_slopes(score: ScoreName, given: bool) -> None:
+    """In float32 as in float64, for logits down to -200, of which a sigmoid is 0; a loss times 100.
+
+    As long as scores are numbers of their dtype, the router chooses the best; then any.
+    """
+    config = RouterConfig(4, 2, score, route_norm=True)
+    ids = torch.tensor([[0, 1]]) if given else None
+    for logit in (-1.0, -39.0, -41.0, -80.0, -86.0, -87.5, -95.0, -103.0, -150.0, -200.0):
+        router = Router(config, WIDTH, MoEMesh.single())
+        slopes_E = torch.tensor([logit, logit - 0.5, logit - 1, 0.0 if given else logit - 1.5])
+        with torch.no_grad():
+            router.weight_ED.zero_()[:, 0] = slopes_E
+        x = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
+        routing = router(x, expert_ids_TK=ids)
+        v_K, v_E = torch.tensor([3.0, -1.0]), torch.tensor([2.0, -1.0, 0.5, 1.0])
+        loss = (routing.scores_TK * v_K).sum() + (routing.probs_TE * v_E).sum()
+        (loss * 100).backward()
+
+        wide, w = (t.detach().double().requires_grad_() for t in (x, router.weight_ED))
+        scores = torch.stack(scores_by_definition(list((wide @ w.T)[0]), score))
+        scores = scores.softmax(0) if score == "softmax_chosen" else scores
+        chosen = scores[routing.expert_ids_TK[0]]
+        weights = chosen / chosen.sum()
+        wanted = (weights * v_K).sum() + (scores / scores.sum() * v_E).sum()
+        (wanted * 100).backward()
+        torch.testing.assert_close(routing.scores_TK[0].double(), weights, rtol=1e-4, atol=1e-4)
+        for found, want in ((x, wide), (router.weight_ED, w)):
+            assert found.grad is not None and want.grad is not None and want.grad.any()
+            torch.testing.assert_close(found.grad.double(), want.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_every_score_is_tested() -> None:

@@ -20,7 +20,7 @@ from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.layer.activations import Activation
 from spmd_moe.layer.experts import ExpertRecompute, Experts, experts_ffn
 from spmd_moe.layer.grouped_ffn import Weights
-from spmd_moe.layer.grouped_matmul import Matmul
+from spmd_moe.layer.grouped_matmul import GroupedMatmul
 
 NUM_EXPERTS, WIDTH, HIDDEN = 4, 16, 24
 
@@ -126,13 +126,15 @@ class Case:
         return {"y": y.detach()} | dict(zip(wide, found, strict=True))
 
     def by_function(
-        self, matmul: Matmul, keep: ExpertRecompute = ExpertRecompute.NONE
+        self, matmul: GroupedMatmul, keep: ExpertRecompute = ExpertRecompute.NONE
     ) -> dict[str, Tensor]:
         """The same from the kernels."""
         given = self.leaves()
         return self._gradients(self.kernel(given, matmul, keep), given)
 
-    def kernel(self, given: dict[str, Tensor], matmul: Matmul, keep: ExpertRecompute) -> Tensor:
+    def kernel(
+        self, given: dict[str, Tensor], matmul: GroupedMatmul, keep: ExpertRecompute
+    ) -> Tensor:
         y_RD = experts_ffn(
             given["x"],
             torch.tensor(self.counts),
@@ -156,14 +158,16 @@ class Case:
         return y_RD + b_RD
 
     def by_layer(
-        self, matmul: Matmul | None, keep: ExpertRecompute = ExpertRecompute.NONE
+        self, matmul: GroupedMatmul | None, keep: ExpertRecompute = ExpertRecompute.NONE
     ) -> dict[str, Tensor]:
         """The same from the module, which adds the last bias by itself."""
         given, layer = self.leaves(), self.layer(matmul, keep)
         y = layer(given["x"], torch.tensor(self.counts), given.get("scores"))
         return self._gradients(y, given | dict(layer.named_parameters()))
 
-    def layer(self, matmul: Matmul | None, keep: ExpertRecompute = ExpertRecompute.NONE) -> Experts:
+    def layer(
+        self, matmul: GroupedMatmul | None, keep: ExpertRecompute = ExpertRecompute.NONE
+    ) -> Experts:
         D, F = self.widths
         layer = Experts(
             len(self.counts),

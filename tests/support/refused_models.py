@@ -65,6 +65,23 @@ def as_dtensor(x: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(x, init_device_mesh("cpu", (2,)))
 
 
+TOKENS = torch.ones(3, 4)
+
+
+def small_layer() -> MoE:
+    layer = MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(0.5)
+    return layer
+
+
+def batched_backward() -> None:
+    x = TOKENS.clone().requires_grad_()
+    y = small_layer()(x).hidden
+    torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True)
+
+
 def tied() -> object:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
@@ -159,6 +176,8 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "obligations_varying": owing(DP[R], CP[R], TP[V]),
     "obligations_no_such_dim": owing(DP[R], CP[R], TP[S(2)]),
     "obligations_tied": tied,
+    "moe_transformed": lambda: torch.func.grad(lambda x: small_layer()(x).hidden.sum())(TOKENS),
+    "experts_batched": batched_backward,
     "recompute_no_list": lambda: recompute(nn.Linear(2, 2)),  # type: ignore[arg-type]  # wrong on purpose
     "recompute_no_modules": lambda: recompute(["blocks"]),  # type: ignore[list-item]  # wrong on purpose
     "reduce_twice": twice,
