@@ -23,7 +23,7 @@ ROOT = PACKAGE.parent
 FOLDERS = {
     "core": "errors placement declare_placements shard_shape validate mesh_degrees host_reads "
     "torch_state dtypes local_tensor ranks_agree mesh moves collectives redistribute",
-    "layer": "routing_faults router_logits router permute dispatch.protocol dispatch.pack_scores "
+    "layer": "routing_faults router_logits router permute dispatch.forecast dispatch.protocol "
     "dispatch.local dispatch.all_to_all dispatch.all_gather dispatch.fixed_capacity dispatch "
     "activations grouped_matmul grouped_ffn per_expert experts combine shared_experts boundary "
     "balance_losses selection_bias check_inputs moe expert_load",

@@ -35,7 +35,7 @@ from spmd_moe.layer.boundary import INSIDE, Boundary, Frame
 from spmd_moe.layer.check_inputs import check_inputs
 from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import AllToAll, Dispatcher, Local
-from spmd_moe.layer.dispatch.protocol import check_dispatcher
+from spmd_moe.layer.dispatch.protocol import check_dispatcher, settings_of_dispatcher
 from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
 from spmd_moe.layer.grouped_matmul import Matmul, check_matmul
 from spmd_moe.layer.permute import sort_by_expert
@@ -150,11 +150,8 @@ class MoE(nn.Module):
             "MoE", "config", config, MoEConfig, "MoEConfig(dim=64, hidden_dim=128, router=...)"
         )
         check_mesh("MoE", mesh)
-        made_for = getattr(dispatcher, "num_experts", None)
-        parts = {"dispatcher": type(dispatcher).__name__, "matmul": type(matmul).__name__}
-        mesh.check_ranks_agree(
-            "MoE", {**settings_of(config), **parts, "dispatcher.num_experts": made_for}
-        )
+        parts = settings_of_dispatcher(dispatcher) | {"matmul": type(matmul).__name__}
+        mesh.check_ranks_agree("MoE", settings_of(config) | parts)
         check_matmul("MoE", matmul)
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh
@@ -182,7 +179,7 @@ class MoE(nn.Module):
             mesh[TP], config.src, config.dst, count_rows=shared is not None and shared.sharded
         )
         self.weigh_in_combine = config.score_application is ScoreApplication.IN_COMBINE
-        self.fixed = getattr(dispatcher, "fixed_shapes", False)
+        self.fixed = dispatcher.fixed_shapes
         # Where ranks of tp do not meet, none waits; where the host reads nothing, none can raise.
         roles = mesh.tell_axes if self.boundary.meets and not self.fixed else ()
         tell = [mesh[role] for role in roles if mesh[role].size > 1]

@@ -81,8 +81,11 @@ def bits(x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row_dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize(
+    ("name", "row_dtype"),
+    [("fixed", torch.bfloat16), ("fixed", torch.float16), ("all_to_all", torch.bfloat16)],
+    ids=str,
+)
 def test_compiled_scores_and_gradients_are_those_of_eager(
     name: str, row_dtype: torch.dtype
 ) -> None:

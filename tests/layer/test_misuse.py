@@ -177,13 +177,18 @@ def test_local_is_for_whole_experts(axis: str, sizes: tuple[int, int]) -> None:
     assert text == f"Local: the experts are sharded on axis '{axis}' (2 ranks)."
 
 
-def test_a_dispatcher_of_ones_own_need_not_say_how_many() -> None:
+def test_a_dispatcher_of_ones_own_may_serve_any_number_of_experts() -> None:
     class Own:
-        """Local under another name, which says nothing of itself."""
+        """Local under another name, which forecasts nothing."""
+
+        num_experts, fixed_shapes, axes = None, False, ()
 
         def __init__(self, mesh: MoEMesh) -> None:
             self._local = Local(mesh)
             self.collect = self._local.collect
+
+        def forecast(self, batch: object) -> None:
+            pass
 
         def dispatch(self, *given: Any) -> tuple[Arrived, None]:
             return self._local.dispatch(*given)
