@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 # A folder imports only from the folders above it, a file only from the files before it.
 FOLDERS = {
     "core": "errors placement declare_placements shard_shape validate mesh_degrees host_reads "
-    "torch_state dtypes local_tensor ranks_agree mesh moves collectives redistribute",
+    "torch_state dtypes local_tensor ranks_agree mesh_binding mesh moves collectives redistribute",
     "layer": "routing_faults router_logits router permute dispatch.forecast dispatch.protocol "
     "dispatch.local dispatch.all_to_all dispatch.all_gather dispatch.fixed_capacity dispatch "
     "activations grouped_matmul grouped_ffn per_expert experts combine shared_experts boundary "
@@ -143,7 +143,8 @@ def test_few_files_talk_to_torch_distributed() -> None:
     """
     files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
-    core = "moves collectives torch_state host_reads mesh local_tensor redistribute ranks_agree"
+    core = "moves collectives torch_state host_reads mesh mesh_binding local_tensor redistribute "
+    core += "ranks_agree"
     allowed = [f"core.{name}" for name in core.split()] + [f"train.{name}" for name in STORED]
     allowed += ["sanitize.compare_ranks", "sanitize.gradient_sums"]
     assert sorted(talking) == sorted(allowed)
