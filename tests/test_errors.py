@@ -79,7 +79,8 @@ def bound(**asked: object) -> Callable[[], object]:
     def act() -> object:
         binding = dict(asked)
         with fake_world(4):
-            users = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+            names: Any = binding.pop("names", ("a", "b"))
+            users = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
             if binding.pop("sliced", False):
                 users = users["a"]
             if binding.pop("others", False):
@@ -160,6 +161,7 @@ CASES: dict[str, Callable[[], object]] = {
     "even_no_ranks": lambda: ShardShape.even(3, 0),
     "even_negative": lambda: ShardShape.even(-1, 2),
     "mesh_no_process_group": lambda: MoEMesh.init("cpu", dp=2),
+    "mesh_by_name": lambda: MoEMesh.single()["tp"],  # type: ignore[index]  # wrong on purpose
     "mesh_degree": meshed(4, dp=4, ep=0),
     "mesh_dense_product": meshed(8, dp=2, tp=3),
     "mesh_dense_product_unsolvable": meshed(7, dp=2, tp=3),
@@ -169,6 +171,8 @@ CASES: dict[str, Callable[[], object]] = {
     "bind_unknown_name": bound(dp="a", tp="c"),
     "bind_twice": bound(dp="a", tp="a"),
     "bind_not_at_all": bound(dp="a"),
+    "bind_by_its_name": bound(dp="a", names=("a", "tp")),
+    "bind_together": bound(dp="dp_shard", names=("dp_replicate", "dp_shard")),
     "bind_not_adjacent": bound(dp=("b", "a")),
     "bind_expert_name_without_mesh": bound(dp="a", tp="b", ep="b"),
     "bind_slice": bound(dp="a", ep=2, sliced=True),
@@ -230,6 +234,11 @@ CASES: dict[str, Callable[[], object]] = {
     "bias_by_nan": lambda: update_selection_bias([_layer().router], MoEMesh.single(), float("nan")),
     "experts_over_ep": built(router=RouterConfig(6, 2)),
     "boundary_kind": built(src=S(1)),
+    "boundary_kind_as_text": lambda: MoEConfig(4, 8, RouterConfig(8, 2), dst="I"),  # type: ignore[arg-type]  # wrong on purpose
+    "output_as_tensor": lambda: x34 + called(x34)(),  # type: ignore[operator]  # wrong on purpose
+    "output_in_torch": lambda: torch.nn.Linear(4, 4)(called(x34)()),
+    "output_attribute": lambda: called(x34)().sum(),  # type: ignore[attr-defined]  # wrong on purpose
+    "output_operator": lambda: called(x34)() * 2,  # type: ignore[operator]  # wrong on purpose
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
     "local_with_sharded_experts": lambda: _local_on_two(),
     "fixed_no_room": lambda: FixedCapacity(MoEMesh.single(), 4, 0),

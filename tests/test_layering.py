@@ -26,7 +26,7 @@ FOLDERS = {
     "layer": "routing_faults router_logits router permute dispatch.forecast dispatch.protocol "
     "dispatch.local dispatch.all_to_all dispatch.all_gather dispatch.fixed_capacity dispatch "
     "activations grouped_matmul grouped_ffn per_expert experts combine shared_experts boundary "
-    "balance_losses selection_bias check_inputs moe expert_load",
+    "balance_losses selection_bias check_inputs moe_output moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
     "parallelize checkpoint.state checkpoint.files checkpoint.save_load checkpoint",
     "signatures": "allow_comments tensor_walk annotated_functions interception",
