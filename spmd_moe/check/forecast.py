@@ -37,7 +37,7 @@ def forecast(
     """
     found = _Forecast(layer, layout, rank, tuple(tokens_r), dtype)
     dispatched = layer.dispatcher.forecast(found.batch())
-    return None if dispatched is None else list(found.all(dispatched))
+    return None if dispatched is None else list(found.all(list(dispatched)))
 
 
 class _Forecast:

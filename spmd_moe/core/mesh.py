@@ -159,9 +159,10 @@ class MoEMesh:
         return MoEMesh((_axis_of_one(role) for role in (*DENSE, *EXPERT)), ())
 
     def __getitem__(self, role: Role) -> Axis:
-        if not isinstance(role, Role) or role not in self._axes:
-            raise _no_such_role(self._axes, role)
-        return self._axes[role]
+        try:
+            return self._axes[role]
+        except (KeyError, TypeError):  # a TypeError for what has no hash
+            raise _no_such_role(self._axes, role) from None
 
     @property
     def dense(self) -> DeviceMesh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import NoReturn, final
 
 from torch import Tensor
@@ -48,11 +49,8 @@ def _no_attribute(self: MoEOutput, name: str) -> NoReturn:
     raise AttributeError(f"'MoEOutput' object has no attribute {name!r}")
 
 
-def _no_operator(symbol: str) -> object:
-    def refuse(self: MoEOutput, *other: object) -> NoReturn:
-        _refuse(f"`{symbol}`")
-
-    return refuse
+def _no_operator(self: MoEOutput, symbol: str, *other: object) -> NoReturn:
+    _refuse(f"`{symbol}`")
 
 
 def _no_argument(
@@ -67,6 +65,6 @@ _REFUSED = {f"__{side}{name}__": s for name, s in _OPERATORS.items() for side in
 _REFUSED |= {"__neg__": "-", "__getitem__": "[]"}
 # Set from here, so that type checkers do not see them and find such uses before they run.
 for _name, _symbol in _REFUSED.items():
-    setattr(MoEOutput, _name, _no_operator(_symbol))
+    setattr(MoEOutput, _name, partialmethod(_no_operator, _symbol))
 setattr(MoEOutput, "__getattr__", _no_attribute)  # noqa: B010  # as above
 setattr(MoEOutput, "__torch_function__", classmethod(_no_argument))  # noqa: B010  # as above

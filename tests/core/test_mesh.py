@@ -365,7 +365,8 @@ def test_init_sets_the_device_of_the_rank_before_a_tensor_is_on_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A tensor on "cuda" starts CUDA on device 0, and torch then leaves the device as it is."""
-    real, happened = torch.tensor, list[str]()
+    real: Any = torch.tensor
+    happened: list[str] = []
 
     def tensor(*given: Any, device: Any = None, **settings: Any) -> Any:
         if device == "cuda":

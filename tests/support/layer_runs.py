@@ -61,9 +61,8 @@ def run_typed(case: Case) -> dict[str, Tensor]:
         return run_rank(case, typed=True)
 
 
-def forward(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
-    out: MoEOutput = layer(*inputs)
-    return out
+def forward(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> MoEOutput:
+    return layer(x, *more)
 
 
 def forward_typed(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:

@@ -104,7 +104,7 @@ class AllGather:
             y = redistribute(y, axis, src=P, dst=S(0), shape=slots, dtype=sum_dtype(y))
         return from_slots(y, state.own)
 
-    def forecast(self, batch: Batch) -> list[Collective]:
+    def forecast(self, batch: Batch) -> Iterator[Collective]:
         (etp, ep), dim, wide = self.axes, [batch.dim], batch.wide
         by_etp = ShardShape.ragged(batch.tokens_ij[ep.rank])
         by_ep = ShardShape.ragged([sum(of_etp) for of_etp in batch.tokens_ij])
@@ -114,26 +114,23 @@ class AllGather:
         if batch.score_dtype is not None:
             travel.append(("weights", [batch.top_k], batch.score_dtype))
 
-        def found() -> Iterator[Collective]:
-            what, marks = "how many tokens and choices each rank has", 1
-            for axis, _ in axes:
-                shape = (1, 1 + self.num_experts + marks)
-                yield from one("forward", what, "all_gather", axis, shape, torch.int64)
-                marks *= axis.size
-            for name, tail, dtype in travel:
-                for axis, rows in axes:
-                    what = f"{name} to all ranks"
-                    yield from gather("forward", what, axis, rows, tail, dtype)
-            for axis, rows in reversed(slots):
-                yield from scatter("forward", "rows back to their tokens", axis, rows, dim, wide)
-            for axis, rows in slots:
-                yield from gather("backward", "gradient of rows", axis, rows, dim, batch.dtype)
-            for name, tail, dtype in reversed(travel[1:]):
-                summed = torch.promote_types(dtype, torch.float32)
-                for axis, rows in reversed(axes):
-                    yield from scatter("backward", f"gradient of {name}", axis, rows, tail, summed)
-
-        return list(found())
+        what, marks = "how many tokens and choices each rank has", 1
+        for axis, _ in axes:
+            shape = (1, 1 + self.num_experts + marks)
+            yield from one("forward", what, "all_gather", axis, shape, torch.int64)
+            marks *= axis.size
+        for name, tail, dtype in travel:
+            for axis, rows in axes:
+                what = f"{name} to all ranks"
+                yield from gather("forward", what, axis, rows, tail, dtype)
+        for axis, rows in reversed(slots):
+            yield from scatter("forward", "rows back to their tokens", axis, rows, dim, wide)
+        for axis, rows in slots:
+            yield from gather("backward", "gradient of rows", axis, rows, dim, batch.dtype)
+        for name, tail, dtype in reversed(travel[1:]):
+            summed = torch.promote_types(dtype, torch.float32)
+            for axis, rows in reversed(axes):
+                yield from scatter("backward", f"gradient of {name}", axis, rows, tail, summed)
 
     def _count(
         self, expert_ids_tK: Rows, counts_E: Rows, marked: Rows

@@ -92,7 +92,7 @@ class AllToAll:
         )
         return exchange(y_MD, self.ep.group, receives=counted.sends, sends=counted.receives)
 
-    def forecast(self, batch: Batch) -> list[Collective]:
+    def forecast(self, batch: Batch) -> Iterator[Collective]:
         ep, etp, dim, wide = self.ep, self.etp, [batch.dim], batch.wide
         dtype, scores = batch.dtype, batch.score_dtype
         by_ep = [self._arriving(batch, i, etp.rank) for i in range(ep.size)]
@@ -100,41 +100,38 @@ class AllToAll:
         sent, mine = sum(batch.counts_ijE[ep.rank][etp.rank]), by_ep[ep.rank]
         even, there, back = len(set(by_ep)) == 1, (sent, *dim), (mine, *dim)
 
-        def found() -> Iterator[Collective]:
-            what, shape = "choices of each expert", (ep.size, self.num_local + 1)
-            yield from one("forward", what, "all_to_all", ep, shape, torch.int64)
-            yield from one("forward", what, "all_gather", etp, shape, torch.int64)
-            what = "rows to their experts"
-            yield from one("forward", what, "all_to_all", ep, there, dtype, even)
-            if scores is not None:
-                what = "weights to their experts"
-                yield from one("forward", what, "all_to_all", ep, [sent], scores, even)
-            what = "rows to every slice of an expert"
-            yield from gather("forward", what, etp, at_etp, dim, dtype)
-            if scores is not None:
-                what = "weights to every slice of an expert"
-                yield from gather("forward", what, etp, at_etp, [], scores)
-            what = "sums over the slices of an expert"
-            yield from scatter("forward", what, etp, at_etp, dim, wide)
-            what = "rows back to their tokens"
-            yield from one("forward", what, "all_to_all", ep, back, dtype, even)
+        what, shape = "choices of each expert", (ep.size, self.num_local + 1)
+        yield from one("forward", what, "all_to_all", ep, shape, torch.int64)
+        yield from one("forward", what, "all_gather", etp, shape, torch.int64)
+        what = "rows to their experts"
+        yield from one("forward", what, "all_to_all", ep, there, dtype, even)
+        if scores is not None:
+            what = "weights to their experts"
+            yield from one("forward", what, "all_to_all", ep, [sent], scores, even)
+        what = "rows to every slice of an expert"
+        yield from gather("forward", what, etp, at_etp, dim, dtype)
+        if scores is not None:
+            what = "weights to every slice of an expert"
+            yield from gather("forward", what, etp, at_etp, [], scores)
+        what = "sums over the slices of an expert"
+        yield from scatter("forward", what, etp, at_etp, dim, wide)
+        what = "rows back to their tokens"
+        yield from one("forward", what, "all_to_all", ep, back, dtype, even)
 
-            what = "gradient of rows, to their experts"
-            yield from one("backward", what, "all_to_all", ep, there, dtype, even)
-            what = "gradient of rows, to every slice"
-            yield from gather("backward", what, etp, at_etp, dim, dtype)
-            if scores is not None:
-                what = "gradient of weights, summed"
-                yield from scatter("backward", what, etp, at_etp, [], scores)
-            what = "gradient of rows, summed"
-            yield from scatter("backward", what, etp, at_etp, dim, wide)
-            if scores is not None:
-                what = "gradient of weights, to their tokens"
-                yield from one("backward", what, "all_to_all", ep, [mine], scores, even)
-            what = "gradient of rows, to their tokens"
-            yield from one("backward", what, "all_to_all", ep, back, dtype, even)
-
-        return list(found())
+        what = "gradient of rows, to their experts"
+        yield from one("backward", what, "all_to_all", ep, there, dtype, even)
+        what = "gradient of rows, to every slice"
+        yield from gather("backward", what, etp, at_etp, dim, dtype)
+        if scores is not None:
+            what = "gradient of weights, summed"
+            yield from scatter("backward", what, etp, at_etp, [], scores)
+        what = "gradient of rows, summed"
+        yield from scatter("backward", what, etp, at_etp, dim, wide)
+        if scores is not None:
+            what = "gradient of weights, to their tokens"
+            yield from one("backward", what, "all_to_all", ep, [mine], scores, even)
+        what = "gradient of rows, to their tokens"
+        yield from one("backward", what, "all_to_all", ep, back, dtype, even)
 
     def _arriving(self, batch: Batch, i: int, j: int) -> int:
         """Rows that the ranks of its ep group send to the rank at i on ep and j on etp."""

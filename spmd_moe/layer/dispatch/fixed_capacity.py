@@ -102,7 +102,7 @@ class FixedCapacity:
         y_BD = redistribute(y_RD, self.etp, src=P, dst=S(0), dtype=sum_dtype(y_RD))
         return self._take_out(self._send(y_BD, self.room), state.place_N, state.row_B)
 
-    def forecast(self, batch: Batch) -> list[Collective]:
+    def forecast(self, batch: Batch) -> Iterator[Collective]:
         ep, etp, dim, wide = self.ep, self.etp, [batch.dim], batch.wide
         dtype, scores = batch.dtype, batch.score_dtype
         heads = ShardShape.ragged([ep.size] * etp.size)
@@ -112,34 +112,31 @@ class FixedCapacity:
         head_dtype = scores or torch.int64
         named = "choices of each expert" + ("" if scores is None else ", and weights")
 
-        def found() -> Iterator[Collective]:
-            yield from one("forward", named, "all_to_all", ep, (ep.size, *head), head_dtype)
-            what = "rows to their experts"
-            yield from one("forward", what, "all_to_all", ep, buffer, dtype)
-            yield from gather("forward", named, etp, heads, head, head_dtype)
-            what = "rows to every slice of an expert"
-            yield from gather("forward", what, etp, buffers, dim, dtype)
-            what = "sums over the slices of an expert"
-            yield from scatter("forward", what, etp, buffers, dim, wide)
-            what = "rows back to their tokens"
-            yield from one("forward", what, "all_to_all", ep, buffer, dtype)
+        yield from one("forward", named, "all_to_all", ep, (ep.size, *head), head_dtype)
+        what = "rows to their experts"
+        yield from one("forward", what, "all_to_all", ep, buffer, dtype)
+        yield from gather("forward", named, etp, heads, head, head_dtype)
+        what = "rows to every slice of an expert"
+        yield from gather("forward", what, etp, buffers, dim, dtype)
+        what = "sums over the slices of an expert"
+        yield from scatter("forward", what, etp, buffers, dim, wide)
+        what = "rows back to their tokens"
+        yield from one("forward", what, "all_to_all", ep, buffer, dtype)
 
-            what = "gradient of rows, to their experts"
-            yield from one("backward", what, "all_to_all", ep, buffer, dtype)
-            what = "gradient of rows, to every slice"
-            yield from gather("backward", what, etp, buffers, dim, dtype)
-            what = "gradient of rows, summed"
-            yield from scatter("backward", what, etp, buffers, dim, wide)
-            if scores is not None:
-                what = "gradient of weights, summed"
-                yield from scatter("backward", what, etp, heads, head, scores)
-            what = "gradient of rows, to their tokens"
-            yield from one("backward", what, "all_to_all", ep, buffer, dtype)
-            if scores is not None:
-                what = "gradient of weights, to their tokens"
-                yield from one("backward", what, "all_to_all", ep, (ep.size, *head), scores)
-
-        return list(found())
+        what = "gradient of rows, to their experts"
+        yield from one("backward", what, "all_to_all", ep, buffer, dtype)
+        what = "gradient of rows, to every slice"
+        yield from gather("backward", what, etp, buffers, dim, dtype)
+        what = "gradient of rows, summed"
+        yield from scatter("backward", what, etp, buffers, dim, wide)
+        if scores is not None:
+            what = "gradient of weights, summed"
+            yield from scatter("backward", what, etp, heads, head, scores)
+        what = "gradient of rows, to their tokens"
+        yield from one("backward", what, "all_to_all", ep, buffer, dtype)
+        if scores is not None:
+            what = "gradient of weights, to their tokens"
+            yield from one("backward", what, "all_to_all", ep, (ep.size, *head), scores)
 
     def _arrive(
         self, head: Rows, rows_BD: Rows, dropped: Tokens

@@ -52,5 +52,5 @@ class Local:
     def collect(self, y_RD: RowSums, state: None) -> Tokens:
         return y_RD  # spmd: allow return - etp has size 1 here, where P is V
 
-    def forecast(self, batch: Batch) -> list[Collective]:
-        return []
+    def forecast(self, batch: Batch) -> tuple[Collective, ...]:
+        return ()

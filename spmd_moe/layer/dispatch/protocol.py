@@ -23,7 +23,7 @@ there are methods that stand only for their signature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, final, runtime_checkable
 
@@ -80,17 +80,17 @@ class Dispatcher(Protocol[State]):
     def fixed_shapes(self) -> bool: ...
 
     def dispatch(
-        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots, /
     ) -> tuple[Arrived, State]:
         """Rows of this rank's slots, and their scores, to the ranks that have their experts.
 
         `scores_TK` is None where `combine` weighs; those of `routing` are not for here.
         """
 
-    def collect(self, y_RD: RowSums, state: State) -> Tokens:
+    def collect(self, y_RD: RowSums, state: State, /) -> Tokens:
         """The experts' rows back to the slots they came from: [N, D] in the order of `slots`."""
 
-    def forecast(self, batch: Batch) -> Sequence[Collective] | None:
+    def forecast(self, batch: Batch, /) -> Iterable[Collective] | None:
         """The collectives of `dispatch`, `collect` and their backward on this rank, in order.
 
         Forward first. None if that is not known: `spmd-moe plan` then says so, and leaves them out.
