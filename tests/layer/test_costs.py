@@ -60,7 +60,7 @@ def built(config: MoEConfig) -> MoE:
 
 
 def bookkeeping(
-    patch: pytest.MonkeyPatch, layer: MoE, *inputs: Tensor | None
+    patch: pytest.MonkeyPatch, layer: MoE, tokens: Tensor, *more: Tensor | None
 ) -> tuple[list[str], Tensor]:
     """What autograd is told in a forward: functions applied, tensors kept. And the output."""
     told: list[str] = []
@@ -76,7 +76,7 @@ def bookkeeping(
 
     patch.setattr(torch.autograd.Function, "apply", classmethod(noted))
     with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
-        out = layer(*inputs)
+        out = layer(tokens, *more)
     patch.undo()
     return told, out.hidden
 

@@ -65,11 +65,11 @@ def forward(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> MoEOutpu
     return layer(x, *more)
 
 
-def forward_typed(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
+def forward_typed(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> MoEOutput:
     """The forward under the strict checker, every signature checked, and the output's type too."""
-    declare_all(layer, inputs)
+    declare_all(layer, (x, *more))
     with checked(layer.mesh):
-        out = forward(case, layer, *inputs)
+        out = forward(case, layer, x, *more)
     assert {"Experts.forward", "combine"} <= what_ran()
     if case.layout.tp > 1:
         have = get_local_type(out.hidden)[MeshAxis.of(layer.mesh[TP].group)]
