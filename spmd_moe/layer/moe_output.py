@@ -1,5 +1,8 @@
 """The record that the layer returns. Used as a tensor, it raises an error that names `.hidden`."""
 
+# Shape letters in this file:
+#   E  experts
+
 from __future__ import annotations
 
 from dataclasses import dataclass
