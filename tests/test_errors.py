@@ -52,6 +52,7 @@ from tests.support.messages import PACKAGE, Site, normal, sites_passed
 from tests.support.refused_checkpoints import BAD_CHECKPOINTS
 from tests.support.refused_jobs import ON_RANKS, sanitized
 from tests.support.refused_models import BAD_MODELS
+from tests.support.refused_uses import BAD_USES
 from tests.support.simulated_ranks import fake_world
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -235,14 +236,8 @@ CASES: dict[str, Callable[[], object]] = {
     "experts_over_ep": built(router=RouterConfig(6, 2)),
     "boundary_kind": built(src=S(1)),
     "boundary_kind_as_text": lambda: MoEConfig(4, 8, RouterConfig(8, 2), dst="I"),  # type: ignore[arg-type]  # wrong on purpose
-    "output_as_tensor": lambda: x34 + called(x34)(),
-    "output_in_torch": lambda: torch.nn.Linear(4, 4)(called(x34)()),
-    "output_attribute": lambda: called(x34)().sum(),
-    "output_operator": lambda: called(x34)() * 2,
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
-    "local_with_sharded_experts": lambda: _local_on_two(),
     "fixed_no_room": lambda: FixedCapacity(MoEMesh.single(), 4, 0),
-    "fixed_rows_to_count": lambda: _fixed_on_two(),
     "activation_name_twice": lambda: Activation("swiglu", False, lambda gate, up: gate),
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_scores": experts(3, 1, 2, scores=1),  # of one row: it would be broadcast
@@ -272,6 +267,7 @@ CASES: dict[str, Callable[[], object]] = {
     "sanitize_twice": lambda: sanitized(twice=True),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
     **BAD_MODELS,
+    **BAD_USES,
     **BAD_CHECKPOINTS,
 }
 
@@ -295,17 +291,6 @@ def _initialised(pick: Callable[[MoE], tuple[torch.nn.Module, MoEMesh]]) -> None
 def _of_sequences() -> balance_losses.Totals:
     one = torch.ones(1)
     return balance_losses.Totals(one, one, one, one, by_sequence=True)
-
-
-def _local_on_two() -> object:
-    with fake_world(2):
-        return Local(MoEMesh.init("cpu", tp=2, ep=2))
-
-
-def _fixed_on_two() -> object:
-    with fake_world(2):
-        mesh = MoEMesh.init("cpu", tp=2, ep=2)
-        return MoE(MoEConfig(4, 8, RouterConfig(8, 2), dst=R), mesh, FixedCapacity(mesh, 8, 2))
 
 
 def message(act: Callable[[], object]) -> tuple[str, list[Site]]:
