@@ -77,8 +77,8 @@ if TYPE_CHECKING:
     from spmd_moe.layer.grouped_matmul import TorchGroupedMM as TorchGroupedMM
     from spmd_moe.layer.moe import MoE as MoE
     from spmd_moe.layer.moe import MoEConfig as MoEConfig
-    from spmd_moe.layer.moe import MoEOutput as MoEOutput
     from spmd_moe.layer.moe import SharedConfig as SharedConfig
+    from spmd_moe.layer.moe_output import MoEOutput as MoEOutput
     from spmd_moe.layer.router import RouterConfig as RouterConfig
     from spmd_moe.layer.router import Routing as Routing
     from spmd_moe.layer.selection_bias import update_selection_bias as update_selection_bias
@@ -114,7 +114,8 @@ else:
         "layer.expert_load": "expert_load",
         "layer.experts": "ExpertRecompute ScoreApplication",
         "layer.grouped_matmul": "GroupedMatmul LoopedMatmul Masked TorchGroupedMM",
-        "layer.moe": "MoE MoEConfig MoEOutput SharedConfig",
+        "layer.moe": "MoE MoEConfig SharedConfig",
+        "layer.moe_output": "MoEOutput",
         "layer.router": "RouterConfig Routing",
         "layer.selection_bias": "update_selection_bias",
         "sanitize.watch_job": "sanitize",

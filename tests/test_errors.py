@@ -52,6 +52,7 @@ from tests.support.messages import PACKAGE, Site, normal, sites_passed
 from tests.support.refused_checkpoints import BAD_CHECKPOINTS
 from tests.support.refused_jobs import ON_RANKS, sanitized
 from tests.support.refused_models import BAD_MODELS
+from tests.support.refused_uses import BAD_USES
 from tests.support.simulated_ranks import fake_world
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,7 +80,8 @@ def bound(**asked: object) -> Callable[[], object]:
     def act() -> object:
         binding = dict(asked)
         with fake_world(4):
-            users = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+            names: Any = binding.pop("names", ("a", "b"))
+            users = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
             if binding.pop("sliced", False):
                 users = users["a"]
             if binding.pop("others", False):
@@ -115,7 +117,7 @@ def dispatched(make: Callable[[MoEMesh], object]) -> Callable[[], object]:
     return act
 
 
-def called(*args: torch.Tensor | None) -> Callable[[], object]:
+def called(*args: Any) -> Callable[[], Any]:
     def act() -> object:
         layer = MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
         init_weights(layer, layer.mesh, seed=0)
@@ -160,6 +162,7 @@ CASES: dict[str, Callable[[], object]] = {
     "even_no_ranks": lambda: ShardShape.even(3, 0),
     "even_negative": lambda: ShardShape.even(-1, 2),
     "mesh_no_process_group": lambda: MoEMesh.init("cpu", dp=2),
+    "mesh_by_name": lambda: MoEMesh.single()["tp"],  # type: ignore[index]  # wrong on purpose
     "mesh_degree": meshed(4, dp=4, ep=0),
     "mesh_dense_product": meshed(8, dp=2, tp=3),
     "mesh_dense_product_unsolvable": meshed(7, dp=2, tp=3),
@@ -169,6 +172,8 @@ CASES: dict[str, Callable[[], object]] = {
     "bind_unknown_name": bound(dp="a", tp="c"),
     "bind_twice": bound(dp="a", tp="a"),
     "bind_not_at_all": bound(dp="a"),
+    "bind_by_its_name": bound(dp="a", names=("a", "tp")),
+    "bind_together": bound(dp="dp_shard", names=("dp_replicate", "dp_shard")),
     "bind_not_adjacent": bound(dp=("b", "a")),
     "bind_expert_name_without_mesh": bound(dp="a", tp="b", ep="b"),
     "bind_slice": bound(dp="a", ep=2, sliced=True),
@@ -230,15 +235,14 @@ CASES: dict[str, Callable[[], object]] = {
     "bias_by_nan": lambda: update_selection_bias([_layer().router], MoEMesh.single(), float("nan")),
     "experts_over_ep": built(router=RouterConfig(6, 2)),
     "boundary_kind": built(src=S(1)),
+    "boundary_kind_as_text": lambda: MoEConfig(4, 8, RouterConfig(8, 2), dst="I"),  # type: ignore[arg-type]  # wrong on purpose
     "shared_hidden": built(shared=SharedConfig(6, sharded=True)),
-    "local_with_sharded_experts": lambda: _local_on_two(),
     "fixed_no_room": lambda: FixedCapacity(MoEMesh.single(), 4, 0),
-    "fixed_rows_to_count": lambda: _fixed_on_two(),
     "experts_dtype": experts(3, 1, 2, dtype=torch.float64),
     "experts_scores": experts(3, 1, 2, scores=1),  # of one row: it would be broadcast
     "experts_counts": experts(3, 1, 3),
     "moe_width": called(torch.ones(3, 5)),
-    "moe_list": called([1.0, 2.0]),  # type: ignore[arg-type]  # wrong on purpose
+    "moe_list": called([1.0, 2.0]),
     "load_of_tokens": lambda: expert_load(x34, MoEMesh.single()),  # type: ignore[arg-type]  # wrong on purpose
     "moe_one_token": called(torch.ones(4)),
     "moe_dims": called(torch.ones(2, 3, 5, 4)),
@@ -262,6 +266,7 @@ CASES: dict[str, Callable[[], object]] = {
     "sanitize_twice": lambda: sanitized(twice=True),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
     **BAD_MODELS,
+    **BAD_USES,
     **BAD_CHECKPOINTS,
 }
 
@@ -285,17 +290,6 @@ def _initialised(pick: Callable[[MoE], tuple[torch.nn.Module, MoEMesh]]) -> None
 def _of_sequences() -> balance_losses.Totals:
     one = torch.ones(1)
     return balance_losses.Totals(one, one, one, one, by_sequence=True)
-
-
-def _local_on_two() -> object:
-    with fake_world(2):
-        return Local(MoEMesh.init("cpu", tp=2, ep=2))
-
-
-def _fixed_on_two() -> object:
-    with fake_world(2):
-        mesh = MoEMesh.init("cpu", tp=2, ep=2)
-        return MoE(MoEConfig(4, 8, RouterConfig(8, 2), dst=R), mesh, FixedCapacity(mesh, 8, 2))
 
 
 def message(act: Callable[[], object]) -> tuple[str, list[Site]]:

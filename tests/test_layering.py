@@ -22,11 +22,12 @@ ROOT = PACKAGE.parent
 # A folder imports only from the folders above it, a file only from the files before it.
 FOLDERS = {
     "core": "messages errors placement declare_placements shard_shape validate mesh_degrees "
-    "host_reads torch_state dtypes local_tensor ranks_agree mesh moves collectives redistribute",
-    "layer": "routing_faults router_logits router_scores router permute dispatch.protocol "
-    "dispatch.pack_scores dispatch.local dispatch.all_to_all dispatch.all_gather "
+    "host_reads torch_state dtypes local_tensor ranks_agree mesh_binding mesh moves collectives "
+    "redistribute",
+    "layer": "routing_faults router_logits router_scores router permute dispatch.forecast "
+    "dispatch.protocol dispatch.local dispatch.all_to_all dispatch.all_gather "
     "dispatch.fixed_capacity dispatch activations grouped_matmul grouped_ffn experts combine "
-    "shared_experts boundary balance_losses selection_bias check_inputs moe expert_load",
+    "shared_experts boundary balance_losses selection_bias check_inputs moe_output moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
     "parallelize checkpoint.strict_json checkpoint.safetensors_file "
     "checkpoint.optimizer_json checkpoint.state checkpoint.index checkpoint.random_state "
@@ -150,7 +151,8 @@ def test_few_files_talk_to_torch_distributed() -> None:
     """
     files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
-    core = "moves collectives torch_state host_reads mesh local_tensor redistribute ranks_agree"
+    core = "moves collectives torch_state host_reads mesh mesh_binding local_tensor redistribute "
+    core += "ranks_agree"
     allowed = [f"core.{name}" for name in core.split()] + [f"train.{name}" for name in STORED]
     allowed += ["sanitize.compare_ranks", "sanitize.gradient_sums"]
     assert sorted(talking) == sorted(allowed)

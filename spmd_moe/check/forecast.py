@@ -1,23 +1,20 @@
 """The collectives of one layer, forward and backward, by arithmetic alone.
 
 Which collectives there are, and on which axes, follows from the configuration; how many rows they
-move follows from the tokens of each rank and from who chooses whom. For that the choices are taken
-in turn, as `RouterConfig(balanced=True)` makes them, so a plan is of even use of the experts.
+move follows from the tokens of each rank and from their choices. Experts are assumed to be chosen
+in turn, as with `RouterConfig(force_balance=True)`, so a plan shows experts used evenly. The
+dispatcher forecasts its own collectives.
 
-`tokens_r` are the tokens inside the layer of every rank of the world. Input and weights are taken
+`tokens_r` are the tokens inside the layer of every rank of the world. Input and weights are assumed
 to need gradients.
 """
 
 # Shape letters in this file:
-#   D  model width    K  experts per token    E  experts    e  experts of one rank of ep
-#   r  ranks of the world    p  ranks of one group
+#   E  experts    r  ranks of the world    i  ranks of ep    j  ranks of etp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, final
 
 import torch
 
@@ -25,37 +22,22 @@ from spmd_moe.check.layouts import Layout
 from spmd_moe.core.placement import DENSE, EP, ETP, EXPERT, TP, I, R, Role
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.boundary import INSIDE
-from spmd_moe.layer.dispatch import AllGather, AllToAll, Local
+from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
 from spmd_moe.layer.experts import ScoreApplication
 from spmd_moe.layer.moe import MoE, MoEConfig
 from spmd_moe.layer.router import first_in_turn
 
-When = Literal["forward", "backward"]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """One collective as this rank issues it."""
-
-    when: When
-    what: str  # what travels, and why
-    op: str
-    role: Role
-    shape: tuple[int, ...]  # of what this rank gives, padding included
-    dtype: torch.dtype
-    even: bool  # every rank of the axis gives as much without padding
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 def forecast(
     layer: MoE, layout: Layout, rank: int, tokens_r: Sequence[int], dtype: torch.dtype
-) -> list[Collective]:
-    """What `rank` issues in one forward and one backward, in order."""
-    return list(_Forecast(layer, layout, rank, tuple(tokens_r), dtype).all())
+) -> list[Collective] | None:
+    """What `rank` issues in one forward and one backward, in order.
+
+    None where the dispatcher of the layer does not forecast its own.
+    """
+    found = _Forecast(layer, layout, rank, tuple(tokens_r), dtype)
+    dispatched = layer.dispatcher.forecast(found.batch())
+    return None if dispatched is None else list(found.all(list(dispatched)))
 
 
 class _Forecast:
@@ -63,7 +45,7 @@ class _Forecast:
         self, layer: MoE, layout: Layout, rank: int, tokens_r: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self.config: MoEConfig = layer.config
-        self.dispatcher, self.tell = layer.dispatcher, [axis.role for axis in layer.router.tell]
+        self.tell, self.tp = layer.router.tell, layer.mesh[TP]
         self.layout, self.rank, self.tokens_r, self.dtype = layout, rank, tokens_r, dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         self.score_dtype = self.config.router.dtype
@@ -72,8 +54,7 @@ class _Forecast:
         sharded = self.config.shared is not None and self.config.shared.sharded
         self.must_count = not self.whole and (self.config.dst != INSIDE or sharded)
 
-    def all(self) -> Iterator[Collective]:
-        dispatch = list(self._dispatcher())
+    def all(self, dispatch: Sequence[Collective]) -> Iterator[Collective]:
         yield from self._counted_tokens()
         yield from self._told_faults()
         yield from (c for c in dispatch if c.when == "forward")
@@ -86,84 +67,46 @@ class _Forecast:
         yield from self._gate_back()
         yield from self._enter_back()
 
-    def _group(self, role: Role) -> list[int]:
-        return group(self.layout, self.rank, role)
-
-    def _one(
-        self,
-        when: When,
-        what: str,
-        op: str,
-        role: Role,
-        shape: Sequence[int],
-        dtype: torch.dtype | None = None,
-        even: bool = True,
-    ) -> Iterator[Collective]:
-        """The collective, unless the axis has one rank: then nothing moves."""
-        if self.layout.sizes[role] > 1:
-            yield Collective(when, what, op, role, tuple(shape), dtype or self.dtype, even)
-
-    def _gather(
-        self,
-        when: When,
-        what: str,
-        role: Role,
-        rows: ShardShape,
-        tail: Sequence[int],
-        dtype: torch.dtype | None = None,
-    ) -> Iterator[Collective]:
-        yield from self._one(
-            when, what, "all_gather", role, (_padded(rows), *tail), dtype, rows.equal
-        )
-
-    def _scatter(
-        self,
-        when: When,
-        what: str,
-        role: Role,
-        rows: ShardShape,
-        tail: Sequence[int],
-        dtype: torch.dtype | None = None,
-    ) -> Iterator[Collective]:
-        shape = (_padded(rows) * rows.ranks, *tail)
-        yield from self._one(when, what, "reduce_scatter", role, shape, dtype, rows.equal)
-
     # --- the boundary ---
 
     def _tp_rows(self) -> ShardShape:
-        return ShardShape.ragged([self.tokens_r[rank] for rank in self._group(TP)])
+        ranks = group(self.layout, self.rank, TP)
+        return ShardShape.ragged([self.tokens_r[rank] for rank in ranks])
 
     def _counted_tokens(self) -> Iterator[Collective]:
         if self.must_count:
             what = "how many tokens each rank has"
-            yield from self._one("forward", what, "all_gather", TP, (1,), torch.int64)
+            yield from one("forward", what, "all_gather", self.tp, (1,), torch.int64)
 
     def _told_faults(self) -> Iterator[Collective]:
-        for role in self.tell:
+        for axis in self.tell:
             what = "whether scores are unusable"
-            shape = (self.layout.sizes[role],)
-            yield from self._one("forward", what, "reduce_scatter", role, shape, torch.int64)
+            yield from one("forward", what, "reduce_scatter", axis, (axis.size,), torch.int64)
 
     def _leave(self) -> Iterator[Collective]:
         if self.config.dst != INSIDE:
-            yield from self._gather("forward", "output", TP, self._tp_rows(), [self.config.dim])
+            yield from gather(
+                "forward", "output", self.tp, self._tp_rows(), [self.config.dim], self.dtype
+            )
 
     def _leave_back(self) -> Iterator[Collective]:
         if self.config.dst is R:
             what = "gradient of the output"
-            yield from self._scatter(
-                "backward", what, TP, self._tp_rows(), [self.config.dim], self.wide
+            yield from scatter(
+                "backward", what, self.tp, self._tp_rows(), [self.config.dim], self.wide
             )
 
     def _enter_back(self) -> Iterator[Collective]:
         if self.config.src is I:
             what = "gradient of the input"
-            yield from self._gather("backward", what, TP, self._tp_rows(), [self.config.dim])
+            yield from gather(
+                "backward", what, self.tp, self._tp_rows(), [self.config.dim], self.dtype
+            )
 
     def _gate_back(self) -> Iterator[Collective]:
         shape = (self.config.router.num_experts, self.config.dim)
         what = "gradient of the router's weight"
-        yield from self._one("backward", what, "all_reduce", TP, shape, self.wide)
+        yield from one("backward", what, "all_reduce", self.tp, shape, self.wide)
 
     def _losses(self) -> Iterator[Collective]:
         if self.config.balance is None or not self.whole:
@@ -176,7 +119,7 @@ class _Forecast:
             ("tokens", (1,), integer),
             ("z", (), probs),
         ):
-            yield from self._one("forward", f"loss: {what}", "all_reduce", TP, shape, dtype)
+            yield from one("forward", f"loss: {what}", "all_reduce", self.tp, shape, dtype)
 
     # --- shared experts ---
 
@@ -184,9 +127,11 @@ class _Forecast:
         shared, width = self.config.shared, [self.config.dim]
         if shared is not None and shared.sharded:
             rows = self._tp_rows()
-            yield from self._gather("forward", "tokens for the shared expert", TP, rows, width)
+            yield from gather(
+                "forward", "tokens for the shared expert", self.tp, rows, width, self.dtype
+            )
             what = "output of the shared expert"
-            yield from self._scatter("forward", what, TP, rows, width, self.wide)
+            yield from scatter("forward", what, self.tp, rows, width, self.wide)
 
     def _shared_back(self) -> Iterator[Collective]:
         shared, width = self.config.shared, self.config.dim
@@ -194,94 +139,30 @@ class _Forecast:
             return
         what = "gradient of the shared expert's"
         if shared.gated:
-            yield from self._one(
-                "backward", f"{what} gate", "all_reduce", TP, (1, width), self.wide
-            )
+            yield from one("backward", f"{what} gate", "all_reduce", self.tp, (1, width), self.wide)
         if shared.sharded:
             rows = self._tp_rows()
-            yield from self._gather("backward", f"{what} output", TP, rows, [width])
-            yield from self._scatter("backward", f"{what} tokens", TP, rows, [width], self.wide)
+            yield from gather("backward", f"{what} output", self.tp, rows, [width], self.dtype)
+            yield from scatter("backward", f"{what} tokens", self.tp, rows, [width], self.wide)
             return
         inward = (shared.hidden_dim, width)
         shapes = [inward[::-1], inward] + [inward] * self.config.activation.gated
         for shape in shapes:
-            yield from self._one("backward", f"{what} weight", "all_reduce", TP, shape, self.wide)
+            yield from one("backward", f"{what} weight", "all_reduce", self.tp, shape, self.wide)
 
-    # --- dispatchers ---
+    # --- the dispatcher ---
 
-    def _dispatcher(self) -> Iterator[Collective]:
-        if isinstance(self.dispatcher, AllToAll):
-            return self._all_to_all()
-        if isinstance(self.dispatcher, AllGather):
-            return self._all_gather()
-        if isinstance(self.dispatcher, Local):
-            return iter(())
-        raise NotImplementedError(type(self.dispatcher).__name__)
-
-    def _all_to_all(self) -> Iterator[Collective]:
-        ranks, width = self.layout.ep, self.config.dim
-        share = self.config.router.num_experts // ranks
-        sent = sum(self._chosen(self.rank))
-        arrived = ShardShape.ragged([self._arriving(rank) for rank in self._group(ETP)])
-        mine = self._arriving(self.rank)
-        even = len({self._arriving(rank) for rank in self._group(EP)}) == 1
-        packed = width + (self._score_parts() if self.early else 0)
-        integer = torch.int64
-
-        what, shape = "choices of each expert", (ranks, share + 1)
-        yield from self._one("forward", what, "all_to_all", EP, shape, integer)
-        yield from self._one("forward", what, "all_gather", ETP, shape, integer)
-        what = "rows to their experts"
-        yield from self._one("forward", what, "all_to_all", EP, (sent, packed), None, even)
-        yield from self._gather(
-            "forward", "rows to every slice of an expert", ETP, arrived, [width]
+    def batch(self) -> Batch:
+        """The sizes in this rank's group of ep and etp."""
+        ranks_ij = [group(self.layout, rank, ETP) for rank in group(self.layout, self.rank, EP)]
+        return Batch(
+            tokens_ij=[[self.tokens_r[rank] for rank in ranks_j] for ranks_j in ranks_ij],
+            counts_ijE=[[self._chosen(rank) for rank in ranks_j] for ranks_j in ranks_ij],
+            dim=self.config.dim,
+            top_k=self.config.router.top_k,
+            dtype=self.dtype,
+            score_dtype=self.score_dtype if self.early else None,
         )
-        if self.early:
-            what = "weights to every slice of an expert"
-            yield from self._gather("forward", what, ETP, arrived, [], self.score_dtype)
-        what = "sums over the slices of an expert"
-        yield from self._scatter("forward", what, ETP, arrived, [width], self.wide)
-        what = "rows back to their tokens"
-        yield from self._one("forward", what, "all_to_all", EP, (mine, width), None, even)
-
-        what = "gradient of rows, to their experts"
-        yield from self._one("backward", what, "all_to_all", EP, (sent, width), None, even)
-        what = "gradient of rows, to every slice"
-        yield from self._gather("backward", what, ETP, arrived, [width])
-        if self.early:
-            what, scores = "gradient of weights, summed", self.score_dtype
-            yield from self._scatter("backward", what, ETP, arrived, [], scores)
-        yield from self._scatter(
-            "backward", "gradient of rows, summed", ETP, arrived, [width], self.wide
-        )
-        what = "gradient of rows, to their tokens"
-        yield from self._one("backward", what, "all_to_all", EP, (mine, packed), None, even)
-
-    def _all_gather(self) -> Iterator[Collective]:
-        width, choices, integer = self.config.dim, self.config.router.top_k, torch.int64
-        axes = self._gather_shapes()
-        marks = 1  # of the ranks so far: what is wrong with their scores or ids
-        for role, _ in axes:
-            what = "how many tokens each rank has"
-            yield from self._one("forward", what, "all_gather", role, (1, 1 + marks), integer)
-            marks *= self.layout.sizes[role]
-        gathers: list[tuple[str, list[int], torch.dtype]] = [("choices", [choices], integer)]
-        gathers.append(("tokens", [width], self.dtype))
-        if self.early:
-            gathers.append(("weights", [choices], self.score_dtype))
-        for what, tail, dtype in gathers:
-            for role, rows in axes:
-                yield from self._gather("forward", f"{what} to all ranks", role, rows, tail, dtype)
-        slots = [(role, _times(rows, choices)) for role, rows in axes]
-        for role, rows in reversed(slots):
-            what = "rows back to their tokens"
-            yield from self._scatter("forward", what, role, rows, [width], self.wide)
-        for role, rows in slots:
-            yield from self._gather("backward", "gradient of rows", role, rows, [width])
-        for what, tail, dtype in reversed(gathers[1:]):
-            for role, rows in reversed(axes):
-                wide = torch.promote_types(dtype, torch.float32)
-                yield from self._scatter("backward", f"gradient of {what}", role, rows, tail, wide)
 
     # --- rows ---
 
@@ -292,27 +173,6 @@ class _Forecast:
         first = first_in_turn(rank, self.layout.world, experts)
         return [full + ((expert - first) % experts < rest) for expert in range(experts)]
 
-    def _arriving(self, rank: int) -> int:
-        """Rows that the ranks of its ep group send to a rank."""
-        place, share = self.layout.place(rank), self.config.router.num_experts // self.layout.ep
-        first = place[EP] * share
-        senders = group(self.layout, rank, EP)
-        return sum(sum(self._chosen(r)[first : first + share]) for r in senders)
-
-    def _score_parts(self) -> int:
-        """How many elements of a row hold a score."""
-        wide = torch.promote_types(self.dtype, self.score_dtype)
-        return wide.itemsize // self.dtype.itemsize
-
-    def _gather_shapes(self) -> list[tuple[Role, ShardShape]]:
-        """Tokens along etp, then along ep: there each rank has those of its etp group."""
-        along_etp = ShardShape.ragged([self.tokens_r[rank] for rank in self._group(ETP)])
-        totals = [
-            sum(self.tokens_r[peer] for peer in group(self.layout, rank, ETP))
-            for rank in self._group(EP)
-        ]
-        return [(ETP, along_etp), (EP, ShardShape.ragged(totals))]
-
 
 def group(layout: Layout, rank: int, role: Role) -> list[int]:
     """The ranks that share an axis with a rank, in order."""
@@ -320,12 +180,3 @@ def group(layout: Layout, rank: int, role: Role) -> list[int]:
     others = [r for r in (DENSE if role in DENSE else EXPERT) if r is not role]
     places = ((other, layout.place(other)) for other in range(layout.world))
     return [other for other, place in places if all(place[o] == here[o] for o in others)]
-
-
-def _padded(rows: ShardShape) -> int:
-    """Rows that a rank gives: at least one, so that none is left out."""
-    return max(rows.padded, 1)
-
-
-def _times(rows: ShardShape, factor: int) -> ShardShape:
-    return ShardShape.ragged([n * factor for n in rows.sizes])

@@ -14,16 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spmd_moe.check.forecast import Collective, forecast
+from spmd_moe.check.forecast import forecast
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.check.target import Target, build
 from spmd_moe.core.placement import CP, DP, TP, Role
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.boundary import INSIDE
+from spmd_moe.layer.dispatch.forecast import Collective
 from spmd_moe.layer.moe import MoE
 from spmd_moe.train.obligations import Obligations, obligations
 
@@ -65,6 +65,8 @@ class Plan:
     obligations: Obligations
     scales: tuple[Scale, ...]
     collectives: tuple[Collective, ...]
+    # Layers whose dispatcher does not forecast, with its class: their collectives are left out.
+    not_forecast: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -86,6 +88,8 @@ class Plan:
         yield from table(
             ("", "axis", "collective", "gives", "bytes", "", "what"), map(_move, self.collectives)
         )
+        for layer, dispatcher in self.not_forecast:
+            yield f"without those of {layer}: {dispatcher} does not forecast its collectives"
         total = sum(c.bytes for c in self.collectives)
         yield f"{len(self.collectives)} collectives, {total} bytes given"
 
@@ -96,8 +100,13 @@ def make_plan(target: Target, layout: Layout, tokens: int, rank: int = 0) -> Pla
         mesh = layout.mesh()
         built = build(target, mesh, tokens)
         owed = obligations(built.module, mesh)
-        layers = {name or "layer": m for name, m in built.module.named_modules() if _is_moe(m)}
+        modules = built.module.named_modules()
+        layers = {name or "layer": m for name, m in modules if isinstance(m, MoE)}
         dtype = next(t.dtype for t in built.args if isinstance(t, Tensor) and t.is_floating_point())
+        sizes = ShardShape.even(tokens, layout.tp).sizes
+        tokens_r = [sizes[layout.place(r)[TP]] for r in range(layout.world)]
+        issued = {n: forecast(m, layout, rank, tokens_r, dtype) for n, m in layers.items()}
+        silent = (name for name, found in issued.items() if found is None)
         return Plan(
             layout,
             tokens,
@@ -105,30 +114,20 @@ def make_plan(target: Target, layout: Layout, tokens: int, rank: int = 0) -> Pla
             tuple(Rows(name, ShardShape.even(tokens, layout.tp)) for name in layers),
             owed,
             tuple(scale for name, layer in layers.items() for scale in _scales(name, layer)),
-            tuple(_collectives(layers.values(), layout, rank, tokens, dtype)),
+            tuple(_in_order([found for found in issued.values() if found is not None])),
+            tuple((name, type(layers[name].dispatcher).__name__) for name in silent),
         )
 
 
-def _is_moe(module: nn.Module) -> bool:
-    return isinstance(module, MoE)
-
-
-def _collectives(
-    layers: Iterable[nn.Module], layout: Layout, rank: int, tokens: int, dtype: torch.dtype
-) -> Iterator[Collective]:
+def _in_order(each: Sequence[Sequence[Collective]]) -> Iterator[Collective]:
     """Forward through the layers, and back through them."""
-    sizes = ShardShape.even(tokens, layout.tp).sizes
-    tokens_r = [sizes[layout.place(r)[TP]] for r in range(layout.world)]
-    each = [forecast(x, layout, rank, tokens_r, dtype) for x in layers if isinstance(x, MoE)]
     for one in each:
         yield from (c for c in one if c.when == "forward")
     for one in reversed(each):
         yield from (c for c in one if c.when == "backward")
 
 
-def _scales(name: str, layer: nn.Module) -> Iterator[Scale]:
-    if not isinstance(layer, MoE):
-        return
+def _scales(name: str, layer: MoE) -> Iterator[Scale]:
     whole_on_tp = layer.config.src != INSIDE
     sums, whole = ((DP, CP), (TP,)) if whole_on_tp else ((DP, CP, TP), ())
     balance = layer.config.balance

@@ -47,6 +47,10 @@ class MeshError(SpmdMoeError, ValueError):
     """Degrees, axes or ranks that do not make a mesh."""
 
 
+class OutputError(SpmdMoeError, AttributeError):
+    """The record that the layer returns, used as if it was a tensor."""
+
+
 class SanitizerError(SpmdMoeError, RuntimeError):
     """Ranks of a running job that hold something else than their types say."""
 

@@ -14,10 +14,9 @@ or fetched once, in the constructor. An axis of size 1 is an axis like any other
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, cast, final
+from typing import Any, Literal, NoReturn, final
 
 import torch.distributed as dist
 from spmd_types import MeshAxis
@@ -26,6 +25,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spmd_moe.core.errors import MeshError, explain, plural
+from spmd_moe.core.mesh_binding import (
+    Names,
+    bind_roles,
+    check_same_ranks,
+    derive_expert,
+    in_role_order,
+    own_names,
+    role_names,
+    size_of_role,
+)
 from spmd_moe.core.mesh_degrees import (
     check_degrees,
     check_dense,
@@ -36,9 +45,6 @@ from spmd_moe.core.mesh_degrees import (
 from spmd_moe.core.placement import DENSE, EXPERT, Role
 from spmd_moe.core.ranks_agree import check_ranks_agree
 from spmd_moe.core.validate import check_instance
-
-# The user's name for an axis, or his names for the adjacent axes that together play one role.
-Names = str | tuple[str, ...]
 
 
 @final
@@ -103,15 +109,19 @@ class MoEMesh:
                 )
             )
         degrees = {"dp": dp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}
-        # First of all, so that even a rank with nonsense in its degrees is told on every rank.
-        check_ranks_agree(where, degrees, [dist.group.WORLD], device_type)
         world = dist.get_world_size()
+        if device_type != "cpu":
+            # torch sets the device of this rank, from LOCAL_RANK, when the first mesh is made, and
+            # not once a tensor is on a device. This mesh makes no groups.
+            init_device_mesh(device_type, (world,))
+        # Before all checks, so that even a rank with nonsense in its degrees is told on every rank.
+        check_ranks_agree(where, degrees, [dist.group.WORLD], device_type)
         check_degrees(where, degrees)
         check_dense(where, degrees, world)
         edp = expert_data_degree(where, ep, etp, world)
-        dense = init_device_mesh(device_type, (dp, cp, tp), mesh_dim_names=_names(DENSE))
-        expert = init_device_mesh(device_type, (edp, ep, etp), mesh_dim_names=_names(EXPERT))
-        return _of_device_meshes((dense, _own_names(DENSE)), (expert, _own_names(EXPERT)))
+        dense = init_device_mesh(device_type, (dp, cp, tp), mesh_dim_names=role_names(DENSE))
+        expert = init_device_mesh(device_type, (edp, ep, etp), mesh_dim_names=role_names(EXPERT))
+        return _of_device_meshes((dense, own_names(DENSE)), (expert, own_names(EXPERT)))
 
     @staticmethod
     def from_device_mesh(
@@ -133,13 +143,13 @@ class MoEMesh:
         from the sizes `ep` and `etp`.
         """
         where = "MoEMesh.from_device_mesh"
-        bound = _bind(where, "dense", dense, {DENSE[0]: dp, DENSE[1]: cp, DENSE[2]: tp})
+        bound = bind_roles(where, "dense", dense, {DENSE[0]: dp, DENSE[1]: cp, DENSE[2]: tp})
         given = dict(zip(EXPERT, (edp, ep, etp), strict=True))
         if expert is None:
-            expert = _derive_expert(where, dense, bound, given)
-            return _of_device_meshes((dense, bound), (expert, _own_names(EXPERT)))
-        expert_bound = _bind(where, "expert", expert, given)
-        _check_same_ranks(where, dense, expert)
+            expert = derive_expert(where, dense, bound, given)
+            return _of_device_meshes((dense, bound), (expert, own_names(EXPERT)))
+        expert_bound = bind_roles(where, "expert", expert, given)
+        check_same_ranks(where, dense, expert)
         return _of_device_meshes((dense, bound), (expert, expert_bound))
 
     @staticmethod
@@ -149,7 +159,10 @@ class MoEMesh:
         return MoEMesh((_axis_of_one(role) for role in (*DENSE, *EXPERT)), ())
 
     def __getitem__(self, role: Role) -> Axis:
-        return self._axes[role]
+        try:
+            return self._axes[role]
+        except (KeyError, TypeError):  # a TypeError for what has no hash
+            raise _no_such_role(self._axes, role) from None
 
     @property
     def dense(self) -> DeviceMesh:
@@ -207,6 +220,19 @@ def check_mesh(where: str, mesh: MoEMesh) -> None:
     check_instance(where, "mesh", mesh, MoEMesh, fix)
 
 
+def _no_such_role(axes: Mapping[Role, Axis], asked: object) -> MeshError:
+    """For the name of an axis in place of its role, or a role that no mesh has."""
+    meant = [role for role, axis in axes.items() if asked in (role.name, axis.name)]
+    return MeshError(
+        explain(
+            "MoEMesh",
+            f"mesh[{asked!r}] is not an axis; a mesh has those of {', '.join(map(repr, axes))}",
+            why="an axis is found by its role, since its name is the user's",
+            fixes=[f"mesh[{role!r}]   # from spmd_moe import {role!r}" for role in meant or axes],
+        )
+    )
+
+
 def _not_pickled(held: object) -> MeshError:
     return MeshError(
         explain(
@@ -248,7 +274,12 @@ def _of_device_meshes(*presentations: tuple[DeviceMesh, dict[Role, Names]]) -> M
         for role in roles
     )
     laid_out = (
-        (mesh, _in_role_order(mesh, bound, roles).reshape([_size(mesh, bound, r) for r in roles]))
+        (
+            mesh,
+            in_role_order(mesh, bound, roles).reshape(
+                [size_of_role(mesh, bound, r) for r in roles]
+            ),
+        )
         for (mesh, bound), roles in zip(presentations, (DENSE, EXPERT), strict=True)
     )
     return MoEMesh(axes, tuple(laid_out))
@@ -262,135 +293,3 @@ def _axis(role: Role, mesh: DeviceMesh, names: Names) -> Axis:
         return Axis(role, names, mesh.size(), mesh.get_local_rank(), mesh.get_group())
     dim = (mesh.mesh_dim_names or ()).index(names)
     return Axis(role, names, mesh.size(dim), mesh.get_local_rank(names), mesh.get_group(names))
-
-
-def _names(roles: Sequence[Role]) -> tuple[str, ...]:
-    return tuple(role.name for role in roles)
-
-
-def _own_names(roles: Sequence[Role]) -> dict[Role, Names]:
-    return {role: role.name for role in roles}
-
-
-# --- the user's mesh --------------------------------------------------------------------------
-
-
-def _bind(
-    where: str, which: str, mesh: DeviceMesh, asked: dict[Role, Names | int | None]
-) -> dict[Role, Names]:
-    """The names that each role is bound to, once they are known to cover the mesh exactly once."""
-    have = mesh.mesh_dim_names or ()
-    bound: dict[Role, Names] = {}
-    seen: dict[str, Role] = {}
-    for role, names in asked.items():
-        if names is None:
-            continue
-        if isinstance(names, int):
-            raise _binding_error(
-                where,
-                f"{role}={names} is a size, but the name of an axis is needed",
-                f"the {which} mesh already has its sizes",
-                [f"{role}={have[0]!r}" if have else f"leave {role} out"],
-            )
-        for name in (names,) if isinstance(names, str) else names:
-            if name not in have:
-                raise _binding_error(
-                    where,
-                    f"{role}={name!r} is not an axis of the {which} mesh, which has {list(have)}",
-                    "a role is bound to an axis by its name",
-                    [f"{role}={free!r}" for free in have if free not in seen][:1],
-                )
-            if name in seen:
-                raise _binding_error(
-                    where,
-                    f"axis {name!r} is bound twice, to {seen[name]} and to {role}",
-                    "two roles on one axis would be two placements on one axis",
-                    [f"leave {role} out   # it then has size 1"],
-                )
-            seen[name] = role
-        if isinstance(names, tuple):
-            _check_adjacent(where, role, names, have)
-        bound[role] = names[0] if isinstance(names, tuple) and len(names) == 1 else names
-    for dim, name in enumerate(have):
-        if mesh.size(dim) > 1 and name not in seen:
-            free = [role for role in asked if role not in bound]
-            raise _binding_error(
-                where,
-                f"axis {name!r} ({mesh.size(dim)} ranks) of the {which} mesh is bound to no role",
-                "the ranks along it would hold tensors without a placement",
-                [f"{free[0]}={name!r}"]
-                if free
-                else [f"pass the slice of the mesh without {name!r}"],
-            )
-    return bound
-
-
-def _check_adjacent(where: str, role: Role, names: tuple[str, ...], have: Sequence[str]) -> None:
-    first = have.index(names[0]) if names else 0
-    if not names or tuple(have[first : first + len(names)]) != names:
-        raise _binding_error(
-            where,
-            f"{role}={names} are not adjacent axes, in order, of {list(have)}",
-            "only adjacent axes can be read as one",
-            [f"{role}={tuple(have[:2])}"],
-        )
-
-
-def _derive_expert(
-    where: str, dense: DeviceMesh, bound: dict[Role, Names], given: dict[Role, Names | int | None]
-) -> DeviceMesh:
-    """The expert presentation of the dense ranks, which must be all ranks there are."""
-    for role, size in given.items():
-        if isinstance(size, str | tuple) or (role is EXPERT[0] and size is not None):
-            raise _binding_error(
-                where,
-                f"{role}={size!r}, but there is no expert mesh whose axis that could be",
-                "without expert=, ep and etp are sizes and edp follows from them",
-                ["expert=the_mesh   # or leave edp out and write ep=2"],
-            )
-    ranks = dense.mesh
-    if sorted(ranks.flatten().tolist()) != list(range(dist.get_world_size())):
-        raise _binding_error(
-            where,
-            f"the dense mesh has {ranks.numel()} of {dist.get_world_size()} ranks",
-            "new groups can be made only by all ranks together",
-            ["expert=the_mesh   # the expert mesh of the same ranks, sliced from yours"],
-        )
-    ep, etp = (1 if size is None else cast(int, size) for size in (given[r] for r in EXPERT[1:]))
-    check_ranks_agree(where, {"ep": ep, "etp": etp}, [dist.group.WORLD], dense.device_type)
-    check_degrees(where, {"ep": ep, "etp": etp})
-    edp = expert_data_degree(where, ep, etp, ranks.numel())
-    in_role_order = _in_role_order(dense, bound, DENSE)
-    return DeviceMesh(
-        dense.device_type, in_role_order.reshape(edp, ep, etp), mesh_dim_names=_names(EXPERT)
-    )
-
-
-def _in_role_order(mesh: DeviceMesh, bound: dict[Role, Names], roles: Sequence[Role]) -> Tensor:
-    order = [name for role in roles if role in bound for name in _as_tuple(bound[role])]
-    have = list(mesh.mesh_dim_names or ())
-    order += [name for name in have if name not in order]
-    return mesh.mesh.permute([have.index(name) for name in order])
-
-
-def _size(mesh: DeviceMesh, bound: dict[Role, Names], role: Role) -> int:
-    have = mesh.mesh_dim_names or ()
-    return math.prod(mesh.size(have.index(name)) for name in _as_tuple(bound.get(role, ())))
-
-
-def _as_tuple(names: Names) -> tuple[str, ...]:
-    return names if isinstance(names, tuple) else (names,)
-
-
-def _check_same_ranks(where: str, dense: DeviceMesh, expert: DeviceMesh) -> None:
-    if sorted(dense.mesh.flatten().tolist()) != sorted(expert.mesh.flatten().tolist()):
-        raise _binding_error(
-            where,
-            f"the {dense.size()} ranks of the dense mesh are not the {expert.size()} of expert=",
-            "both present the same ranks",
-            ["leave expert out and write ep=2   # the expert mesh is then derived"],
-        )
-
-
-def _binding_error(where: str, what: str, why: str, fixes: list[str]) -> MeshError:
-    return MeshError(explain(where, what, why=why, fixes=fixes))

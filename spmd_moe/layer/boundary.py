@@ -31,6 +31,22 @@ from spmd_moe.core.torch_state import is_unobserved
 INSIDE = S(0)
 
 
+def check_boundary_kinds(where: str, **kinds: object) -> None:
+    """Kinds that tokens can have on tp outside of the layer."""
+    known = (R, I, INSIDE)
+    for name, kind in kinds.items():
+        if not any(kind is k or (isinstance(kind, type(k)) and kind == k) for k in known):
+            meant = next((k for k in known if repr(k) == kind), INSIDE)
+            raise ConfigError(
+                explain(
+                    where,
+                    f"{name} is {kind!r}; it must be R, I or S(0)",
+                    why="on tp, tokens are whole on every rank or sharded by rows",
+                    fixes=[f"{name}={meant!r}"],
+                )
+            )
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -45,16 +61,6 @@ class Boundary:
     """How the caller holds tokens on tp: `src` when they come, `dst` when they go."""
 
     def __init__(self, tp: Axis, src: Kind, dst: Kind, *, count_rows: bool) -> None:
-        for name, kind in (("src", src), ("dst", dst)):
-            if kind not in (R, I, INSIDE):
-                raise ConfigError(
-                    explain(
-                        "MoE",
-                        f"the boundary's {name} is {kind!r} on {tp}; it must be R, I or S(0)",
-                        why="tokens are whole on a rank, or shared out by rows",
-                        fixes=[f"{name}=S(0)"],
-                    )
-                )
         self.tp, self.src, self.dst = tp, src, dst
         # The model around the layer computes the same on every rank of tp.
         self.whole = src != INSIDE

@@ -14,7 +14,7 @@ from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import DENSE, P, R, Whole
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.validate import check_instance
-from spmd_moe.layer.moe import MoEOutput
+from spmd_moe.layer.moe_output import MoEOutput
 
 
 @final

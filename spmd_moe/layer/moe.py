@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor, nn
-from torch.export import register_dataclass
 
 from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
 from spmd_moe.core.local_tensor import is_simulating
 from spmd_moe.core.mesh import MoEMesh, check_mesh
-from spmd_moe.core.placement import DENSE, EP, ETP, TP, Kind, Tokens, TokenSums
+from spmd_moe.core.placement import DENSE, EP, ETP, TP, Kind, Tokens
 from spmd_moe.core.torch_state import is_unchecked
 from spmd_moe.core.validate import check_instance, check_one_of, check_positive_ints, settings_of
 from spmd_moe.layer.activations import SWIGLU, Activation
@@ -31,13 +30,14 @@ from spmd_moe.layer.balance_losses import (
     loss_terms,
     reduce_on_tp,
 )
-from spmd_moe.layer.boundary import INSIDE, Boundary, Frame
+from spmd_moe.layer.boundary import INSIDE, Boundary, Frame, check_boundary_kinds
 from spmd_moe.layer.check_inputs import check_inputs
 from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import AllToAll, Dispatcher, Local
-from spmd_moe.layer.dispatch.protocol import check_dispatcher
+from spmd_moe.layer.dispatch.protocol import check_dispatcher, settings_of_dispatcher
 from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, check_matmul
+from spmd_moe.layer.moe_output import MoEOutput
 from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Router, RouterConfig, Routing
 from spmd_moe.layer.router_logits import mask_rows
@@ -109,21 +109,16 @@ class MoEConfig:
             fix = f"shared=SharedConfig({self.hidden_dim})"
             check_instance(where, "shared", self.shared, SharedConfig, fix)
         check_one_of(where, "balance", self.balance, ("batch", "sequence", None))
+        check_boundary_kinds(where, src=self.src, dst=self.dst)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class MoEOutput:
-    """The tokens, the sums that losses are made of, and how this rank's tokens chose."""
-
-    # spmd: allow unknown - placed as the boundary is
-    hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
-    losses: LossTerms | None  # None where MoEConfig.balance is None
-    counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
-    dropped: TokenSums  # int64: choices of no expert, or that found no room; not of masked tokens
-
-
-register_dataclass(MoEOutput)  # as its losses are
+class _Call(Protocol):
+    def __call__(
+        self,
+        x: Tensor,  # spmd: allow unknown - as in `forward`
+        mask: Tensor | None = None,  # spmd: allow unknown - as x
+        expert_ids: Tensor | None = None,  # spmd: allow unknown - as x
+    ) -> MoEOutput: ...
 
 
 @final
@@ -136,6 +131,8 @@ class MoE(nn.Module):
     its experts, what suits dtype and device. All ranks of the ep and etp groups call the layer
     together, each with tokens of its own, which may be none.
     """
+
+    __call__: _Call  # the call of a module, which torch types as Any, is that of its forward
 
     def __init__(
         self,
@@ -150,11 +147,8 @@ class MoE(nn.Module):
             "MoE", "config", config, MoEConfig, "MoEConfig(dim=64, hidden_dim=128, router=...)"
         )
         check_mesh("MoE", mesh)
-        made_for = getattr(dispatcher, "num_experts", None)
-        parts = {"dispatcher": type(dispatcher).__name__, "matmul": type(matmul).__name__}
-        mesh.check_ranks_agree(
-            "MoE", {**settings_of(config), **parts, "dispatcher.num_experts": made_for}
-        )
+        parts = settings_of_dispatcher(dispatcher) | {"matmul": type(matmul).__name__}
+        mesh.check_ranks_agree("MoE", settings_of(config) | parts)
         check_matmul("MoE", matmul)
         num_experts, shared = config.router.num_experts, config.shared
         self.config, self.mesh = config, mesh
@@ -182,7 +176,7 @@ class MoE(nn.Module):
             mesh[TP], config.src, config.dst, count_rows=shared is not None and shared.sharded
         )
         self.weigh_in_combine = config.score_application is ScoreApplication.IN_COMBINE
-        self.fixed = getattr(dispatcher, "fixed_shapes", False)
+        self.fixed = dispatcher.fixed_shapes
         # Where ranks of tp do not meet, none waits; where the host reads nothing, none can raise.
         roles = mesh.tell_axes if self.boundary.meets and not self.fixed else ()
         tell = [mesh[role] for role in roles if mesh[role].size > 1]

@@ -52,14 +52,18 @@ class Gather(NamedTuple):
     row_TK: GatheredRows  # the rows of each token, R for none: the way back, without atomics
 
 
-def sort_by_expert(expert_ids_TK: Tensor, every_slot: bool) -> Slots:
-    """Rows sorted by expert, no expert first: of every slot, or of those that have an expert."""
+def sort_by_expert(expert_ids_TK: Tensor, every_slot: bool, rows: int | None = None) -> Slots:
+    """Rows sorted by expert, no expert first: of every slot, or of those that have an expert.
+
+    `rows` is how many have one; without it, the host reads that from the device.
+    """
     k = expert_ids_TK.shape[1]
     ids = expert_ids_TK.flatten()
     slot_N = ids.argsort(stable=True)
     if not every_slot:  # -1 comes first
-        none = read_ints((ids < 0).sum(0, keepdim=True))[0]
-        slot_N = slot_N.narrow(0, none, ids.shape[0] - none)
+        if rows is None:
+            rows = ids.shape[0] - read_ints((ids < 0).sum(0, keepdim=True))[0]
+        slot_N = slot_N.narrow(0, ids.shape[0] - rows, rows)
     rows = slot_N.shape[0]
     row = torch.empty_like(ids) if every_slot else torch.full_like(ids, rows)
     row = row.scatter(0, slot_N, torch.arange(rows, device=ids.device))

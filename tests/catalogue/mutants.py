@@ -20,7 +20,6 @@ FILES = [  # of spmd_moe.layer
     "experts",
     "combine",
     "moe",
-    "dispatch.pack_scores",
     "dispatch.local",
     "dispatch.all_to_all",
     "dispatch.all_gather",

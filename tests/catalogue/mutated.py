@@ -100,7 +100,6 @@ TARGETS = {
 USED_BY = {
     "dispatch.local": ("within", "whole"),
     "dispatch.all_gather": ("gathered",),
-    "dispatch.pack_scores": ("within", "whole", "fixed"),
     "dispatch.all_to_all": ("within", "whole"),
     "dispatch.fixed_capacity": ("fixed",),
 }

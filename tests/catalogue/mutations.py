@@ -51,7 +51,6 @@ TESTS_OF = {
     "experts": "errors experts moe",
     "combine": "dispatch moe",
     "moe": "moe_output errors misuse counters balance_losses refused_inputs moe",
-    "dispatch.pack_scores": "dispatch",
     "dispatch.local": "errors misuse dispatch",
     "dispatch.all_to_all": "errors routing_faults dispatch",
     "dispatch.all_gather": "errors routing_faults dispatch",

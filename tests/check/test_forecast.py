@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spmd_moe import (
+    ConfigError,
     MoE,
     MoEConfig,
     MoEMesh,
@@ -19,7 +20,7 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.check import Case, Layout
-from spmd_moe.check.forecast import Collective, forecast, group
+from spmd_moe.check.forecast import forecast, group
 from spmd_moe.check.mirror_world import Issued
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.trace import Configuration, Trace, standing, trace
@@ -27,8 +28,10 @@ from spmd_moe.core.placement import CP, DENSE, DP, EXPERT, TP, I, Placement, R, 
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.activations import SQUARED_RELU
 from spmd_moe.layer.boundary import INSIDE
-from spmd_moe.layer.dispatch import AllGather, AllToAll
+from spmd_moe.layer.dispatch.forecast import Collective
 from spmd_moe.layer.router import first_in_turn
+from tests.support.dispatchers import DISPATCHERS, SHARDED
+from tests.support.simulated_ranks import fake_world
 
 PLAIN = MoEConfig(16, 24, RouterConfig(12, 2, force_balance=True))
 CONFIGS = {
@@ -49,7 +52,6 @@ CONFIGS = {
     ),
 }
 LAYOUTS = [Layout(dp=2, tp=4, ep=2, etp=2), Layout(cp=2, tp=3, ep=3), Layout()]
-DISPATCHERS = {"all_to_all": AllToAll, "all_gather": AllGather}
 # bfloat16, in which sums are wider than what travels, on the layout that has every collective.
 CASES = [(name, layout, torch.float32) for name in CONFIGS for layout in LAYOUTS]
 CASES += [(name, LAYOUTS[0], torch.bfloat16) for name in CONFIGS]
@@ -75,7 +77,9 @@ def traced(
         mine = ShardShape.even(tokens, tp.size).sizes[tp.rank]
         rows = mine if config.src == INSIDE else tokens
         x = torch.randn(rows, config.dim, dtype=dtype, requires_grad=True)
-        planned.extend(forecast(layer.to(dtype), layout, rank, [mine] * layout.world, dtype))
+        foreseen = forecast(layer.to(dtype), layout, rank, [mine] * layout.world, dtype)
+        assert foreseen is not None
+        planned.extend(foreseen)
         kind = S(0) if config.src == INSIDE else config.src
         return Case(layer, (x,), (Placement((DP[V], CP[V], TP[kind])),))
 
@@ -101,7 +105,13 @@ def said(layout: Layout, rank: int, when: str, issued: Issued) -> tuple[Any, ...
     return when, issued.op, roles, issued.shape, issued.dtype
 
 
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+def host_counts(config: MoEConfig, layout: Layout) -> bool:
+    """Ranks of tp must tell each other how many tokens they have; with fixed shapes none can."""
+    sharded = config.shared is not None and config.shared.sharded
+    return layout.tp > 1 and config.src == INSIDE and (config.dst != INSIDE or sharded)
+
+
+@pytest.mark.parametrize("dispatcher", SHARDED)
 @pytest.mark.parametrize(("config", "layout", "dtype"), CASES, ids=str)
 def test_the_forecast_is_what_happens(
     config: str,
@@ -111,13 +121,22 @@ def test_the_forecast_is_what_happens(
     mirrors: Callable[[int], None],
 ) -> None:
     # All ranks have what this one has; a whole on tp is therefore one that divides.
+    if dispatcher == "fixed" and host_counts(CONFIGS[config], layout):
+        with (
+            pytest.raises(ConfigError, match="such ranks tell each other"),
+            fake_world(layout.world),
+        ):
+            mesh = layout.mesh()
+            MoE(CONFIGS[config], mesh, DISPATCHERS[dispatcher](mesh, 12))
+        return
     some = [(6 * layout.tp, 0), (layout.tp, layout.world - 1), (0, 0)]
     if CONFIGS[config].src == INSIDE:
         some += [(5, layout.world - 1), (1, 0)]
     for tokens, rank in some:
-        made = DISPATCHERS[dispatcher]
         mirrors(rank)
-        run, planned = traced(CONFIGS[config], made, Configuration(layout, tokens, rank), dtype)
+        run, planned = traced(
+            CONFIGS[config], DISPATCHERS[dispatcher], Configuration(layout, tokens, rank), dtype
+        )
         assert [str(f) for f in run.findings] == []
         happened = [said(layout, rank, "forward", i) for i in run.forward]
         happened += [said(layout, rank, "backward", i) for i in run.backward]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 
-from spmd_moe import ConfigError
-from spmd_moe.check import Layout, make_plan
+from spmd_moe import AllToAll, ConfigError, Dispatcher, FixedCapacity, MoE, MoEMesh
+from spmd_moe.check import Case, Layout, make_plan
 from spmd_moe.check.command_line import main
-from spmd_moe.core.placement import CP, DP, EDP, EP, ETP, TP, R
+from spmd_moe.check.target import Target
+from spmd_moe.core.placement import CP, DP, EDP, EP, ETP, TP, Placement, R, V
 from tests.support.layer_targets import SMALL, layer, small
 
 LAYOUT = Layout(dp=2, tp=4, ep=4, etp=2)
@@ -45,12 +49,51 @@ def test_a_layout_that_cannot_be_names_the_nearest() -> None:
         make_plan(small, Layout(tp=5, ep=5), tokens=8)
 
 
+def with_dispatcher(make: Callable[[MoEMesh], Dispatcher[Any]]) -> Target:
+    def target(mesh: MoEMesh, tokens: int) -> Case:
+        config = dataclasses.replace(SMALL, src=R, dst=R)
+        module = MoE(config, mesh, make(mesh))
+        return Case(module, (torch.randn(tokens, 16),), (Placement((DP[V], CP[V], TP[R])),))
+
+    return target
+
+
+def test_a_plan_of_fixed_shapes() -> None:
+    """As many rows for every pair of ranks, whatever the tokens."""
+    plan = make_plan(with_dispatcher(lambda mesh: FixedCapacity(mesh, 24, 5)), LAYOUT, tokens=2)
+    shapes = {c.what: c.shape for c in plan.collectives if c.role is EP}
+    assert shapes["rows to their experts"] == (4 * 5, 16)
+    assert shapes["choices of each expert, and weights"] == (4, 6 + 5)
+    assert "not forecast" not in str(plan)
+
+
+class Own:
+    """A dispatcher that does not say what it will send."""
+
+    num_experts, fixed_shapes, axes = 24, False, ()
+
+    def __init__(self, mesh: MoEMesh) -> None:
+        self.one = AllToAll(mesh, 24)
+        self.dispatch, self.collect = self.one.dispatch, self.one.collect
+
+    def forecast(self, batch: object) -> None:
+        pass
+
+
+def test_a_dispatcher_that_forecasts_nothing_is_left_out_in_one_line() -> None:
+    plan = make_plan(with_dispatcher(Own), LAYOUT, tokens=8)
+    assert plan.not_forecast == (("layer", "Own"),) and plan.collectives == ()
+    assert {row.divisor for row in plan.obligations} == {1} and plan.scales and plan.rows
+    (line,) = (line for line in str(plan).splitlines() if "Own" in line)
+    assert line == "without those of layer: Own does not forecast its collectives"
+
+
 def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "tests.support.layer_targets:small", "--tokens", "5", "--layout"]
     assert main([*words, "dp 2 tp 4 ep 4 etp 2"]) == 0
     said = capsys.readouterr().out
     assert "[2, 2, 1, 0]" in said and "router.weight_ED" in said and "balance_loss" in said
-    assert said.count("all_to_all") == 5
+    assert said.count("all_to_all") == 7
     assert main([*words, "tp 5 ep 5"]) == 1
     assert "fix: num_experts=25" in capsys.readouterr().out
     assert main([*words, "tp 2", "--rank", "2"]) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from typing import Any
 
 import pytest
@@ -312,8 +314,47 @@ def test_ranks_that_disagree_later_are_told_so_too() -> None:
 
 
 def test_an_unknown_role() -> None:
-    with pytest.raises(KeyError, match="PP"):
+    with pytest.raises(MeshError, match=r"mesh\[PP\] is not an axis") as caught:
         _ = MoEMesh.single()[Role("pp")]
+    assert str(caught.value).count("fix: ") == 6
+
+
+def test_the_name_of_an_axis_in_place_of_its_role() -> None:
+    with fake_world(2):
+        users = init_device_mesh("cpu", (2,), mesh_dim_names=("east",))
+        mesh: Any = MoEMesh.from_device_mesh(users, tp="east")
+    for name in ("tp", "east"):
+        with pytest.raises(MeshError, match=rf"MoEMesh: mesh\['{name}'\] is not") as caught:
+            mesh[name]
+        assert re.findall("fix: (.*?)   #", str(caught.value)) == ["mesh[TP]"]
+    for odd in (None, 0, ["tp"]):
+        with pytest.raises(MeshError, match="is not an axis"):
+            mesh[odd]
+
+
+@pytest.mark.parametrize(
+    ("axes", "binding", "fix"),
+    [
+        (("dp_shard", "tp"), {"dp": "dp_shard"}, "tp='tp'"),
+        (("dp", "my_tp_axis"), {"dp": "dp"}, "tp='my_tp_axis'"),
+        (("dp_replicate", "dp_shard"), {"dp": "dp_shard"}, "dp=('dp_replicate', 'dp_shard')"),
+        (("dp_replicate", "dp_shard"), {"dp": "dp_replicate"}, "dp=('dp_replicate', 'dp_shard')"),
+        (("a", "b"), {"dp": "a"}, "cp='b'"),
+        (("a", "dp"), {"dp": "a"}, "dp=('a', 'dp')"),
+        (("a", "b"), {"tp": "a"}, "dp='b'"),
+    ],
+    ids=str,
+)
+def test_an_axis_without_a_role_is_proposed_for_the_role_it_names(
+    axes: tuple[str, str], binding: dict[str, Any], fix: str
+) -> None:
+    with fake_world(4):
+        users = users_mesh(*axes)
+        with pytest.raises(MeshError, match="is bound to no role") as caught:
+            MoEMesh.from_device_mesh(users, **binding)
+        assert re.findall("fix: (.*)", str(caught.value)) == [fix]
+        role, names = fix.split("=")
+        MoEMesh.from_device_mesh(users, **(binding | {role: ast.literal_eval(names)}))
 
 
 def differing_in_a_stage() -> str:

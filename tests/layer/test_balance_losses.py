@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -205,7 +205,7 @@ def run_setting(layout: Layout, setting: Setting, mesh: MoEMesh) -> Results:
 
     xs = [x.requires_grad_() for x in cut(batch())]
     masks = cut(real_tokens(setting)) if setting.masked else [None] * len(STEPS)
-    outs = [layer(x, mask) for x, mask in zip(xs, masks, strict=True)]
+    outs: list[Any] = [layer(x, mask) for x, mask in zip(xs, masks, strict=True)]
     terms = [out.losses for out in outs]
     assert all(t.counts_BE.dtype is torch.int64 and t.tokens_B.dtype is torch.int64 for t in terms)
     assert all(type(t.z_sum) is Tensor for t in terms), "not yet waited for"
@@ -318,7 +318,7 @@ def types_on_rank(layout: Layout) -> list[dict[Role, list[Kind]]]:
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
             declare(tensor, declared[name], mesh)
         with signatures(["spmd_moe"]), checked(mesh):
-            terms = layer(x, mask).losses
+            terms: Any = layer(x, mask).losses
             total = reduce_loss_terms(terms, mesh)
             losses = balance_loss(terms, total, mesh), z_loss(terms, total)
         assert {"loss_terms", "LossTerms.__init__"} <= what_ran()
@@ -351,8 +351,9 @@ def test_rows_without_a_batch_dim_are_one_sequence() -> None:
     layer = MoE(config, mesh)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    losses = []
-    for terms in (layer(x).losses, layer(x[0]).losses):
+    losses, both = [], (layer(x).losses, layer(x[0]).losses)
+    for terms in both:
+        assert terms is not None
         losses.append(balance_loss(terms, reduce_loss_terms(terms, mesh), mesh))
     assert torch.equal(*losses) and losses[0] > 1e-3
 
@@ -365,7 +366,7 @@ def test_a_batch_without_tokens_has_no_loss(shape: tuple[int, ...], balance: Bal
     layer = MoE(config, mesh)
     for parameter in layer.parameters():
         torch.nn.init.ones_(parameter)
-    terms = layer(torch.ones(shape)).losses
+    terms: Any = layer(torch.ones(shape)).losses
     total = reduce_loss_terms(terms, mesh)
     loss = balance_loss(terms, total, mesh) + z_loss(terms, total)
     (gradient,) = torch.autograd.grad(loss, [layer.router.weight_ED])

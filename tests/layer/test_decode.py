@@ -43,9 +43,10 @@ from spmd_moe.layer.grouped_ffn import Weights
 from spmd_moe.layer.grouped_matmul import GroupedMatmul as Matmul
 from spmd_moe.layer.grouped_matmul import LoopedMatmul, Masked, TorchGroupedMM, choose_matmul
 from tests.bench.layer import grad_of
+from tests.support.dispatchers import SHARDED
 from tests.support.layer_cases import VARIANTS, case, layouts
 from tests.support.layer_layouts import Case, Layout
-from tests.support.layer_runs import DISPATCHERS, build, compare, run_rank
+from tests.support.layer_runs import build, compare, run_rank
 from tests.support.simulated_ranks import fake_world
 from tests.support.workers import run
 
@@ -105,7 +106,7 @@ def decoded(this: Case) -> Tensor:
 def test_all_dispatchers_decode_alike(layout: Layout, few: tuple[str, str]) -> None:
     for variant in ("plain", "masked, late, biases"):
         results = []
-        for name in DISPATCHERS:
+        for name in ("", *SHARDED):
             results.append(threaded(layout.world, decoded, decoding(layout, variant, *few, name)))
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):

@@ -28,7 +28,6 @@ from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import EDP, EP, ETP
 from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import Dispatcher
-from spmd_moe.layer.dispatch.pack_scores import pack, unpack
 from spmd_moe.layer.permute import spread
 from tests.support.layer_layouts import Layout, gradient, meaning, part
 from tests.support.operator_log import Operator, operators
@@ -184,36 +183,6 @@ def test_every_expert_gets_its_rows_and_their_weights(
     assert any(rows for got in by_rank for rows in got[0])
 
 
-ROWS_AND_SCORES = list(
-    product(
-        (torch.bfloat16, torch.float16, torch.float32, torch.float64),
-        (torch.float32, torch.float64),
-    )
-)
-
-
-@pytest.mark.parametrize("rows", [0, 1, 5])
-@pytest.mark.parametrize(("row_dtype", "score_dtype"), ROWS_AND_SCORES, ids=str)
-def test_a_row_and_its_weight_travel_as_one(
-    row_dtype: torch.dtype, score_dtype: torch.dtype, rows: int
-) -> None:
-    """Bits are kept both ways, of small and infinite numbers too."""
-    draw = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(rows, D, generator=draw).to(row_dtype) for _ in range(2))
-    scores, grads = (torch.randn(5, generator=draw).to(score_dtype) for _ in range(2))
-    scores[:3] = torch.tensor([float("inf"), -0.0, 1e-45])
-    scores, grads = scores[:rows], grads[:rows]
-    leaves = [x.clone().requires_grad_(), scores.clone().requires_grad_()]
-    packed = pack(*leaves)
-    assert packed.dtype is row_dtype and packed.shape[0] == rows
-    out = unpack(packed, D, score_dtype)
-    came = (*out, *torch.autograd.grad(out, leaves, (g, grads)))
-    for got, want in zip(came, (x, scores, g, grads), strict=True):
-        assert got.dtype is want.dtype and torch.equal(
-            got.view(torch.uint8), want.view(torch.uint8)
-        )
-
-
 # --- what is sent -----------------------------------------------------------------------------
 
 
@@ -223,28 +192,28 @@ WAITS = re.compile("wait_tensor|_wrap_tensor")  # what follows a collective, and
 def sent(ran: list[Operator]) -> list[str]:
     """The collectives, and whether they move counts or rows."""
     found = [o for o in ran if "c10d_functional" in o.name and not WAITS.search(o.name)]
-    kinds = {torch.int64: "counts", torch.float64: "rows"}
+    kinds = {torch.int64: "counts", torch.float64: "rows", torch.float32: "weights"}
     return [f"{o.name.split('::')[1]} of {kinds[o.dtype]}" for o in found if o.dtype is not None]
 
 
 def collectives(world: World, name: str, early: bool) -> tuple[list[str], list[str], list[str]]:
-    """Those of dispatch, of collect, and of backward."""
+    """Those of dispatch, of collect, and of backward. Weights are float32."""
     rank, dispatcher = dist.get_rank(), MAKE[name](mesh_of(world.layout), E)
     x = world.x[rank].clone().requires_grad_()
+    scores = world.scores[rank].to(torch.float32).requires_grad_() if early else None
     routing, slots = routing_of(world.ids[rank])
     with operators() as there:
-        arrived, state = dispatcher.dispatch(
-            x, world.scores[rank] if early else None, routing, slots
-        )
+        arrived, state = dispatcher.dispatch(x, scores, routing, slots)
+    weight = 1 if arrived.scores_R is None else arrived.scores_R.unsqueeze(1)
     with operators() as back:
-        y = dispatcher.collect(made_rows(arrived) * 1, state)
+        y = dispatcher.collect(made_rows(arrived) * weight, state)
     with operators() as backward:
         y.backward(torch.ones_like(y))
     assert x.grad is not None
     return sent(there), sent(back), sent(backward)
 
 
-COUNTS, ROWS = "all_to_all_single of counts", "all_to_all_single of rows"
+COUNTS, ROWS, WEIGHTS = (f"all_to_all_single of {what}" for what in ("counts", "rows", "weights"))
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -255,9 +224,10 @@ COUNTS, ROWS = "all_to_all_single of counts", "all_to_all_single of rows"
 def test_all_to_all_is_one_exchange_of_counts_and_two_of_rows(
     layout: Layout, routing: str, early: bool
 ) -> None:
-    """Weights ride with the rows; backward knows the counts already."""
+    """And one of weights, if experts apply them; backward knows the counts already."""
     runs = threaded(layout.world, collectives, world_of(layout, routing), "all_to_all", early)
-    assert runs == [([COUNTS, ROWS], [ROWS], [ROWS, ROWS])] * layout.world
+    weights = [WEIGHTS] * early
+    assert runs == [([COUNTS, ROWS, *weights], [ROWS], [ROWS, *weights, ROWS])] * layout.world
 
 
 def test_all_to_all_of_one_rank_sends_nothing() -> None:

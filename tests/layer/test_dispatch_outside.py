@@ -31,10 +31,12 @@ from spmd_moe import (
 )
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.layer.dispatch import Arrived
+from spmd_moe.layer.dispatch.forecast import Batch
 from spmd_moe.layer.permute import Slots, spread, take_scores
 from spmd_moe.layer.routing_faults import check_marks
+from tests.support.dispatchers import DISPATCHERS
 from tests.support.layer_layouts import Case, Layout
-from tests.support.layer_runs import DISPATCHERS, compare, run_rank, wanted
+from tests.support.layer_runs import compare, run_rank, wanted
 from tests.support.routings import LAYOUTS, E
 
 
@@ -52,8 +54,11 @@ class Padding:
 class Padded:
     """Exchanges of equal size: as much for every rank as the fullest pair of them needs."""
 
+    fixed_shapes = False
+
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
         self.ep, self.share = mesh[EP], num_experts // mesh[EP].size
+        self.num_experts, self.axes = num_experts, [self.ep]
 
     def dispatch(
         self, x_TD: Tensor, scores_TK: Tensor | None, routing: Routing, slots: Slots
@@ -80,6 +85,9 @@ class Padded:
 
     def collect(self, y_RD: Tensor, state: Padding) -> Tensor:
         return self._send(y_RD, state.got_R, state.sent_N, state.room)
+
+    def forecast(self, batch: Batch) -> None:
+        """Not known: `spmd-moe plan` says so."""
 
     def _send(self, rows: Tensor, at: Tensor, then: Tensor, room: int) -> Tensor:
         equal = [room] * self.ep.size

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from spmd_moe import (
-    AllGather,
-    AllToAll,
     ExpertRecompute,
-    FixedCapacity,
     I,
-    Local,
     MoE,
     MoEConfig,
     MoEMesh,
@@ -29,24 +23,19 @@ from spmd_moe import (
     update_selection_bias,
     z_loss,
 )
+from tests.support.dispatchers import DISPATCHERS, SHARDED
 from tests.support.pretended_device import on_device, pretended_device, to_device
 from tests.support.workers import run
 
 CONFIG = MoEConfig(64, 32, RouterConfig(8, top_k=2))
-DISPATCHERS: dict[str, Any] = {
-    "Local": Local,
-    "AllToAll": lambda mesh: AllToAll(mesh, 8),
-    "AllGather": lambda mesh: AllGather(mesh, 8),
-    "FixedCapacity": lambda mesh: FixedCapacity(mesh, 8, 12),
-}
-WAITS = {"Local": 0, "AllToAll": 1, "AllGather": 1, "FixedCapacity": 0}
+WAITS = {"local": 0, "all_to_all": 1, "all_gather": 1, "fixed": 0}
 
 
 def waits(
     mesh: MoEMesh, name: str, config: MoEConfig = CONFIG, given: str = "", again: bool = False
 ) -> tuple[list[str], list[str], list[str]]:
     """The waits of a forward, of the losses of a step, and of backward."""
-    layer = MoE(config, mesh, DISPATCHERS[name](mesh))
+    layer = MoE(config, mesh, DISPATCHERS[name](mesh, 8))
     init_weights(layer, mesh, seed=0)
     layer.to(torch.bfloat16)
     if again:
@@ -79,7 +68,7 @@ def waits(
 def test_one_process(name: str, given: str) -> None:
     """At most one more for a mask or ids, none with fixed shapes."""
     forward, losses, backward = waits(MoEMesh.single(), name, given=given)
-    more = 1 if given and name != "FixedCapacity" else 0
+    more = 1 if given and name != "fixed" else 0
     assert (len(forward), losses, backward) == (WAITS[name] + more, [], []), forward
 
 
@@ -100,7 +89,7 @@ def test_options_add_nothing(dtype: torch.dtype) -> None:
         shared=SharedConfig(32, gated=True),
         balance="batch",
     )
-    assert waits(MoEMesh.single(), "Local", config) == ([], [], [])
+    assert waits(MoEMesh.single(), "local", config) == ([], [], [])
 
 
 def over_ranks(tp: int, name: str) -> tuple[int, list[str], list[str]]:
@@ -114,7 +103,7 @@ def over_ranks(tp: int, name: str) -> tuple[int, list[str], list[str]]:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["AllToAll", "AllGather", "FixedCapacity"])
+@pytest.mark.parametrize("name", SHARDED)
 def test_over_ranks(name: str, tp: int) -> None:
     assert run(4, over_ranks, tp, name) == [(WAITS[name], [], [])] * 4
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_choices_of_no_expert(balance: Literal["batch", "sequence"], masked: boo
     layer = MoE(MoEConfig(6, 8, RouterConfig(EXPERTS, 2), balance=balance), mesh)
     init_weights(layer, mesh, seed=0, std=1.0)
     x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
-    out = layer(x, MASK if masked else None, IDS)
+    out: Any = layer(x, MASK if masked else None, IDS)
     found = balance_loss(out.losses, reduce_loss_terms(out.losses, mesh), mesh)
 
     probs = (x @ layer.router.weight_ED.T).softmax(-1)

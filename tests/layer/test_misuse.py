@@ -177,13 +177,18 @@ def test_local_is_for_whole_experts(axis: str, sizes: tuple[int, int]) -> None:
     assert text == f"Local: the experts are sharded on axis '{axis}' (2 ranks)."
 
 
-def test_a_dispatcher_of_ones_own_need_not_say_how_many() -> None:
+def test_a_dispatcher_of_ones_own_may_serve_any_number_of_experts() -> None:
     class Own:
-        """Local under another name, which says nothing of itself."""
+        """Local under another name, which forecasts nothing."""
+
+        num_experts, fixed_shapes, axes = None, False, ()
 
         def __init__(self, mesh: MoEMesh) -> None:
             self._local = Local(mesh)
             self.collect = self._local.collect
+
+        def forecast(self, batch: object) -> None:
+            pass
 
         def dispatch(self, *given: Any) -> tuple[Arrived, None]:
             return self._local.dispatch(*given)
@@ -198,6 +203,7 @@ def test_a_dispatcher_of_ones_own_need_not_say_how_many() -> None:
 
 ALONE = MoEMesh.single()
 NUMBER = "it must be an integer of 1 or more."
+ROOM = f"it must be an integer from 1 to {2**24}."
 
 
 def made(kind: Any, *given: object, **settings: object) -> tuple[Any, Any, Any]:
@@ -205,8 +211,12 @@ def made(kind: Any, *given: object, **settings: object) -> tuple[Any, Any, Any]:
 
 
 OTHER_KINDS = {
-    f"FixedCapacity: rows_per_rank is 2.5; {NUMBER}": made(FixedCapacity, ALONE, 8, 2.5),
-    f"FixedCapacity: rows_per_rank is None; {NUMBER}": made(FixedCapacity, ALONE, 8, None),
+    f"FixedCapacity: rows_per_rank is 2.5; {ROOM}": made(FixedCapacity, ALONE, 8, 2.5),
+    f"FixedCapacity: rows_per_rank is None; {ROOM}": made(FixedCapacity, ALONE, 8, None),
+    # float32, in which counts travel, holds no odd number above it
+    f"FixedCapacity: rows_per_rank is {2**24 + 1}; {ROOM}": made(
+        FixedCapacity, ALONE, 8, 2**24 + 1
+    ),
     f"FixedCapacity: num_experts is 8.0; {NUMBER}": made(FixedCapacity, ALONE, 8.0, 2),
     f"AllToAll: num_experts is '8'; {NUMBER}": made(AllToAll, ALONE, "8"),
     f"AllGather: num_experts is True; {NUMBER}": made(AllGather, ALONE, True),

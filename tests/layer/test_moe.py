@@ -18,9 +18,10 @@ from spmd_moe.core.placement import R
 from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
 from spmd_moe.layer.router import RouterConfig
 from spmd_moe.train.init_weights import init_weights
+from tests.support.dispatchers import make_dispatcher
 from tests.support.layer_cases import EXPERTS, FACTORS, WIDE, WORLDS, case, choices, layouts
 from tests.support.layer_layouts import Case, Layout
-from tests.support.layer_runs import DISPATCHERS, compare, run_rank, run_typed, wanted
+from tests.support.layer_runs import compare, run_rank, run_typed, wanted
 from tests.support.operator_log import operators
 from tests.support.workers import run
 
@@ -132,7 +133,7 @@ SCATTERED = {"all_to_all": 1 + 2 + 1, "all_gather": 2 + 4 + 1}
 def sums_over_ranks(config: MoEConfig, dispatcher: str) -> Counter[str]:
     """The sums over ranks that a step of a bf16 layer takes, with their dtypes."""
     mesh = MoEMesh.init("cpu", dp=2, tp=2, ep=2, etp=2)
-    made = DISPATCHERS[dispatcher](mesh, config.router.num_experts)
+    made = make_dispatcher(dispatcher, mesh, config.router.num_experts)
     layer = MoE(config, mesh, made).to(torch.bfloat16)
     init_weights(layer, mesh, seed=0)
     with operators() as ran:

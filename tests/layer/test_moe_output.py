@@ -4,8 +4,14 @@ FSDP, torch.compile.
 
 from __future__ import annotations
 
+import copy
+import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +30,7 @@ from torch.utils._pytree import (
 from torch.utils.checkpoint import checkpoint
 
 from spmd_moe.check.thread_ranks import threaded
+from spmd_moe.core.errors import OutputError
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DP, I, Kind, R, S
 from spmd_moe.layer.balance_losses import LossTerms, Totals, balance_loss, reduce_loss_terms, z_loss
@@ -32,6 +39,7 @@ from spmd_moe.layer.router import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.support.workers import run
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = MoEConfig(8, 12, RouterConfig(4, top_k=2), balance="batch")
 TOKENS = 10
 # Dynamo makes an object of every autograd function that it traces, which torch itself warns of.
@@ -93,8 +101,8 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def test_the_record_is_a_tree() -> None:
     mesh = MoEMesh.single()
     out = Block(mesh)(tokens())
-    copy = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, out)
-    assert isinstance(copy, MoEOutput) and isinstance(copy.losses, LossTerms)
+    clone = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, out)
+    assert isinstance(clone, MoEOutput) and isinstance(clone.losses, LossTerms)
     leaves, spec = tree_flatten(out)
     assert sum(isinstance(leaf, Tensor) for leaf in leaves) == 7
     back = tree_unflatten(leaves, spec)
@@ -109,6 +117,87 @@ def test_the_record_without_losses_is_a_tree() -> None:
     init_weights(layer, layer.mesh, seed=0)
     out = tree_map(torch.zeros_like, layer(tokens()))
     assert out.losses is None and out.counts_E.tolist() == [0] * 4
+
+
+def block_output() -> Any:
+    return Block(MoEMesh.single())(tokens())
+
+
+USES: dict[str, Callable[[Any], object]] = {
+    "torch's add": lambda out: tokens() + out,
+    "torch's sub": lambda out: torch.sub(tokens(), out),
+    "torch's linear": nn.Sequential(nn.Linear(8, 4)),
+    "torch's layer_norm": nn.LayerNorm(8),
+    "torch's cat": lambda out: torch.cat([tokens(), out]),
+    "`+`": lambda out: out + 1.0,
+    "`*`": lambda out: 2 * out,
+    "`@`": lambda out: out @ tokens().T,
+    "`[]`": lambda out: out[0],
+    "`.sum`": lambda out: out.sum(),
+    "`.shape`": lambda out: out.shape,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_record_used_as_a_tensor_names_hidden(use: str) -> None:
+    out = block_output()
+    with pytest.raises(OutputError) as raised:
+        USES[use](out)
+    first, *_, fix, at = str(raised.value).splitlines()
+    assert first == f"MoE.forward: the result is an MoEOutput, but {use} needs a tensor."
+    assert (".hidden" in fix and "test_moe_output.py" in at) or "torch" in at
+
+
+def test_names_that_no_tensor_has_are_missing_as_from_any_object() -> None:
+    out = block_output()
+    with pytest.raises(AttributeError, match="'MoEOutput' object has no attribute 'hiden'") as got:
+        _ = out.hiden
+    assert not isinstance(got.value, OutputError)
+    assert not hasattr(out, "shape") and getattr(out, "grad_fn", None) is None
+    with pytest.raises(FrozenInstanceError):
+        out.hidden = out.hidden
+
+
+def test_the_record_is_copied_and_pickled() -> None:
+    out = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, block_output())
+    for other in (copy.copy(out), copy.deepcopy(out), pickle.loads(pickle.dumps(out))):
+        assert isinstance(other, MoEOutput) and torch.equal(other.hidden, out.hidden)
+
+
+SNIPPET = """
+from typing import Any
+from spmd_moe import MoE
+
+def used(moe: MoE, x: Any) -> None:
+    reveal_type(moe(x))
+    reveal_type(moe(x, mask=x, expert_ids=None))
+    moe(x) + 1
+    moe(x).sum()
+    moe(x).hiden
+    moe(x, masks=x)
+"""
+
+
+def test_plain_mypy_knows_what_a_call_returns(tmp_path: Path) -> None:
+    """Without the plugin; and the errors of misuse are not hidden from it."""
+    (tmp_path / "snippet.py").write_text(SNIPPET.lstrip())
+    (tmp_path / "mypy.ini").write_text(  # torch is not read, which would take a minute
+        f"[mypy]\nmypy_path={ROOT}\nfollow_imports=silent\n"
+        "[mypy-torch.*,spmd_types.*]\nfollow_imports=skip\n"
+    )
+    words = ["--config-file", "mypy.ini", "--no-error-summary", "snippet.py"]
+    command = [sys.executable, "-m", "mypy", *words]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = re.findall(r"snippet.py:(\d+): (?:note: (Revealed.*)|error: .*\[(.*)\])", ran.stdout)
+    revealed = 'Revealed type is "spmd_moe.layer.moe_output.MoEOutput"'
+    assert [line for line in found if line[0] != "9" or line[2]] == [
+        ("5", revealed, ""),
+        ("6", revealed, ""),
+        ("7", "", "operator"),
+        ("8", "", "attr-defined"),
+        ("9", "", "attr-defined"),
+        ("10", "", "call-arg"),
+    ], ran.stdout + ran.stderr
 
 
 def views(src: Kind, dst: Kind, shape: Sequence[int], training: bool) -> list[str]:

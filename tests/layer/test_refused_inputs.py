@@ -160,7 +160,9 @@ def test_stored_layers_raise(blocks: str) -> None:
 def typed(dispatcher: Any, degrees: dict[str, int], src: Kind, bad: str) -> list[str]:
     layer = made(degrees, replace(CONFIG, src=src, dst=src), dispatcher)
     inputs = BAD[bad] if dist.get_rank() == 1 else (X, MASK, IDS)
-    given = [None if x is None else x.clone() for x in inputs]  # kinds belong to a tensor
+    given: list[Any] = [
+        None if x is None else x.clone() for x in inputs
+    ]  # kinds belong to a tensor
     declare_all(layer, given)
     with checked(layer.mesh):
         try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,24 +13,17 @@ from torch import Tensor, nn
 from spmd_moe.check.signatures import axis, checked, declare, signatures, what_ran
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import CP, DENSE, DP, EXPERT, TP, P, Placement, V, placements_of
-from spmd_moe.layer.dispatch import AllGather, AllToAll, FixedCapacity
 from spmd_moe.layer.moe import MoE, MoEOutput
 from tests.support import layer_oracle as oracle
+from tests.support.dispatchers import make_dispatcher
 from tests.support.layer_layouts import Case, gradient, meaning, part
-
-DISPATCHERS: dict[str, Callable[[MoEMesh, int], Any]] = {
-    "": lambda mesh, num_experts: None,  # what the layer chooses by itself
-    "all_to_all": AllToAll,
-    "all_gather": AllGather,
-    "fixed": lambda mesh, num_experts: FixedCapacity(mesh, num_experts, 40),
-}
 
 
 def build(case: Case) -> MoE:
     """The layer of this rank, with its part of the case's weights."""
     lay, rank = case.layout, dist.get_rank()
     mesh = MoEMesh.init("cpu", dp=lay.dp, cp=lay.cp, tp=lay.tp, ep=lay.ep, etp=lay.etp)
-    dispatcher = DISPATCHERS[case.dispatcher](mesh, case.config.router.num_experts)
+    dispatcher = make_dispatcher(case.dispatcher, mesh, case.config.router.num_experts)
     layer = MoE(case.config, mesh, dispatcher).to(torch.float64)
     declared, state = placements(layer), layer.state_dict(keep_vars=True)
     with torch.no_grad():
@@ -69,16 +61,15 @@ def run_typed(case: Case) -> dict[str, Tensor]:
         return run_rank(case, typed=True)
 
 
-def forward(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
-    out: MoEOutput = layer(*inputs)
-    return out
+def forward(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> MoEOutput:
+    return layer(x, *more)
 
 
-def forward_typed(case: Case, layer: MoE, *inputs: Tensor | None) -> MoEOutput:
+def forward_typed(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> MoEOutput:
     """The forward under the strict checker, every signature checked, and the output's type too."""
-    declare_all(layer, inputs)
+    declare_all(layer, (x, *more))
     with checked(layer.mesh):
-        out = forward(case, layer, *inputs)
+        out = forward(case, layer, x, *more)
     assert {"Experts.forward", "combine"} <= what_ran()
     if case.layout.tp > 1:
         have = get_local_type(out.hidden)[MeshAxis.of(layer.mesh[TP].group)]

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import EP, ExpertInWeight, ExpertOutWeight, Placement, placement_of
-from spmd_moe.layer.dispatch import AllGather, AllToAll, Arrived, Dispatcher, Local
+from spmd_moe.layer.dispatch import Arrived
 from spmd_moe.layer.permute import Slots, sort_by_expert
 from spmd_moe.layer.router import Routing, count_choices
+from tests.support.dispatchers import DISPATCHERS
 from tests.support.layer_layouts import Layout
 
 E, D, F = 4, 3, 2
@@ -30,12 +30,7 @@ def declared(annotation: object) -> Placement:
 
 W1, W2 = declared(ExpertInWeight), declared(ExpertOutWeight)
 
-Make = Callable[[MoEMesh, int], Dispatcher[Any]]
-MAKE: dict[str, Make] = {
-    "local": lambda mesh, num_experts: Local(mesh),
-    "all_to_all": AllToAll,
-    "all_gather": AllGather,
-}
+MAKE = {name: make for name, make in DISPATCHERS.items() if name != "fixed"}  # exact sizes
 LAYOUTS = [
     Layout(),
     Layout(dp=2),

@@ -7,9 +7,11 @@ on most ranks anyway.
 # Shape letters in this file (a small letter is this rank's share of the capital):
 #   T  tokens of all ranks of ep and etp    t  tokens of this rank    K  experts per token
 #   D  model width    R  rows at this rank's experts    E  experts    e  experts on this rank
+#   i  ranks of ep    j  ranks of etp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -20,13 +22,26 @@ from spmd_moe.core.collectives import declare_sum
 from spmd_moe.core.dtypes import sum_dtype
 from spmd_moe.core.host_reads import read_ints
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.placement import EP, ETP, AllTokens, P, Placed, R, Rows, RowSums, S, Tokens
+from spmd_moe.core.placement import (
+    EP,
+    ETP,
+    AllTokens,
+    GatheredRows,
+    P,
+    Placed,
+    R,
+    Rows,
+    RowSums,
+    S,
+    Tokens,
+)
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer import routing_faults
+from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.layer.permute import Slots, from_slots, sort_by_expert, spread, take_scores, to_slots
-from spmd_moe.layer.router import Routing, count_choices
+from spmd_moe.layer.router import Routing
 
 
 @final
@@ -43,6 +58,8 @@ class Gathered:
 class AllGather:
     """The dispatcher that moves every token to every rank of ep and etp."""
 
+    fixed_shapes = False
+
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
         experts_of_a_rank("AllGather", mesh, num_experts)
         self.axes, self.ep = [mesh[role] for role in (ETP, EP)], mesh[EP]
@@ -51,26 +68,31 @@ class AllGather:
     def dispatch(
         self, x_tD: Tokens, scores_tK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, Gathered]:
-        return self._arrive(x_tD, scores_tK, routing.expert_ids_TK, routing.fault, slots)
+        ids_tK, counts_E = routing.expert_ids_TK, routing.counts_E
+        return self._arrive(x_tD, scores_tK, ids_tK, counts_E, routing.fault, slots)
 
     # Only for its signature, as is said in protocol.py: rows are of the expert mesh from here on.
     def _arrive(
-        self, x_tD: Rows, scores_tK: Rows | None, expert_ids_tK: Rows, marked: Rows, own: Slots
+        self,
+        x_tD: Rows,
+        scores_tK: Rows | None,
+        expert_ids_tK: Rows,
+        counts_E: Rows,
+        marked: Rows,
+        own: Slots,
     ) -> tuple[Arrived, Gathered]:
-        shapes = self._count(expert_ids_tK, marked)
-        ids_TK, all_E = self._gather(expert_ids_tK, shapes), torch.arange(self.num_experts)
-        own_e: Placed[Tensor, EP[S[0]]] = redistribute(
-            all_E.to(ids_TK.device), self.ep, src=R, dst=S(0)
-        )
+        shapes, rows, counts_e = self._count(expert_ids_tK, counts_E, marked)
+        ids_TK = self._gather(expert_ids_tK, shapes)
+        all_E = torch.arange(self.num_experts, device=ids_TK.device)
+        own_e: Placed[Tensor, EP[S[0]]] = redistribute(all_E, self.ep, src=R, dst=S(0))
         local_TK = ids_TK - own_e.select(0, 0)
         elsewhere_TK = (local_TK < 0) | (local_TK >= own_e.shape[0])
-        local_TK = torch.where(elsewhere_TK, -1, local_TK)
-        here = sort_by_expert(local_TK, every_slot=False)
+        here = sort_by_expert(torch.where(elsewhere_TK, -1, local_TK), every_slot=False, rows=rows)
         # spmd: allow argument - taken by places that are each rank's own, what is whole becomes V
         arrived = Arrived(
             spread(self._gather(x_tD, shapes), here),
             None if scores_tK is None else take_scores(self._gather(scores_tK, shapes), here),
-            count_choices(local_TK, own_e.shape[0]),
+            counts_e,
         )
         return arrived, Gathered(shapes, here, own)
 
@@ -78,25 +100,67 @@ class AllGather:
         y = declare_sum(to_slots(y_RD, state.here), self.ep)  # each slot's row is on one rank
         choices = state.own.row_TK.shape[1]  # spmd: allow unknown - only its shape is read
         for axis, shape in reversed(list(zip(self.axes, state.shapes, strict=True))):
-            slots = ShardShape.ragged([tokens * choices for tokens in shape.sizes])
+            slots = _times(shape, choices)
             y = redistribute(y, axis, src=P, dst=S(0), shape=slots, dtype=sum_dtype(y))
         return from_slots(y, state.own)
 
-    def _count(self, expert_ids_tK: Rows, marked: Rows) -> list[ShardShape]:
-        """How many tokens each rank has; along ep, how many all ranks of its etp group have."""
+    def forecast(self, batch: Batch) -> Iterator[Collective]:
+        (etp, ep), dim, wide = self.axes, [batch.dim], batch.wide
+        by_etp = ShardShape.ragged(batch.tokens_ij[ep.rank])
+        by_ep = ShardShape.ragged([sum(of_etp) for of_etp in batch.tokens_ij])
+        axes = [(etp, by_etp), (ep, by_ep)]
+        slots = [(axis, _times(rows, batch.top_k)) for axis, rows in axes]
+        travel = [("choices", [batch.top_k], torch.int64), ("tokens", dim, batch.dtype)]
+        if batch.score_dtype is not None:
+            travel.append(("weights", [batch.top_k], batch.score_dtype))
+
+        what, marks = "how many tokens and choices each rank has", 1
+        for axis, _ in axes:
+            shape = (1, 1 + self.num_experts + marks)
+            yield from one("forward", what, "all_gather", axis, shape, torch.int64)
+            marks *= axis.size
+        for name, tail, dtype in travel:
+            for axis, rows in axes:
+                what = f"{name} to all ranks"
+                yield from gather("forward", what, axis, rows, tail, dtype)
+        for axis, rows in reversed(slots):
+            yield from scatter("forward", "rows back to their tokens", axis, rows, dim, wide)
+        for axis, rows in slots:
+            yield from gather("backward", "gradient of rows", axis, rows, dim, batch.dtype)
+        for name, tail, dtype in reversed(travel[1:]):
+            summed = torch.promote_types(dtype, torch.float32)
+            for axis, rows in reversed(axes):
+                yield from scatter("backward", f"gradient of {name}", axis, rows, tail, summed)
+
+    def _count(
+        self, expert_ids_tK: Rows, counts_E: Rows, marked: Rows
+    ) -> tuple[list[ShardShape], int, GatheredRows]:
+        """The tokens of each rank (along ep, of its etp group), and the rows of the experts here.
+
+        The host reads once, after all ranks have been heard.
+        """
         tokens = torch.ones_like(expert_ids_tK.select(1, 0)).sum(0, keepdim=True)
-        told = torch.stack([tokens, marked.view(1)], 1)  # and then the marks of all ranks so far
-        shapes, marks = [], [0]
+        head, behind = 1 + self.num_experts, 1  # numbers to add up, then marks to keep apart
+        told = torch.cat([tokens, counts_E, marked.view(1)]).unsqueeze(0)
+        tokens_of_axes = []
         for axis in self.axes:
             per_rank = redistribute(told, axis, src=S(0), dst=R)
-            ints = read_ints(per_rank.t().flatten())
-            rows, marks = ints[: axis.size], ints[axis.size :]
-            shapes.append(ShardShape.ragged(rows))
-            here, seen = per_rank.narrow(1, 0, 1), per_rank.narrow(1, 1, told.shape[1] - 1)
+            tokens_of_axes.append(per_rank.select(1, 0))
+            sums, marks = per_rank.narrow(1, 0, head).sum(0), per_rank.narrow(1, head, behind)
+            behind = behind * axis.size
             # spmd: allow branch - with each round it is whole on one more axis
-            told = torch.cat([here.sum(0), seen.flatten()]).unsqueeze(0)
-        routing_faults.check_marks(marks, self.axes, self.num_experts)
-        return shapes
+            told = torch.cat([sums, marks.t().flatten()]).unsqueeze(0)
+        told_E = told.select(0, 0).narrow(0, 1, self.num_experts)
+        counts_e = redistribute(told_E, self.ep, src=R, dst=S(0))
+        marks = told.select(0, 0).narrow(0, head, behind)
+        ints = read_ints(torch.cat([*tokens_of_axes, counts_e.sum(0, keepdim=True), marks]))
+        shapes = []
+        for axis in self.axes:
+            shapes.append(ShardShape.ragged(ints[: axis.size]))
+            ints = ints[axis.size :]
+        rows, *faults = ints
+        routing_faults.check_marks(faults, self.axes, self.num_experts)
+        return shapes, rows, counts_e
 
     def _gather(self, x: Rows, shapes: list[ShardShape]) -> AllTokens:
         gathered = x
@@ -105,3 +169,7 @@ class AllGather:
                 gathered, axis, src=S(0), dst=R, shape=shape, grad_dtype=sum_dtype(x)
             )
         return gathered
+
+
+def _times(rows: ShardShape, factor: int) -> ShardShape:
+    return ShardShape.ragged([n * factor for n in rows.sizes])

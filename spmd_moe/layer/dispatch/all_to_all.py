@@ -1,7 +1,11 @@
 """Rows travel to the ranks that have their experts, and back: one exchange each way.
 
-Before that, every rank tells the ranks of its ep group how many rows they will get. The host reads
-the answer, for which it waits; where all slots have experts, it waits for the device nowhere else.
+Before that, every rank sends the ranks of its ep group the number of rows they will get. The host
+reads the answer, for which it waits; where all slots have experts, it waits nowhere else.
+
+Router weights have an exchange of their own, in their own dtype. To append their bits to bf16 rows
+would save that exchange, but takes two more passes over all rows, and a compiler that computes bf16
+in float32 (Inductor) does not keep the bits.
 """
 
 # Shape letters in this file (a small letter is this rank's share of the capital):
@@ -9,9 +13,11 @@ the answer, for which it waits; where all slots have experts, it waits for the d
 #   E  experts   e  experts on this rank
 #   M  rows that this rank receives itself    R  rows at its experts: those of all etp ranks
 #   S  ranks whose rows those are, ep ranks of each etp rank in turn
+#   i  ranks of ep    j  ranks of etp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -25,7 +31,7 @@ from spmd_moe.core.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, 
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer import routing_faults
-from spmd_moe.layer.dispatch.pack_scores import pack, unpack
+from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.layer.permute import Slots, expert_major, inverse, reorder, spread, take_scores
 from spmd_moe.layer.router import Routing
@@ -56,6 +62,8 @@ class InTransit:
 class AllToAll:
     """The dispatcher for experts sharded on ep and on etp, either of which may have size 1."""
 
+    fixed_shapes = False
+
     def __init__(self, mesh: MoEMesh, num_experts: int) -> None:
         self.num_experts = num_experts
         self.num_local = experts_of_a_rank("AllToAll", mesh, num_experts)
@@ -70,11 +78,10 @@ class AllToAll:
         sent = torch.cat([routing.counts_E.view(ranks, e), marks], 1)
         got = exchange(sent, self.ep.group, receives=[1] * ranks, sends=[1] * ranks)
         counted = self._count(sent, got)
-        rows_ND = spread(x_TD, slots)
-        if scores_TK is None:
-            return self._arrive(self._send(rows_ND, counted), None, counted)
-        packed = pack(rows_ND, take_scores(scores_TK, slots))
-        rows_MD, scores_M = unpack(self._send(packed, counted), x_TD.shape[1], scores_TK.dtype)
+        rows_MD = self._send(spread(x_TD, slots), counted)
+        scores_M = None
+        if scores_TK is not None:  # after the rows: reordering those need not wait for it
+            scores_M = self._send(take_scores(scores_TK, slots), counted)
         return self._arrive(rows_MD, scores_M, counted)
 
     def collect(self, y_RD: RowSums, state: InTransit) -> Tokens:
@@ -85,8 +92,55 @@ class AllToAll:
         )
         return exchange(y_MD, self.ep.group, receives=counted.sends, sends=counted.receives)
 
-    def _send(self, rows_ND: Tokens, counted: Counted) -> Rows:
-        return exchange(rows_ND, self.ep.group, receives=counted.receives, sends=counted.sends)
+    def forecast(self, batch: Batch) -> Iterator[Collective]:
+        ep, etp, dim, wide = self.ep, self.etp, [batch.dim], batch.wide
+        dtype, scores = batch.dtype, batch.score_dtype
+        by_ep = [self._arriving(batch, i, etp.rank) for i in range(ep.size)]
+        at_etp = ShardShape.ragged([self._arriving(batch, ep.rank, j) for j in range(etp.size)])
+        sent, mine = sum(batch.counts_ijE[ep.rank][etp.rank]), by_ep[ep.rank]
+        even, there, back = len(set(by_ep)) == 1, (sent, *dim), (mine, *dim)
+
+        what, shape = "choices of each expert", (ep.size, self.num_local + 1)
+        yield from one("forward", what, "all_to_all", ep, shape, torch.int64)
+        yield from one("forward", what, "all_gather", etp, shape, torch.int64)
+        what = "rows to their experts"
+        yield from one("forward", what, "all_to_all", ep, there, dtype, even)
+        if scores is not None:
+            what = "weights to their experts"
+            yield from one("forward", what, "all_to_all", ep, [sent], scores, even)
+        what = "rows to every slice of an expert"
+        yield from gather("forward", what, etp, at_etp, dim, dtype)
+        if scores is not None:
+            what = "weights to every slice of an expert"
+            yield from gather("forward", what, etp, at_etp, [], scores)
+        what = "sums over the slices of an expert"
+        yield from scatter("forward", what, etp, at_etp, dim, wide)
+        what = "rows back to their tokens"
+        yield from one("forward", what, "all_to_all", ep, back, dtype, even)
+
+        what = "gradient of rows, to their experts"
+        yield from one("backward", what, "all_to_all", ep, there, dtype, even)
+        what = "gradient of rows, to every slice"
+        yield from gather("backward", what, etp, at_etp, dim, dtype)
+        if scores is not None:
+            what = "gradient of weights, summed"
+            yield from scatter("backward", what, etp, at_etp, [], scores)
+        what = "gradient of rows, summed"
+        yield from scatter("backward", what, etp, at_etp, dim, wide)
+        if scores is not None:
+            what = "gradient of weights, to their tokens"
+            yield from one("backward", what, "all_to_all", ep, [mine], scores, even)
+        what = "gradient of rows, to their tokens"
+        yield from one("backward", what, "all_to_all", ep, back, dtype, even)
+
+    def _arriving(self, batch: Batch, i: int, j: int) -> int:
+        """Rows that the ranks of its ep group send to the rank at i on ep and j on etp."""
+        first = i * self.num_local
+        senders = (of_ep[j] for of_ep in batch.counts_ijE)
+        return sum(sum(counts[first : first + self.num_local]) for counts in senders)
+
+    def _send(self, x: Tokens, counted: Counted) -> Rows:
+        return exchange(x, self.ep.group, receives=counted.receives, sends=counted.sends)
 
     def _count(self, sent: Rows, got: Rows) -> Counted:
         """From the rows that this rank sends to and gets from each expert: all sizes at once."""

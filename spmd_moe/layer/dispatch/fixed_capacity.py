@@ -8,6 +8,9 @@ Every rank has room for `rows_per_rank` rows to each rank of its ep group, and s
 What finds no room is counted on the device and reported as dropped; its share of the output is 0.
 Padding is there between `_fill` and its counterpart in `collect`: at the experts it stands behind
 all rows and belongs to none of them.
+
+Sizes being fixed, counts and router weights share one exchange before the rows, the counts as
+numbers of the weights' dtype: float32 holds them exactly, and no bits are reinterpreted.
 """
 
 # Shape letters in this file (a small letter is this rank's share of the capital):
@@ -18,6 +21,7 @@ all rows and belongs to none of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -29,8 +33,9 @@ from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
 from spmd_moe.core.redistribute import redistribute
+from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.core.validate import is_positive_int
-from spmd_moe.layer.dispatch.pack_scores import pack, unpack
+from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.layer.permute import Slots, inverse, place, reorder, spread, take_scores
 from spmd_moe.layer.router import Routing
@@ -47,6 +52,10 @@ class InBuffers:
     back_R: GatheredRows
 
 
+# float32 holds every integer up to here.
+_MOST_ROWS = 1 << 24
+
+
 @final
 class FixedCapacity:
     """The dispatcher of static shapes, for decoding. `rows_per_rank` is the same on all ranks."""
@@ -56,11 +65,12 @@ class FixedCapacity:
     def __init__(self, mesh: MoEMesh, num_experts: int, rows_per_rank: int) -> None:
         where = "FixedCapacity"
         self.num_local = experts_of_a_rank(where, mesh, num_experts, rows_per_rank=rows_per_rank)
-        if not is_positive_int(rows_per_rank):
+        if not is_positive_int(rows_per_rank) or rows_per_rank > _MOST_ROWS:
             raise ConfigError(
                 explain(
                     where,
-                    f"rows_per_rank is {rows_per_rank!r}; it must be an integer of 1 or more",
+                    f"rows_per_rank is {rows_per_rank!r}; it must be an integer from 1 to "
+                    f"{_MOST_ROWS}",
                     why="it is the number of rows that one rank can send to another",
                     fixes=["rows_per_rank=tokens * top_k   # what a rank has: all rows find room"],
                 )
@@ -77,15 +87,14 @@ class FixedCapacity:
         row_B, place_N = self._fill(counts_Se, slots.slot_N.shape[0])
         sent_Se = self._with_room(counts_Se)
         dropped = counts_Se.sum() - sent_Se.sum()
-        told_Se = self._send(sent_Se, 1)
-        rows_ND = spread(x_TD, slots)
-        if scores_TK is None:
-            rows_BD = self._send(place(rows_ND, row_B, place_N), self.room)
-            arrived, order_R, back_R = self._arrive(rows_BD, None, told_Se, dropped)
-        else:
-            packed = place(pack(rows_ND, take_scores(scores_TK, slots)), row_B, place_N)
-            got = unpack(self._send(packed, self.room), x_TD.shape[1], scores_TK.dtype)
-            arrived, order_R, back_R = self._arrive(*got, told_Se, dropped)
+        head = sent_Se
+        if scores_TK is not None:
+            scores_B = place(take_scores(scores_TK, slots), row_B, place_N)
+            scores_SC = scores_B.view(self.ep.size, self.room)
+            head = torch.cat([sent_Se.to(scores_TK.dtype), scores_SC], 1)
+        got = self._send(head, 1)
+        rows_BD = self._send(place(spread(x_TD, slots), row_B, place_N), self.room)
+        arrived, order_R, back_R = self._arrive(got, rows_BD, dropped)
         return arrived, InBuffers(row_B, place_N, order_R, back_R)
 
     def collect(self, y_RD: RowSums, state: InBuffers) -> Tokens:
@@ -93,16 +102,56 @@ class FixedCapacity:
         y_BD = redistribute(y_RD, self.etp, src=P, dst=S(0), dtype=sum_dtype(y_RD))
         return self._take_out(self._send(y_BD, self.room), state.place_N, state.row_B)
 
+    def forecast(self, batch: Batch) -> Iterator[Collective]:
+        ep, etp, dim, wide = self.ep, self.etp, [batch.dim], batch.wide
+        dtype, scores = batch.dtype, batch.score_dtype
+        heads = ShardShape.ragged([ep.size] * etp.size)
+        buffers = ShardShape.ragged([ep.size * self.room] * etp.size)
+        buffer = (ep.size * self.room, *dim)
+        head = [self.num_local + (0 if scores is None else self.room)]
+        head_dtype = scores or torch.int64
+        named = "choices of each expert" + ("" if scores is None else ", and weights")
+
+        yield from one("forward", named, "all_to_all", ep, (ep.size, *head), head_dtype)
+        what = "rows to their experts"
+        yield from one("forward", what, "all_to_all", ep, buffer, dtype)
+        yield from gather("forward", named, etp, heads, head, head_dtype)
+        what = "rows to every slice of an expert"
+        yield from gather("forward", what, etp, buffers, dim, dtype)
+        what = "sums over the slices of an expert"
+        yield from scatter("forward", what, etp, buffers, dim, wide)
+        what = "rows back to their tokens"
+        yield from one("forward", what, "all_to_all", ep, buffer, dtype)
+
+        what = "gradient of rows, to their experts"
+        yield from one("backward", what, "all_to_all", ep, buffer, dtype)
+        what = "gradient of rows, to every slice"
+        yield from gather("backward", what, etp, buffers, dim, dtype)
+        what = "gradient of rows, summed"
+        yield from scatter("backward", what, etp, buffers, dim, wide)
+        if scores is not None:
+            what = "gradient of weights, summed"
+            yield from scatter("backward", what, etp, heads, head, scores)
+        what = "gradient of rows, to their tokens"
+        yield from one("backward", what, "all_to_all", ep, buffer, dtype)
+        if scores is not None:
+            what = "gradient of weights, to their tokens"
+            yield from one("backward", what, "all_to_all", ep, (ep.size, *head), scores)
+
     def _arrive(
-        self, rows_BD: Rows, scores_B: Rows | None, told_Se: Rows, dropped: Tokens
+        self, head: Rows, rows_BD: Rows, dropped: Tokens
     ) -> tuple[Arrived, GatheredRows, GatheredRows]:
         """Rows of all etp ranks, expert-major; their order, and the way back."""
-        counts_Se = redistribute(told_Se, self.etp, src=S(0), dst=R)
+        heads, scores_R = self._gather(head), None
+        counts_Se = heads.narrow(1, 0, self.num_local).to(torch.int64)
         order_R = self._expert_major(counts_Se)
         back_R = inverse(order_R)
+        if heads.shape[1] > self.num_local:
+            scores_SC = heads.narrow(1, self.num_local, self.room)
+            scores_R = reorder(scores_SC.flatten(), order_R, back_R)
         arrived = Arrived(
             reorder(self._gather(rows_BD), order_R, back_R),
-            None if scores_B is None else reorder(self._gather(scores_B), order_R, back_R),
+            scores_R,
             counts_Se.sum(0),
             padded=True,
             dropped=dropped,

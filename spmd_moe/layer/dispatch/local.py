@@ -12,6 +12,7 @@ from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import EP, ETP, RowSums, Tokens
 from spmd_moe.layer import routing_faults
+from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.dispatch.protocol import Arrived
 from spmd_moe.layer.permute import Gather, Slots, take_scores
 from spmd_moe.layer.router import Routing
@@ -20,6 +21,9 @@ from spmd_moe.layer.router import Routing
 @final
 class Local:
     """The dispatcher of a rank that has all experts, whole: `Local(mesh)`, of any number."""
+
+    num_experts = None
+    fixed_shapes = False
 
     def __init__(self, mesh: MoEMesh) -> None:
         check_mesh("Local", mesh)
@@ -47,3 +51,6 @@ class Local:
 
     def collect(self, y_RD: RowSums, state: None) -> Tokens:
         return y_RD  # spmd: allow return - etp has size 1 here, where P is V
+
+    def forecast(self, batch: Batch) -> tuple[Collective, ...]:
+        return ()

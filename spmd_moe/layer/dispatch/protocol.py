@@ -1,7 +1,9 @@
-"""What a dispatcher is. A fused library is a fourth one: a class with these two methods.
+"""The protocol of dispatchers. A fused library is one more: a class with these members.
 
+    num_experts, axes, fixed_shapes    what it was made for
     dispatch   tokens on the dense mesh  ->  rows on the expert mesh, sorted by local expert
     collect    the experts' rows  ->  the rows of this rank's slots, in the order of `slots`
+    forecast   the collectives of both, and of their backward, for given numbers of rows
 
 `collect` is the exact inverse of `dispatch`: with experts that return what they get, every slot
 gets back the row of its token. What a dispatcher has to remember in between is a `State` of its
@@ -21,17 +23,21 @@ there are methods that stand only for their signature.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, final
+from typing import Protocol, TypeVar, final, runtime_checkable
 
 from spmd_moe.core.errors import ConfigError, explain
-from spmd_moe.core.mesh import MoEMesh, check_mesh
+from spmd_moe.core.mesh import Axis, MoEMesh, check_mesh
 from spmd_moe.core.placement import EP, GatheredRows, RowSums, Tokens
 from spmd_moe.core.validate import check_positive_ints, describe_value, split_evenly
+from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.permute import Gather, Slots
 from spmd_moe.layer.router import Routing
 
 State = TypeVar("State")
+
+_MEMBERS = ("num_experts", "axes", "fixed_shapes", "dispatch", "collect", "forecast")
 
 
 @final
@@ -49,28 +55,46 @@ class Arrived:
     dropped: Tokens | None = None  # int64: how many of this rank's choices found no room
 
 
+@runtime_checkable
 class Dispatcher(Protocol[State]):
-    """What it has to do. What the layer reads besides, if it is there, compared with its own:
-
-    `num_experts`     of how many experts it is
-    `axes`            the axes ep and etp that it is built on
-    `fixed_shapes`    True: the host reads no size, so every slot has a row, also one without expert
+    """Sends rows to the ranks that have their experts, and back.
 
     What is wrong on one rank must end the call on all that wait for it: `routing.fault`, a single
     number, goes along with the counts, and the numbers that come from all ranks go to `check_marks`
     before any row is sent. A rank whose input was refused calls with no tokens, and only so far.
+
+    Attributes:
+        num_experts: The number of experts it was made for; None if it serves any number.
+        axes: The axes ep and etp it was made on, in any order.
+        fixed_shapes: True if the host reads no size. Every slot then has a row, also a slot without
+            an expert.
     """
 
+    @property
+    def num_experts(self) -> int | None: ...
+
+    @property
+    def axes(self) -> Sequence[Axis]: ...
+
+    @property
+    def fixed_shapes(self) -> bool: ...
+
     def dispatch(
-        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots, /
     ) -> tuple[Arrived, State]:
         """Rows of this rank's slots, and their scores, to the ranks that have their experts.
 
         `scores_TK` is None where `combine` weighs; those of `routing` are not for here.
         """
 
-    def collect(self, y_RD: RowSums, state: State) -> Tokens:
+    def collect(self, y_RD: RowSums, state: State, /) -> Tokens:
         """The experts' rows back to the slots they came from: [N, D] in the order of `slots`."""
+
+    def forecast(self, batch: Batch, /) -> Iterable[Collective] | None:
+        """The collectives of `dispatch`, `collect` and their backward on this rank, in order.
+
+        Forward first. None if that is not known: `spmd-moe plan` then says so, and leaves them out.
+        """
 
 
 def experts_of_a_rank(where: str, mesh: MoEMesh, num_experts: int, **settings: object) -> int:
@@ -82,22 +106,27 @@ def experts_of_a_rank(where: str, mesh: MoEMesh, num_experts: int, **settings: o
     return split_evenly(where, "num_experts", num_experts, mesh[EP])
 
 
+def settings_of_dispatcher(dispatcher: object) -> dict[str, object]:
+    """What all ranks must agree on."""
+    made_for = dispatcher.num_experts if isinstance(dispatcher, Dispatcher) else None
+    return {"dispatcher": type(dispatcher).__name__, "dispatcher.num_experts": made_for}
+
+
 def check_dispatcher(dispatcher: object, num_experts: int, mesh: MoEMesh) -> None:
-    """Two methods, and, where it says `num_experts` and `axes` (of ep and etp), the layer's own."""
+    """An object with all members of the protocol, made for these experts and this mesh."""
     new = f"AllToAll(mesh, num_experts={num_experts})"
-    methods = (getattr(dispatcher, name, None) for name in ("dispatch", "collect"))
-    if isinstance(dispatcher, type) or not all(map(callable, methods)):
+    if isinstance(dispatcher, type) or not isinstance(dispatcher, Dispatcher):
         raise ConfigError(
             explain(
                 "MoE",
-                f"dispatcher is {describe_value(dispatcher)}; "
-                "it must be an object that can dispatch and collect",
-                why="a dispatcher knows the mesh and the experts of one layer",
+                f"dispatcher is {describe_value(dispatcher)}; it must be an object with "
+                f"{', '.join(_MEMBERS[:-1])} and {_MEMBERS[-1]}",
+                why="the layer asks it for these, as spmd_moe.Dispatcher declares them",
                 fixes=[f"dispatcher={new}"],
             )
         )
-    theirs = getattr(dispatcher, "num_experts", num_experts)
-    if theirs != num_experts:
+    theirs = dispatcher.num_experts
+    if theirs not in (None, num_experts):
         raise ConfigError(
             explain(
                 "MoE",
@@ -110,7 +139,7 @@ def check_dispatcher(dispatcher: object, num_experts: int, mesh: MoEMesh) -> Non
                 ],
             )
         )
-    for axis in getattr(dispatcher, "axes", ()):
+    for axis in dispatcher.axes:
         if axis.size != mesh[axis.role].size:
             raise ConfigError(
                 explain(

@@ -1,0 +1,73 @@
+"""The record that the layer returns. Used as a tensor, it raises an error that names `.hidden`."""
+
+# Shape letters in this file:
+#   E  experts
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partialmethod
+from typing import NoReturn, final
+
+from torch import Tensor
+from torch.export import register_dataclass
+
+from spmd_moe.core.errors import OutputError, explain
+from spmd_moe.core.placement import TokenSums
+from spmd_moe.layer.balance_losses import LossTerms
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MoEOutput:
+    """The tokens, the sums that losses are made of, and how this rank's tokens chose."""
+
+    # spmd: allow unknown - placed as the boundary is
+    hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
+    losses: LossTerms | None  # None where MoEConfig.balance is None
+    counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
+    dropped: TokenSums  # int64: choices of no expert, or that found no room; not of masked tokens
+
+
+register_dataclass(MoEOutput)  # as its losses are
+
+
+# --- used as a tensor -------------------------------------------------------------------------
+
+
+def _refuse(use: str) -> NoReturn:
+    raise OutputError(
+        explain(
+            "MoE.forward",
+            f"the result is an MoEOutput, but {use} needs a tensor",
+            why="an MoEOutput holds the tokens, and what losses and counters need",
+            fixes=["y = moe(x).hidden   # the tokens"],
+        )
+    )
+
+
+def _no_attribute(self: MoEOutput, name: str) -> NoReturn:
+    if not name.startswith("__") and hasattr(Tensor, name):
+        _refuse(f"`.{name}`")
+    raise AttributeError(f"'MoEOutput' object has no attribute {name!r}")
+
+
+def _no_operator(self: MoEOutput, symbol: str, *other: object) -> NoReturn:
+    _refuse(f"`{symbol}`")
+
+
+def _no_argument(
+    cls: type, func: object, types: object, args: object = (), kwargs: object = None
+) -> NoReturn:
+    """For torch functions and modules that are given the record, and for `x + out`."""
+    _refuse(f"torch's {getattr(func, '__name__', func)}")
+
+
+_OPERATORS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "matmul": "@"}
+_REFUSED = {f"__{side}{name}__": s for name, s in _OPERATORS.items() for side in ("", "r")}
+_REFUSED |= {"__neg__": "-", "__getitem__": "[]"}
+# Set from here, so that type checkers do not see them and find such uses before they run.
+for _name, _symbol in _REFUSED.items():
+    setattr(MoEOutput, _name, partialmethod(_no_operator, _symbol))
+setattr(MoEOutput, "__getattr__", _no_attribute)  # noqa: B010  # as above
+setattr(MoEOutput, "__torch_function__", classmethod(_no_argument))  # noqa: B010  # as above
