@@ -201,7 +201,9 @@ def test_torchs_functions_of_second_derivatives() -> None:
 def test_a_gradient_penalty(loss: str) -> None:
     """Of x, of the router and of the experts; by `backward(inputs=[x])` and by `autograd.grad`."""
     layer, results = built(PLAIN), []
-    for call in (lambda x: layer(x).hidden, lambda x: plain_layer(layer, x)):
+    calls: list[Callable[[Tensor], Tensor]]
+    calls = [lambda x: layer(x).hidden, lambda x: plain_layer(layer, x)]
+    for call in calls:
         x = tokens().requires_grad_()
         y = call(x).square().sum()
         (dx,) = torch.autograd.grad(y, x, create_graph=True)
