@@ -42,7 +42,7 @@ from spmd_moe.layer.combine import combine
 from spmd_moe.layer.permute import Gather, sort_by_expert, take_scores
 from spmd_moe.layer.router import count_choices
 from tests.support.hand_loop import expert_weights, loop_experts, loop_layer, loop_router
-from tests.support.readme_blocks import README, filled
+from tests.support.docs_blocks import README, filled
 
 
 @final

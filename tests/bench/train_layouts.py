@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.readme_blocks import README, ROOT, filled
+from tests.support.docs_blocks import README, ROOT, filled
 
 STEPS = 100
 SIZES = "--layers 2 --width 32 --hidden 32 --length 32 --batch 8 --megabytes 1 --no-check"

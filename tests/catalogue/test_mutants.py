@@ -7,7 +7,7 @@ import pytest
 from tests.catalogue.mutants import FILES, mutants
 from tests.catalogue.mutations import PASSED, by_mypy, by_running, rates, written
 from tests.catalogue.survivors import ARGUED
-from tests.support.readme_blocks import ROOT
+from tests.support.docs_blocks import ROOT
 
 SAMPLE = 25  # of so many mutants, one is run here
 

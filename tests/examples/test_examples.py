@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.readme_blocks import GUEST_CACHE
+from tests.support.docs_blocks import GUEST_CACHE
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from tests.bench.train_layouts import LAYOUTS
-from tests.support.readme_blocks import (
+from tests.support.docs_blocks import (
     README,
     ROOT,
     SAID,
@@ -30,12 +30,12 @@ def test_programs_do_what_is_shown(block: Block) -> None:
 
 
 def test_generated_parts_are_fresh() -> None:
-    assert generated(TEXT) == TEXT, "python -m tests.support.readme_blocks --write"
+    assert generated(TEXT) == TEXT, "python -m tests.support.docs_blocks --write"
 
 
 @pytest.mark.slow
 def test_what_mypy_says_is_fresh() -> None:
-    assert generated(TEXT, SAID) == TEXT, "python -m tests.support.readme_blocks --write"
+    assert generated(TEXT, SAID) == TEXT, "python -m tests.support.docs_blocks --write"
     stale = TEXT.replace("x_TD is V and self.gate_ED is I on TP", "x_TD is V")
     assert stale != TEXT and generated(stale, SAID) == TEXT
 
