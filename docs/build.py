@@ -39,9 +39,8 @@ def llms_text() -> str:
     lines = ["# spmd_moe", "", f"> {first_sentence(index)}", ""]
     for caption, body in re.findall(r"```\{toctree\}\n:caption: (.*?)\n(.*?)```", index, re.S):
         lines += [f"## {caption}", ""]
-        for name in body.split():
-            if not name.startswith(":"):
-                lines += entries(name)
+        for name in names_in(body):
+            lines += entries(name)
         lines.append("")
     return "\n".join(lines)
 
@@ -53,11 +52,14 @@ def entries(name: str) -> list[str]:
     found = [f"- [{title}](docs/{name}.md): {first_sentence(text)}"]
     for body in re.findall(r"```\{toctree\}\n(.*?)```", text, re.S):
         folder = name.rpartition("/")[0]
-        names = [line for line in body.split() if not line.startswith(":")]
-        for inner in names:
-            if re.fullmatch(r"[\w./-]+", inner) and (DOCS / folder / f"{inner}.md").exists():
-                found += entries(f"{folder}/{inner}".lstrip("/"))
+        for inner in names_in(body):
+            found += entries(f"{folder}/{inner}")
     return found
+
+
+def names_in(body: str) -> list[str]:
+    """The pages of a table of contents."""
+    return [line for line in body.splitlines() if line and not line.startswith(":")]
 
 
 def first_sentence(text: str) -> str:

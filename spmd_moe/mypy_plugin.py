@@ -8,7 +8,17 @@ Everything is in `static/`. mypy drops its whole cache when this file changes, s
 
 from __future__ import annotations
 
-from spmd_moe.static.plugin_entry import SpmdMoePlugin
+from mypy.version import __version__ as _version
+
+_OLDEST = (2, 4)  # the plugin uses error codes with parents and hooks that older versions lack
+
+if tuple(map(int, _version.split(".")[:2])) < _OLDEST:
+    # mypy prints this as one line, behind "Error importing plugin".
+    raise ImportError(
+        f"mypy 2.4 or newer is needed, this is {_version}: pip install 'mypy>=2.4,<3'"
+    )
+
+from spmd_moe.static.plugin_entry import SpmdMoePlugin  # noqa: E402  # it fails on older versions
 
 
 def plugin(version: str) -> type[SpmdMoePlugin]:

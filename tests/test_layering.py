@@ -43,6 +43,7 @@ FOLDERS = {
     "reread_file daemon problems_found expression_hooks module_calls settings call_arguments "
     "branch_placements declared_types override_placements strict_unknown strict_bypass "
     "review_module hook_table plugin_entry",
+    "tooling": "operator_table",
 }
 ORDER = [
     name
@@ -109,7 +110,7 @@ def test_the_import_rule_can_fail() -> None:
 
 
 def python_files() -> list[Path]:
-    folders = ("spmd_moe", "tests", "examples", "typecheck")
+    folders = ("spmd_moe", "tests", "examples", "typecheck", "docs")
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -127,7 +128,7 @@ def test_files_fit_in_a_head() -> None:
 
 
 def test_ascii_only() -> None:
-    paths = [*python_files(), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    paths = [*python_files(), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "llms.txt"]
     assert [str(p) for p in paths if not p.read_text().isascii()] == []
 
 
