@@ -1,8 +1,9 @@
 """Which placement each parameter and buffer of a module has: by its class, or by a declaration.
 
 A class declares in its body (`weight_ED: RouterWeight`). Modules of torch, or of other people, have
-no such bodies; `declare` says it for them, by name. Both ways fail closed: what nobody declared is
-an error where it is needed, and what is declared twice, or does not exist, is one at once.
+no such bodies; `declare_placements` does it for them, by name. Both ways fail closed: a tensor that
+is not declared is an error where it is needed; one that is declared twice, or does not exist, is an
+error at once.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class MoEMesh:
         return self._presentation(1)[0]
 
     def ranks(self, presentation: Literal["dense", "expert"]) -> Tensor:
-        """All ranks, laid out as (dp, cp, tp) or (edp, ep, etp), whatever the user's order is."""
+        """All ranks, laid out as (dp, cp, tp) or (edp, ep, etp)."""
         return self._presentation(presentation == "expert")[1]
 
     def check_ranks_agree(self, where: str, settings: Mapping[str, object]) -> None:

@@ -179,8 +179,10 @@ class Placement:
     Example:
         >>> from spmd_moe import DP, TP, Placement, R, V
         >>> placement = Placement((DP[V], TP[R]))
-        >>> print(placement, placement[TP], DP in placement)
-        dp:V tp:R R True
+        >>> print(placement)
+        dp:V tp:R
+        >>> placement[TP] is R, DP in placement
+        (True, True)
     """
 
     kinds: tuple[RoleKind, ...]

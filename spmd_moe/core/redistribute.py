@@ -316,7 +316,7 @@ def _check_ranks(shape: ShardShape, ranks: int) -> None:
 
 
 def _check_grad_dtype(x: Tensor, src: Kind, dst: Kind, grad_dtype: Dtype) -> None:
-    """A sum in low precision must be somebody's decision, also where only backward takes it."""
+    """A sum in low precision must be requested, also if only backward computes it."""
     if grad_dtype is not None or not x.requires_grad or x.dtype.itemsize >= 4:
         return
     if _same(src, dst) or not torch.is_grad_enabled():

@@ -173,7 +173,7 @@ def reduce_on_tp(terms: LossTerms, mesh: MoEMesh) -> LossTerms:
 
 
 def _whole(x: Placed[Tensor, CP[P], TP[P]], mesh: MoEMesh) -> Placed[Tensor, CP[P], TP[I]]:
-    # Waited for here: of losses that nobody uses, the results would be kept for ever.
+    # Waited for here: torch would never release the results of losses that are not used.
     whole: Placed[Tensor, TP[I]] = redistribute(x, mesh[TP], src=P, dst=I)
     return whole.clone()
 
@@ -228,7 +228,7 @@ def merge_microbatches(parts: Sequence[Totals]) -> list[Totals]:
         One `Totals` for each micro-batch, to be used in its place.
 
     Raises:
-        ConfigError: `parts` is empty, or mixes both ways of balancing.
+        ConfigError: The first totals are balanced by batch, and others by sequence.
 
     Example:
         >>> import torch
@@ -252,7 +252,7 @@ def merge_microbatches(parts: Sequence[Totals]) -> list[Totals]:
 
 
 def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
-    """The load-balancing loss: 1 for an even use of the experts, up to E if one expert is used alone.
+    """The balance loss: 1 for an even use of the experts, up to E if one is used alone.
 
     Args:
         terms: `out.losses` of one forward.
@@ -263,7 +263,7 @@ def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
         The summand of this rank: P on the token axes. Add it to a loss that is P as well.
 
     Raises:
-        ConfigError: An argument is of another type, or the totals are of another batch.
+        ConfigError: An argument is of another type.
 
     Example:
         >>> import torch
@@ -280,7 +280,7 @@ def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
     num_experts = total.counts_BE.shape[1]
     choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
     tokens_B1 = total.tokens_B.clamp(min=1).unsqueeze(1)
-    # Cast first: a quotient of integers is float32, whatever the probabilities are.
+    # Cast first: a quotient of integers is float32, also if the probabilities are not.
     counts_BE = total.counts_BE.to(terms.prob_sums_BE.dtype)
     used_BE = num_experts * counts_BE / choices_B1 / tokens_B1
     loss = (used_BE * terms.prob_sums_BE).sum() / total.groups.clamp(min=1)
@@ -322,7 +322,7 @@ def declare_sums(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         total = declare_sum(total, axis)
     # A declaration is a view, and of views in a module's output FSDP warns; and backward needs `x`
-    # as it is, whatever a caller does with his.
+    # unchanged, also if the caller changes his.
     return total.clone() if total is not x or torch.is_grad_enabled() else x
 
 

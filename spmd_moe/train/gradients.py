@@ -156,7 +156,7 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients so that their norm over the whole model is at most `max_norm`.
 
-    Every rank must call it. Each value counts once, on whichever ranks it is stored.
+    Every rank must call it. Each value counts once, on all ranks that store it.
 
     Args:
         model: The model.

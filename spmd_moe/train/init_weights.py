@@ -50,8 +50,8 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
 
     Raises:
         PlacementError: A parameter has no placement.
-        ConfigError: `std` is negative, a parameter is on the meta device, or ranks pass different
-            arguments.
+        ConfigError: `std` is negative, or a parameter is on the meta device.
+        MeshError: Ranks pass different arguments.
 
     Example:
         >>> import torch

@@ -57,8 +57,10 @@ def parallelize(
         The model.
 
     Raises:
-        ConfigError: `replicas`, `policy` or the blocks do not fit.
-        ShapeError: A parameter cannot be sharded evenly.
+        ConfigError: `blocks` are not modules of the model, `replicas` does not divide the data
+            ranks, or a parameter cannot be sharded evenly.
+        DtypeError: `output_dtype` is below float32.
+        MeshError: Ranks pass different arguments, or the mesh has only some ranks of the job.
         PlacementError: A parameter has no placement.
 
     Example:
@@ -120,7 +122,7 @@ def _units(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
                 explain(
                     "parallelize",
                     f"a block, {type(block).__name__}, is not part of {type(model).__name__}",
-                    why="a block is a module inside the model that is gathered by itself",
+                    why="a block is a module inside the model, and is gathered on its own",
                     fixes=["blocks=model.blocks   # the list that the model itself runs"],
                 )
             )

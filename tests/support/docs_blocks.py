@@ -98,7 +98,7 @@ GENERATED = {"moves": moves_table, "rules": rules_table, "codes": linked_codes_t
 
 
 def generated(text: str) -> str:
-    """A page with its generated tables made anew."""
+    """A page with its generated tables made again."""
     for name, make in GENERATED.items():
         if f"<!-- {name}:" in text:
             text = filled(text, name, make())
@@ -157,7 +157,7 @@ def report_of(name: str) -> str:
 
 
 def with_reports(text: str) -> str:
-    """A page with what mypy reports made anew."""
+    """A page with what mypy reports made again."""
     if "<!-- porting:" in text:
         text = filled(text, "porting", porting())
     return MYPY.sub(
@@ -166,7 +166,7 @@ def with_reports(text: str) -> str:
 
 
 def rewritten(text: str) -> str:
-    """A page with its tables and the outputs of its programs made anew."""
+    """A page with its tables and the outputs of its programs made again."""
     for block in blocks(text):
         if block.shown is not None:
             old = f"```python\n{block.code}```\n\n```text\n{block.shown}```"
