@@ -65,7 +65,8 @@ def test_every_public_name_has_the_parts_of_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_every_argument_is_described(name: str) -> None:
-    value, text = getattr(spmd_moe, name), doc_of(name)
+    value: Any = getattr(spmd_moe, name)
+    text = doc_of(name)
     if not inspect.isroutine(value) and not (is_dataclass(value) and "Args:" in text):
         return
     section = re.findall(r"^(?:Args|Attributes):\n((?:    .*\n|\n)+)", text + "\n", re.M)[0]

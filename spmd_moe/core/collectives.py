@@ -17,7 +17,6 @@ from spmd_types import (
     get_local_type,
     get_partition_spec,
     reinterpret,
-    rules,
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -26,6 +25,7 @@ from spmd_moe.core.errors import MeshError, explain
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.moves import Step, awaitable, wait_for
 from spmd_moe.core.placement import P, Role, V
+from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unchecked, is_unobserved
 from spmd_moe.core.validate import describe_value
 

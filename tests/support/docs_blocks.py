@@ -137,7 +137,8 @@ def reported() -> tuple[ModuleType, dict[str, str], str]:
     assert spec is not None and spec.loader is not None
     example = module_from_spec(spec)
     spec.loader.exec_module(example)
-    example.CONFIG += "[spmd_moe]\nstrict = strict_*\n"
+    settings = vars(example)
+    settings["CONFIG"] += "[spmd_moe]\nstrict = strict_*\n"
     sources: dict[str, str] = example.versions()
     with tempfile.TemporaryDirectory() as folder:
         files = {**sources, **typed_files()}
