@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import spmd_types
@@ -37,6 +38,7 @@ from spmd_moe import (
     V,
     redistribute,
 )
+from spmd_moe.core import spmd_types_compat
 from spmd_moe.core.collectives import declare_sum, exchange
 from spmd_moe.layer import balance_losses, routing_faults
 from spmd_moe.layer.activations import SWIGLU
@@ -261,9 +263,19 @@ CASES: dict[str, Callable[[], object]] = {
     "sanitize_rate": lambda: sanitized(rate=10.0),
     "sanitize_twice": lambda: sanitized(twice=True),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
+    "spmd_types_too_old": lambda: _with_old_spmd_types(),
     **BAD_MODELS,
     **BAD_CHECKPOINTS,
 }
+
+
+def _with_old_spmd_types() -> None:
+    """As `run_checks` begins, beside a version without typing rules."""
+    with (
+        mock.patch.object(spmd_types_compat, "HAS_RULES", False),
+        mock.patch.object(spmd_types_compat, "version", lambda name: "0.2.3"),
+    ):
+        spmd_types_compat.require_rules("check")
 
 
 def _told(marks: list[int]) -> None:
@@ -348,6 +360,7 @@ WITHOUT_GOLDEN = {
     "raise TypeError(found",
     "raise failed",
     "raise wrong",
+    "raise ImportError(",  # of the plugin, in one line of mypy: tests/test_packaging.py
 }
 
 

@@ -27,9 +27,8 @@ else:
         """Every rule raises when a checker asks for it."""
 
         def __getattr__(self, name: str) -> Callable[..., object]:
-            def rule(*args: object, **kwargs: object) -> object:
+            def rule(*args: object, **kwargs: object) -> None:
                 require_rules(f"rules.{name}")
-                raise AssertionError("there are no rules")
 
             return rule
 
