@@ -8,15 +8,26 @@ Everything is in `static/`. mypy drops its whole cache when this file changes, s
 
 from __future__ import annotations
 
-from mypy.version import __version__ as _version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _installed
 
-_OLDEST = (2, 4)  # the plugin uses error codes with parents and hooks that older versions lack
+from mypy.version import __version__ as _mypy
 
-if tuple(map(int, _version.split(".")[:2])) < _OLDEST:
-    # mypy prints this as one line, behind "Error importing plugin".
-    raise ImportError(
-        f"mypy 2.4 or newer is needed, this is {_version}: pip install 'mypy>=2.4,<3'"
-    )
+
+def _check(name: str, have: str, oldest: str, below: str) -> None:
+    """mypy prints the error as one line, behind "Error importing plugin"."""
+    if tuple(map(int, have.split(".")[:2])) < tuple(map(int, oldest.split(".")[:2])):
+        raise ImportError(
+            f"{name} {oldest} or newer is needed, this is {have}: "
+            f"pip install '{name}>={oldest},<{below}'"
+        )
+
+
+# Older versions of mypy lack error codes with parents; of spmd_types, types for mypy.
+_check("mypy", _mypy, "2.4", "3")
+with suppress(PackageNotFoundError):  # a copy without metadata
+    _check("spmd_types", _installed("spmd_types"), "0.3.1", "0.4")
 
 from spmd_moe.static.plugin_entry import SpmdMoePlugin  # noqa: E402  # it fails on older versions
 

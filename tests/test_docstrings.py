@@ -5,7 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import re
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -23,6 +23,7 @@ PLAIN = {
     and not inspect.isclass(getattr(spmd_moe, name))
 }
 DESCRIBED = sorted(set(NAMES) - PLAIN - {"S"})  # S is a class of spmd_types
+NEVER_RAISE = {"clamped_swiglu", "latest_checkpoint"}
 PARTS = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$", re.M)
 
 
@@ -35,12 +36,13 @@ def needed(value: Any) -> set[str]:
     if inspect.isclass(value):
         is_error, is_choice = issubclass(value, Exception), issubclass(value, Enum)
         is_protocol = getattr(value, "_is_protocol", False)
-        has_fields = is_dataclass(value) or (
+        has_fields = (is_dataclass(value) and bool(fields(value))) or (
             "__init__" in vars(value) and not (is_error or is_choice or is_protocol)
         )
         return {"Example"} | ({"Args or Attributes"} if has_fields else set())
     signature = inspect.signature(value)
-    parts = {"Example", "Raises"} | ({"Args"} if signature.parameters else set())
+    parts = {"Example"} | (set() if value.__name__ in NEVER_RAISE else {"Raises"})
+    parts |= {"Args"} if signature.parameters else set()
     returns = str(signature.return_annotation)
     return parts | (set() if returns in ("None", "'None'") else {"Returns"})
 

@@ -49,7 +49,40 @@ IDIOMS = {
 }
 PATTERN = re.compile("|".join(f"(?:{idiom})" for idiom in IDIOMS))
 # Lines that are still to be rewritten, by file. Numbers may only shrink.
-STILL: dict[str, int] = {}
+STILL: dict[str, int] = {
+    "spmd_moe/check/compare_runs.py": 6,
+    "spmd_moe/check/mirror_world.py": 2,
+    "spmd_moe/check/observer.py": 1,
+    "spmd_moe/check/target.py": 1,
+    "spmd_moe/check/thread_ranks.py": 3,
+    "spmd_moe/check/trace.py": 2,
+    "spmd_moe/check/values.py": 2,
+    "spmd_moe/core/moves.py": 4,
+    "spmd_moe/core/torch_state.py": 3,
+    "spmd_moe/layer/dispatch/pack_scores.py": 2,
+    "spmd_moe/layer/experts.py": 6,
+    "spmd_moe/layer/grouped_ffn.py": 2,
+    "spmd_moe/layer/grouped_matmul.py": 3,
+    "spmd_moe/layer/moe.py": 2,
+    "spmd_moe/layer/per_expert.py": 2,
+    "spmd_moe/layer/permute.py": 2,
+    "spmd_moe/layer/router.py": 2,
+    "spmd_moe/sanitize/boundaries.py": 1,
+    "spmd_moe/train/checkpoint/files.py": 2,
+    "spmd_moe/train/checkpoint/save_load.py": 1,
+    "tests/catalogue/mutants.py": 1,
+    "tests/golden/experts_dtype.txt": 1,
+    "tests/layer/test_decode.py": 1,
+    "tests/layer/test_determinism.py": 2,
+    "tests/layer/test_dispatch_outside.py": 1,
+    "tests/layer/test_experts_memory.py": 2,
+    "tests/layer/test_router_ranks.py": 1,
+    "tests/sanitize/test_sanitizer_edges.py": 1,
+    "tests/support/experts_oracle.py": 2,
+    "tests/support/layer_runs.py": 1,
+    "tests/test_errors.py": 2,
+    "tests/test_layering.py": 1,
+}
 
 
 def texts() -> dict[str, str]:

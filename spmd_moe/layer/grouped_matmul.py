@@ -30,7 +30,16 @@ from spmd_moe.core.validate import check_positive_ints, describe_value
 class GroupedMatmul(Protocol):
     """The two operations. `ends_e` int32, on the device: where the rows of each expert end.
 
-    Rows past the last end must not be read; what is written there does not matter.
+    `ends_e` is int32, on the device: where the rows of each expert end. Rows past the last end must
+    not be read; what is written there does not matter.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import GroupedMatmul, Masked
+        >>> matmul: GroupedMatmul = Masked()
+        >>> ends = torch.tensor([1, 3], dtype=torch.int32)  # rows of two experts
+        >>> tuple(matmul.rows(torch.ones(3, 8), torch.ones(2, 8, 4), ends).shape)
+        (3, 4)
     """
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
@@ -175,11 +184,16 @@ class TorchGroupedMM:
 @final
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """All rows times every expert's matrix, of which each row keeps one.
+    """Grouped matmul with fixed shapes: all rows times every expert's matrix.
 
-    Slow, but of fixed shapes on any device, in any dtype and width, and it reads nothing: what
-    remains where a grouped kernel does not go and the host must not wait. When decoding, reading
-    the weights takes longer than multiplying a few rows by them.
+    Each row keeps the result of its expert. It works on any device, in any dtype and width, and
+    reads nothing on the host. It costs as many times more as there are local experts; for a few
+    rows, reading the weights dominates anyway.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, Masked
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
+        >>> layer = MoE(config, MoEMesh.single(), matmul=Masked())
     """
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
@@ -210,11 +224,13 @@ class LoopedMatmul:
     `compute` is the dtype that rows and weights are cast to before the matmuls, the weights of one
     expert at a time. Without it, that is the dtype of the rows, or what autocast asks for.
 
-    `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes another
-    kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and with
-    row_block=4 a row has the same bits whatever shares its expert, on one thread and if the hidden
-    width is a multiple of 32: torch's elementwise kernels finish what is left of a tensor, or of a
-    thread's part of it, another way.
+    Raises:
+        ConfigError: `row_block` is not positive.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, PerExpert
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
+        >>> layer = MoE(config, MoEMesh.single(), matmul=PerExpert(row_block=4))
     """
 
     compute: torch.dtype | None = None

@@ -50,15 +50,18 @@ class Arrived:
 
 
 class Dispatcher(Protocol[State]):
-    """What it has to do. What the layer reads besides, if it is there, compared with its own:
+    """Protocol of a dispatcher: sends rows to the ranks of their experts, and back.
 
-    `num_experts`     of how many experts it is
-    `axes`            the axes ep and etp that it is built on
-    `fixed_shapes`    True: the host reads no size, so every slot has a row, also one without expert
+    The layer also reads these attributes if they exist: `num_experts`, `axes` (ep and etp), and
+    `fixed_shapes` (the host reads no size, so every slot has a row, also one without an expert).
 
-    What is wrong on one rank must end the call on all that wait for it: `routing.fault`, a single
-    number, goes along with the counts, and the numbers that come from all ranks go to `check_marks`
-    before any row is sent. A rank whose input was refused calls with no tokens, and only so far.
+    An error on one rank must end the call on all ranks that wait for it: `routing.fault` travels
+    with the counts, and the numbers of all ranks go to `check_marks` before any row is sent. A rank
+    whose input was refused calls with no tokens, and only up to there.
+
+    Example:
+        >>> from spmd_moe import AllToAll, Dispatcher, MoEMesh
+        >>> dispatcher: Dispatcher = AllToAll(MoEMesh.single(), num_experts=4)
     """
 
     def dispatch(

@@ -83,7 +83,7 @@ def save_checkpoint(
     pipeline: ProcessGroup | None = None,
     prefix: str = "",
 ) -> Future[None]:
-    """Write a new checkpoint at `path`, which must not exist. Every rank must call it.
+    """Write a new checkpoint, which loads on any other layout.
 
     The states of the default random number generators are saved too. The checkpoint appears under
     its name when it is complete. If two jobs save to one name, one of the saves succeeds and the
