@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import spmd_types
 
 from spmd_moe.core.errors import ConfigError, explain
 
-F = TypeVar("F", bound=Callable[..., object])
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 HAS_RULES = hasattr(spmd_types, "rules")
 
@@ -34,9 +34,9 @@ else:
 
     rules = _NoRules()  # type: ignore[assignment]  # it stands for the module
 
-    def register_no_typecheck(function: F) -> F:
+    def register_no_typecheck(fn: _F) -> _F:
         """Nothing to register: no checker of this version follows the package."""
-        return function
+        return fn
 
 
 def require_rules(where: str) -> None:
