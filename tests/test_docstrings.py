@@ -36,9 +36,10 @@ def needed(value: Any) -> set[str]:
     if inspect.isclass(value):
         is_error, is_choice = issubclass(value, Exception), issubclass(value, Enum)
         is_protocol = getattr(value, "_is_protocol", False)
-        has_fields = (is_dataclass(value) and bool(fields(value))) or (
-            "__init__" in vars(value) and not (is_error or is_choice or is_protocol)
-        )
+        if is_dataclass(value):
+            has_fields = bool(fields(value))
+        else:
+            has_fields = "__init__" in vars(value) and not (is_error or is_choice or is_protocol)
         return {"Example"} | ({"Args or Attributes"} if has_fields else set())
     signature = inspect.signature(value)
     parts = {"Example"} | (set() if value.__name__ in NEVER_RAISE else {"Raises"})
