@@ -67,7 +67,7 @@ STILL: dict[str, int] = {
     "spmd_moe/layer/per_expert.py": 2,
     "spmd_moe/layer/permute.py": 2,
     "spmd_moe/layer/router.py": 2,
-    "spmd_moe/sanitize/boundaries.py": 1,
+    "spmd_moe/signatures/interception.py": 1,
     "spmd_moe/train/checkpoint/files.py": 2,
     "spmd_moe/train/checkpoint/save_load.py": 1,
     "tests/catalogue/mutants.py": 1,
