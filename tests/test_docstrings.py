@@ -74,7 +74,7 @@ def test_every_argument_is_described(name: str) -> None:
         return
     section = re.findall(r"^(?:Args|Attributes):\n((?:    .*\n|\n)+)", text + "\n", re.M)[0]
     described = re.findall(r"^    (\w+): ", section, re.M)
-    own = [p for p in inspect.signature(value).parameters if p != "self"]
+    own = [p for p in inspect.signature(getattr(spmd_moe, name)).parameters if p != "self"]
     assert described == own
 
 

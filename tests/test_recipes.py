@@ -33,7 +33,8 @@ def copy(tmp_path: Path) -> Path:
 
 def recipe(title: str) -> str:
     """A section of the guide."""
-    return re.findall(rf"^### {re.escape(title)}\n(.*?)(?=^##)", GUIDE, re.M | re.S)[0]
+    found: list[str] = re.findall(rf"^### {re.escape(title)}\n(.*?)(?=^##)", GUIDE, re.M | re.S)
+    return found[0]
 
 
 def edit(file: Path, text: str, *changes: tuple[str, str]) -> None:
@@ -135,7 +136,9 @@ def test_a_new_dispatcher(copy: Path) -> None:
     text = recipe("A new dispatcher")
     source = (copy / "tests/layer/test_dispatch_outside.py").read_text()
     head, _, rest = source.partition("@final\n@dataclass")
-    body = rest[: re.search(r"^(def |@pytest|# ---|[A-Z_]+ = |[A-Z_]+: )", rest, re.M).start()]
+    end = re.search(r"^(def |@pytest|# ---|[A-Z_]+ = |[A-Z_]+: )", rest, re.M)
+    assert end is not None
+    body = rest[: end.start()]
     outside = re.compile(r"pytest|tests\.|spmd_moe\.check")
     lines = [line for line in head.splitlines() if not outside.search(line)]
     made = "\n".join(lines) + "\n\n@final\n@dataclass" + body
