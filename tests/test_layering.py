@@ -21,8 +21,9 @@ ROOT = PACKAGE.parent
 
 # A folder imports only from the folders above it, a file only from the files before it.
 FOLDERS = {
-    "core": "messages errors placement declare_placements shard_shape validate mesh_degrees "
-    "host_reads torch_state dtypes local_tensor ranks_agree mesh moves collectives redistribute",
+    "core": "messages errors spmd_types_compat placement declare_placements shard_shape validate "
+    "mesh_degrees host_reads torch_state dtypes local_tensor ranks_agree mesh moves collectives "
+    "redistribute",
     "layer": "routing_faults router_logits router_scores router permute dispatch.protocol "
     "dispatch.pack_scores dispatch.local dispatch.all_to_all dispatch.all_gather "
     "dispatch.fixed_capacity dispatch activations grouped_matmul grouped_ffn experts combine "

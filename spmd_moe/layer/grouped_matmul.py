@@ -28,7 +28,7 @@ from spmd_moe.core.validate import check_positive_ints, describe_value
 
 
 class GroupedMatmul(Protocol):
-    """The two operations. `ends_e` int32, on the device: where the rows of each expert end.
+    """Protocol of a grouped matmul: the rows of each expert times the matrix of that expert.
 
     `ends_e` is int32, on the device: where the rows of each expert end. Rows past the last end must
     not be read; what is written there does not matter.
@@ -172,7 +172,13 @@ def _row_numbers(x_R: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True, slots=True)
 class TorchGroupedMM:
-    """torch.nn.functional.grouped_mm: the host never waits for the device."""
+    """Grouped matmul by `torch.nn.functional.grouped_mm`; never waits for the device.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, TorchGroupedMM
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
+        >>> layer = MoE(config, MoEMesh.single(), matmul=TorchGroupedMM())
+    """
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
         return fn.grouped_mm(x_RA, w_eAB, offs=ends_e)
@@ -219,18 +225,22 @@ def _members(x_RA: Tensor, ends_e: Tensor) -> Sequence[Tensor]:
 @final
 @dataclass(frozen=True, slots=True)
 class LoopedMatmul:
-    """A loop over the experts that have rows, by plain matmuls; the host reads the row counts.
+    """One expert after another, by plain matmuls; the host reads the counts once per call.
 
-    `compute` is the dtype that rows and weights are cast to before the matmuls, the weights of one
-    expert at a time. Without it, that is the dtype of the rows, or what autocast asks for.
+    Args:
+        compute: Dtype of rows and weights in the matmuls. Default: that of the weights, or the
+            autocast dtype.
+        row_block: Pad the rows of an expert with zeros, for the matmul only, to a multiple of this.
+            With 4, a row has the same bits in every batch, on one thread and with a hidden width
+            that is a multiple of 32.
 
     Raises:
         ConfigError: `row_block` is not positive.
 
     Example:
-        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, PerExpert
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, LoopedMatmul
         >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
-        >>> layer = MoE(config, MoEMesh.single(), matmul=PerExpert(row_block=4))
+        >>> layer = MoE(config, MoEMesh.single(), matmul=LoopedMatmul(row_block=4))
     """
 
     compute: torch.dtype | None = None

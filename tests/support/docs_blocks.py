@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 
 from spmd_moe import SpmdMoeError
-from spmd_moe.check.findings import RULES
+from spmd_moe.check import rules
 from spmd_moe.core.redistribute import moves_table
 from spmd_moe.static.error_codes import codes_table
 from tests.support.simulated_ranks import leave_world
@@ -84,9 +84,13 @@ def outcome(block: Block) -> str:
 
 
 def rules_table() -> str:
-    lines = ["| rule | requirement |", "| --- | --- |"]
-    rows = [f"| [{name}](rules/{name}.md) | {text} |" for name, text in RULES.items()]
-    return "\n".join([*lines, *rows])
+    """As the command line lists them, each rule that has a page with a link to it."""
+    pages_of_rules = {page.stem for page in (DOCS / "rules").glob("*.md")}
+
+    def linked(m: re.Match[str]) -> str:
+        return f"| [{m[1]}](rules/{m[1]}.md) |" if m[1] in pages_of_rules else m[0]
+
+    return re.sub(r"^\| (\w+) \|", linked, rules.rules_table(), flags=re.M)
 
 
 def linked_codes_table() -> str:
