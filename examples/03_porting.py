@@ -97,7 +97,7 @@ REPAIR: Changes = [
 OTHERWISE = {
     "scores": "each rank's gate learns from its own tokens alone, and the gates drift apart",
     "combine": "the sum over tp counts the shared expert once for every rank",
-    "load": "every rank of tp balances the experts by other numbers",
+    "load": "every rank of tp balances the experts by different counts",
 }
 
 

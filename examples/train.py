@@ -113,7 +113,7 @@ def batch(text: Tensor, step: int, o: Options, mesh: MoEMesh, device: torch.devi
 
 
 class Stop:
-    """Set by Ctrl-C, or by whoever ends the job; the step in which it comes is finished."""
+    """Set by Ctrl-C, or by the launcher when it ends the job; the current step is finished."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -162,7 +162,7 @@ class Metrics:
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-        path.write_text("".join(kept))  # steps after the checkpoint are done anew
+        path.write_text("".join(kept))  # steps after the checkpoint are done again
         self.file = path.open("a", buffering=1)
         if find_spec("tensorboard"):
             writer = import_module("torch.utils.tensorboard").SummaryWriter

@@ -3,8 +3,8 @@
     python examples/train_model.py                # type-checks it on a few layouts, trains nothing
 
 Sequences are shared out over dp, and attention sees a whole one. Outside of the MoE layers all
-ranks of tp compute the same (I), so that only experts differ between them; each layer shares the
-tokens out over tp by itself, and gathers them again.
+ranks of tp compute the same (I), so that only experts differ between them; each layer shards the
+tokens over tp, and gathers them again.
 """
 
 # Shape letters in this file:

@@ -59,8 +59,8 @@ class Options:
     check: bool = option(True, "type-check the model first")
     every: int = option(10, "steps between lines of progress", 1)
     save: int = option(100, "steps between checkpoints", 1)
-    out: str = option("", "folder of the run; by itself the next free number in runs/")
-    resume: bool = option(False, "go on with the run in --out, by itself the newest in runs/")
+    out: str = option("", "folder of the run; default: the next free number in runs/")
+    resume: bool = option(False, "continue the run in --out; default: the newest in runs/")
 
     def layout(self) -> Layout:
         """The degrees, with a number in place of each 0."""
@@ -150,7 +150,7 @@ def newest(chosen: Options) -> Path:
 
 
 def resumed(folder: Path, given: dict[str, Any]) -> Options:
-    """The settings of the run, but for those that are given now."""
+    """The settings of the run, except those that are given now."""
     try:
         was = Options(**json.loads((folder / "options.json").read_text()))
     except (OSError, ValueError, TypeError):

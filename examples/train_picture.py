@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", help="of the run; by itself the newest in runs/")
+    parser.add_argument("folder", nargs="?", help="of the run; default: the newest in runs/")
     given = parser.parse_args().folder
     numbered = sorted(Path("runs").glob("[0-9][0-9][0-9]"))
     folder = Path(given) if given else (numbered[-1] if numbered else Path("runs"))

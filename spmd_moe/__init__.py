@@ -9,14 +9,19 @@ Folders, in the order in which they may import each other:
     sanitize/    checks inside a running job
     check/       checks in one process: plan, traced, values; the command line
     static/      checks by mypy; needs no torch
+    tooling/     programs that write data files of the package
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
+
+# numpy is optional. Without it, torch's first import would otherwise warn before anything else.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
 if TYPE_CHECKING:
     from spmd_moe.core.collectives import declare_sum as declare_sum

@@ -18,7 +18,7 @@ from spmd_moe.core.errors import describe
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import Placement, R, annotations_of
 
-WHY = "what has no placement is followed by no check, and its gradient is reduced by nobody"
+WHY = "what has no placement is not checked, and its gradient is not reduced"
 
 
 def declared_types(module: nn.Module) -> dict[str, tuple[Tensor, Placement]]:

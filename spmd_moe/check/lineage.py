@@ -1,7 +1,7 @@
 """Lineage of a tensor: numbers alone, inputs of the module, or factories (`torch.zeros`).
 
-A factory (`torch.zeros(n)`, `torch.tensor(rank)`) makes the same kind on all ranks, whatever
-numbers it gets. Where two ranks gave it other numbers, what is made of it is not the same on them.
+A factory (`torch.zeros(n)`, `torch.tensor(rank)`) makes the same kind on all ranks, for any
+numbers. If two ranks pass different numbers, the results differ between them.
 """
 
 from __future__ import annotations

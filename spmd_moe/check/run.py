@@ -21,6 +21,7 @@ from spmd_moe.check.sweep import Result, check_layout
 from spmd_moe.check.target import CannotCheckError, Target, accounted, build, cannot, line_of
 from spmd_moe.core.errors import PlacementError, SpmdMoeError
 from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.spmd_types_compat import require_rules
 from spmd_moe.signatures.annotated_functions import packages_of
 
 R = TypeVar("R")
@@ -67,6 +68,7 @@ def run_checks(
         CannotCheckError: The target is none, does not finish, or refuses every layout.
         CheckerError: The checker itself failed.
     """
+    require_rules("check")
     begin = time.monotonic()
     everything = list(chosen if chosen is not None else layouts(_sensible(world, tokens)))
     if not everything:

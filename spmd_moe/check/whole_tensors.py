@@ -78,8 +78,8 @@ def _join(parts: list[Tensor], kind: Kind, role: Role) -> Tensor:
 SAME = 1e-12  # of what ranks compute alike; sums may be taken in another order on them
 
 
-# Values in a check are about the size of 1. What is zero but for rounding (in float32: a gate), as
-# the gradient of a score that is divided by itself, is not compared with another such zero.
+# Values in a check are about the size of 1. A value that is zero except for rounding, such as the
+# gradient of a score divided by the same score, is not compared with another such zero.
 SMALL = 0.1
 
 

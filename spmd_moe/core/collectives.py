@@ -17,7 +17,6 @@ from spmd_types import (
     get_local_type,
     get_partition_spec,
     reinterpret,
-    rules,
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -26,6 +25,7 @@ from spmd_moe.core.errors import MeshError, explain
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.moves import Step, awaitable, wait_for
 from spmd_moe.core.placement import P, Role, V
+from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unchecked, is_unobserved
 from spmd_moe.core.validate import describe_value
 
@@ -101,7 +101,29 @@ class Exchange(torch.autograd.Function):
 def exchange(
     x: Tensor, group: ProcessGroup, *, receives: Sequence[int], sends: Sequence[int]
 ) -> Tensor:
-    """Rows of `x`, cut by `sends`, to the ranks of the group; see `Exchange`."""
+    """Send rows of `x` to other ranks: an all-to-all with a different number of rows for each rank.
+
+    Backward is the same exchange with the two lists swapped.
+
+    Args:
+        x: Rows sorted by destination rank.
+        group: The process group.
+        receives: Rows that this rank receives from each rank.
+        sends: Rows that this rank sends to each rank; their sum is `x.shape[0]`.
+
+    Returns:
+        The received rows, sorted by source rank. In a group of one rank, `x` itself.
+
+    Raises:
+        RuntimeError: By torch, if `sends` does not match the rows of `x`.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import EP, MoEMesh, exchange
+        >>> group = MoEMesh.single()[EP].group
+        >>> exchange(torch.ones(3, 2), group, receives=[3], sends=[3]).shape
+        torch.Size([3, 2])
+    """
     if group.size() == 1:
         return x
     run = _exchanged if is_unobserved() else Exchange.apply
@@ -113,10 +135,29 @@ def _exchanged(x: Tensor, group: ProcessGroup, receives: list[int], sends: list[
 
 
 def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:
-    """V as P: what was on each rank was a part of a sum all along. The one way to make a P.
+    """Declare that each rank holds a summand: V becomes P. Values do not change.
 
-    Say it where a contraction runs over a dim that the ranks share, or where each rank fills the
-    places of its own and leaves the others zero.
+    Use it where a contraction runs over a dim that is sharded over the ranks, or where each rank
+    fills its own entries and leaves the others zero. It is the only way to make a P.
+
+    Args:
+        x: The summand of this rank.
+        axis: `mesh[TP]`, or a process group, over which the summands add up.
+
+    Returns:
+        `x`, typed as P on the axis when a checker runs.
+
+    Raises:
+        MeshError: `axis` is neither an axis nor a process group.
+        PlacementError: By a checker, if `x` is not V on the axis.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import TP, MoEMesh, P, R, declare_sum, redistribute
+        >>> tp = MoEMesh.single()[TP]
+        >>> counts = torch.tensor([3, 1])  # of this rank
+        >>> redistribute(declare_sum(counts, tp), tp, src=P, dst=R)
+        tensor([3, 1])
     """
     group, ranks = ranks_of("declare_sum", axis)
     if ranks == 1 or is_unchecked():

@@ -1,8 +1,9 @@
 """Which placement each parameter and buffer of a module has: by its class, or by a declaration.
 
 A class declares in its body (`weight_ED: RouterWeight`). Modules of torch, or of other people, have
-no such bodies; `declare` says it for them, by name. Both ways fail closed: what nobody declared is
-an error where it is needed, and what is declared twice, or does not exist, is one at once.
+no such bodies; `declare_placements` does it for them, by name. Both ways fail closed: a tensor that
+is not declared is an error where it is needed; one that is declared twice, or does not exist, is an
+error at once.
 """
 
 from __future__ import annotations
@@ -21,10 +22,21 @@ _of_class: Callable[[type], dict[str, Placement]] = cache(placements_of)
 
 
 def declare_placements(model: nn.Module, placements: Mapping[str, object]) -> None:
-    """Give parameters and buffers a placement by name: `{"head.*": SharedWeight}`.
+    """Declare the placements of parameters and buffers by name, for modules that you do not own.
 
-    A key is a full name, or a pattern in which `*` stands for anything. A value is a `Placed[...]`
-    or a `Placement`. Every key has to name something, and nothing may be declared twice.
+    Args:
+        model: The module.
+        placements: From a name, or a pattern with `*`, to a `Placed[...]` or a `Placement`.
+
+    Raises:
+        PlacementError: A key matches nothing, a tensor is declared twice, or a value is not a
+            placement.
+
+    Example:
+        >>> from torch import Tensor, nn
+        >>> from spmd_moe import CP, DP, TP, I, Placed, R, declare_placements
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        >>> declare_placements(model, {"*": Placed[Tensor, DP[R], CP[R], TP[I]]})
     """
     chosen: dict[str, str] = {}
     all_names = declarations(model)

@@ -44,5 +44,5 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _under_autocast(x: Tensor) -> bool:
-    # A device's type is a string, made anew whenever it is asked: as long as two small steps.
+    # A device's type is a string that is built in each call: as slow as two small steps.
     return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

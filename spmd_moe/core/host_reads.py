@@ -12,9 +12,10 @@ from typing import Any, cast, final
 
 import torch
 import torch.distributed as dist
-from spmd_types import register_no_typecheck
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from spmd_moe.core.spmd_types_compat import register_no_typecheck
 
 # The reads of the forward that is running under `recording` or `replaying`, if there is one.
 # Not an argument: torch calls the second forward, with the arguments of the first.

@@ -50,7 +50,21 @@ from spmd_moe.core.validate import check_instance
 @final
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of the mesh as this rank sees it. `name` is the user's own name for it."""
+    """One axis of the mesh, as this rank sees it.
+
+    Attributes:
+        role: The role of the axis, such as `TP`.
+        name: The user's own name of the axis.
+        size: The number of its ranks.
+        rank: The index of this rank on the axis.
+        group: The process group of the axis.
+
+    Example:
+        >>> from spmd_moe import TP, MoEMesh
+        >>> axis = MoEMesh.single()[TP]
+        >>> print(axis, axis.rank)
+        axis 'tp' (1 rank) 0
+    """
 
     role: Role
     name: str
@@ -74,7 +88,22 @@ class Axis:
 
 @final
 class MoEMesh:
-    """The ranks in both presentations. Build it with `init`, `from_device_mesh` or `single`."""
+    """The same ranks as a dense mesh (dp, cp, tp) and as an expert mesh (edp, ep, etp).
+
+    Build it with `init`, `from_device_mesh` or `single`. `mesh[TP]` is the axis of a role.
+
+    Raises:
+        MeshError: Degrees do not multiply to the number of ranks, differ between ranks, or name
+            axes that do not exist.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from spmd_moe import EP, MoEMesh
+        >>> dist.init_process_group("fake", rank=3, world_size=8)
+        >>> mesh = MoEMesh.init("cpu", dp=2, tp=4, ep=4)
+        >>> print(mesh, mesh[EP].rank)
+        MoEMesh(dp 2 x cp 1 x tp 4 = edp 2 x ep 4 x etp 1) 3
+    """
 
     def __init__(
         self, axes: Iterable[Axis], presentations: tuple[tuple[DeviceMesh, Tensor], ...]
@@ -173,7 +202,7 @@ class MoEMesh:
         return self._presentation(1)[0]
 
     def ranks(self, presentation: Literal["dense", "expert"]) -> Tensor:
-        """All ranks, laid out as (dp, cp, tp) or (edp, ep, etp), whatever the user's order is."""
+        """All ranks, laid out as (dp, cp, tp) or (edp, ep, etp)."""
         return self._presentation(presentation == "expert")[1]
 
     def check_ranks_agree(self, where: str, settings: Mapping[str, object]) -> None:

@@ -88,7 +88,7 @@ def tell_axes(tp_groups: Groups, expert_groups: Groups) -> tuple[Role, ...]:
     of experts (of ep and etp together), so that all who hear of it are whole groups of tp."""
     if _each_within_one(tp_groups, expert_groups):
         return ()
-    # Where neither holds the other, groups hang together like links of a chain, so all ranks tell.
+    # Groups that partially overlap are linked like a chain, so all ranks report.
     return (TP,) if _each_within_one(expert_groups, tp_groups) else DENSE
 
 

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, TypeVar, cast, final
 import torch
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
-from spmd_types import Shard, rules
+from spmd_types import Shard
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _disable_current_modes
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from spmd_moe.core.local_tensor import map_ranks, map_ranks_to_ints
 from spmd_moe.core.placement import Kind
 from spmd_moe.core.shard_shape import ShardShape
+from spmd_moe.core.spmd_types_compat import rules
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 Kernel: TypeAlias = Callable[[Tensor, ProcessGroup, "Step"], Tensor]

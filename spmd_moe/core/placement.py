@@ -69,7 +69,21 @@ else:
         Shard.__class_getitem__ = classmethod(lambda cls, dim: cls(dim))
 
     class Placed:
-        """`Placed[Tensor, DP[V], TP[S[0]]]`: a Tensor, and the kind it has on each named role."""
+        """The type of a tensor with the kind that it has on each named role.
+
+        `Placed[Tensor, DP[V], TP[S[0]]]` is a Tensor for the interpreter and for type checkers
+        without the plugin. In annotations `S` takes square brackets.
+
+        Raises:
+            PlacementError: No role is named, or an item is not a role with a kind.
+
+        Example:
+            >>> from torch import Tensor
+            >>> from spmd_moe import DP, TP, Placed, S, V
+            >>> Tokens = Placed[Tensor, DP[V], TP[S[0]]]
+            >>> def norm(x: Tokens) -> Tokens:
+            ...     return x / x.norm()
+        """
 
         def __class_getitem__(cls, items: object) -> object:
             tensor, *kinds = items if isinstance(items, tuple) else (items,)
@@ -98,7 +112,23 @@ else:
 @final
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A mesh axis by what it is for. `TP[S[0]]` is the kind S(0) on the axis of that role."""
+    """A mesh axis, named by its purpose.
+
+    `TP[S[0]]` is the kind S(0) on the axis of that role. The six roles of the package are `DP`,
+    `CP`, `TP`, `EDP`, `EP`, `ETP`; make your own for other axes.
+
+    Args:
+        name: The name that messages show.
+
+    Raises:
+        PlacementError: On `role[kind]`, if `kind` is not R, I, V, P or `S[dim]`.
+
+    Example:
+        >>> from spmd_moe import Role, V
+        >>> STAGE = Role("stage")
+        >>> print(STAGE[V])
+        stage:V
+    """
 
     name: str
 
@@ -138,7 +168,22 @@ class RoleKind:
 @final
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One kind for each of some roles: a frozen tuple, read like a mapping from role to kind."""
+    """One kind for each of some roles, as a frozen mapping from role to kind.
+
+    Args:
+        kinds: Roles with kinds, such as `(DP[V], TP[S[0]])`.
+
+    Raises:
+        PlacementError: A role occurs twice.
+
+    Example:
+        >>> from spmd_moe import DP, TP, Placement, R, V
+        >>> placement = Placement((DP[V], TP[R]))
+        >>> print(placement)
+        dp:V tp:R
+        >>> placement[TP] is R, DP in placement
+        (True, True)
+    """
 
     kinds: tuple[RoleKind, ...]
 

@@ -37,7 +37,7 @@ def check_ranks_agree(
         explain(
             where,
             f"the ranks were called with different settings: {_differing(ranks, texts)}",
-            why="ranks that disagree wait for each other for ever",
+            why="ranks that disagree would wait for each other without end",
             fixes=["give every rank the same settings"],
         )
     )

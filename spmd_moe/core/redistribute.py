@@ -50,13 +50,40 @@ def redistribute(
     dtype: Dtype = None,
     grad_dtype: Dtype = None,
 ) -> Tensor:
-    """`x`, which is `src` on `axis`, as `dst`: the same meaning in another placement.
+    """Convert `x` from placement `src` to placement `dst` on one mesh axis.
 
-    `S(i)` counts the dims of `x` as it is passed. That the ranks hold the same where `src` is R or
-    I is trusted, not looked up. `shape` gives the rows of every rank where they are not equal; by
-    itself, a dim that is cut must divide. `dtype` is what a sum over the ranks is taken in, by
-    itself that of `x`; `grad_dtype` is the same for a sum that backward takes, and has to be said
-    where `x` is below float32. The result has the dtype of `x`.
+    The value of the whole tensor does not change. `S(i)` counts the dims of `x` as it is passed.
+    `src=R` and `src=I` are trusted: verifying them would need a collective. The result has the
+    dtype of `x`. Backward runs the move in the last column of the table in docs/placements.md.
+
+    Args:
+        x: The tensor of this rank.
+        axis: `mesh[TP]`, or a process group.
+        src: The kind of `x` on the axis: `R`, `I`, `P` or `S(i)`.
+        dst: The kind of the result.
+        shape: Rows of the sharded dim on each rank, if they are not equal. A move from `S(i)` to
+            `S(j)` accepts two: of dim `i` before and of dim `j` after. Default: the dim must be
+            divisible by the number of ranks.
+        dtype: Accumulation dtype of reductions. Default: `x.dtype`.
+        grad_dtype: Accumulation dtype of reductions in backward; required for inputs below
+            float32 whose backward reduces.
+
+    Returns:
+        The tensor of this rank in the new placement. On an axis of one rank, `x` itself.
+
+    Raises:
+        PlacementError: There is no such move, for example from or to `V`.
+        ShapeError: `shape` contradicts the sizes, or a dim is not divisible.
+        DtypeError: `grad_dtype` is required and missing.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from spmd_moe import TP, MoEMesh, R, S, ShardShape, redistribute
+        >>> dist.init_process_group("fake", rank=1, world_size=4)
+        >>> tp = MoEMesh.init("cpu", tp=4)[TP]
+        >>> x = torch.arange(5.0)  # the same on all ranks
+        >>> redistribute(x, tp, src=R, dst=S(0), shape=ShardShape.even(5, 4))
+        tensor([2., 3.])
     """
     group, ranks = ranks_of("redistribute", axis)
     if ranks == 1 and is_local_tensor(x):
@@ -289,7 +316,7 @@ def _check_ranks(shape: ShardShape, ranks: int) -> None:
 
 
 def _check_grad_dtype(x: Tensor, src: Kind, dst: Kind, grad_dtype: Dtype) -> None:
-    """A sum in low precision must be somebody's decision, also where only backward takes it."""
+    """A sum in low precision must be requested, also if only backward computes it."""
     if grad_dtype is not None or not x.requires_grad or x.dtype.itemsize >= 4:
         return
     if _same(src, dst) or not torch.is_grad_enabled():

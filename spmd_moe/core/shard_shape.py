@@ -21,7 +21,24 @@ from spmd_moe.core.errors import ShapeError, explain
 @final
 @dataclass(frozen=True, slots=True)
 class ShardShape:
-    """The size of the sharded dim on every rank of an axis. Build it with `even` or `ragged`."""
+    """The size of a sharded dim on every rank of an axis.
+
+    Build it with `even` (the ceil-chunk rule) or `ragged` (sizes that are known).
+
+    Args:
+        sizes: Rows of each rank, in the order of the ranks.
+
+    Raises:
+        ShapeError: A size is negative, or there are no ranks.
+
+    Example:
+        >>> from spmd_moe import ShardShape
+        >>> shape = ShardShape.even(5, ranks=4)
+        >>> print(shape, shape.padded, shape.offsets)
+        5 rows as [2, 2, 1, 0] 2 (0, 2, 4, 5)
+        >>> print(ShardShape.ragged([0, 7, 1]))
+        8 rows as [0, 7, 1]
+    """
 
     sizes: tuple[int, ...]
     # Derived once, since every redistribute reads them.
@@ -48,7 +65,7 @@ class ShardShape:
 
     @staticmethod
     def even(total: int, ranks: int) -> ShardShape:
-        """Chunks of ceil(total / ranks): full ones first, then a shorter one, then empty ones."""
+        """Chunks of ceil(total / ranks): full chunks first, then a shorter one, then empty ones."""
         if ranks < 1:
             raise _no_ranks("ShardShape.even")
         if total < 0:
@@ -65,7 +82,7 @@ class ShardShape:
 
     @staticmethod
     def ragged(sizes: Sequence[int]) -> ShardShape:
-        """Sizes known from elsewhere, such as counts that were exchanged."""
+        """Sizes that are known, such as counts that were exchanged."""
         return ShardShape(tuple(sizes))
 
     @property
@@ -74,19 +91,19 @@ class ShardShape:
 
     @property
     def padded_total(self) -> int:
-        """Rows that a collective moves once every rank is padded to the longest."""
+        """Rows that a collective moves when every rank is padded to the longest shard."""
         return self.padded * self.ranks
 
     @property
     def equal(self) -> bool:
-        """All ranks hold the same number of rows, so nothing is padded."""
+        """True if all ranks hold the same number of rows, so that nothing is padded."""
         return self.padded_total == self.total
 
     @property
     def packed(self) -> bool:
-        """Padding, if any, lies behind the last row only: the rows of a padded whole are a prefix.
+        """True if all padding is behind the last row, so that trimming a gathered tensor is a view.
 
-        True of every `even` shape; then trimming a gathered tensor is a view, not a copy.
+        Every `even` shape is packed.
         """
         return all(
             start == min(r * self.padded, self.total) for r, start in enumerate(self.offsets)

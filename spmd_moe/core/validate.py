@@ -10,7 +10,7 @@ from spmd_moe.core.errors import ConfigError, explain
 
 
 def is_positive_int(value: object) -> bool:
-    """An integer of 1 or more. True and 2.0 are not: somebody meant another setting, or divided."""
+    """An integer of 1 or more. True and 2.0 are refused: another setting, or a division."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -108,7 +108,7 @@ def settings_of(config: Any) -> dict[str, object]:
 
 
 def describe_value(value: object) -> str:
-    """What somebody handed in, in words: `the class AllToAll`, `None`, `a str`."""
+    """An argument in words: `the class AllToAll`, `None`, `a str`."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return "None" if value is None else _article(type(value).__name__)

@@ -32,9 +32,24 @@ Backward: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Te
 @final
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """An elementwise function of `gate` and, when `gated`, of `up`.
+    """An elementwise function of `gate` and, if `gated`, of `up`.
 
-    `derivative` is used where gradients are not differentiated again; else that of `forward` is.
+    Args:
+        name: A name that no other activation has.
+        gated: Whether the experts have a third matrix, `up`.
+        forward: From `gate` and `up` (None if not gated) to the hidden values.
+        derivative: From the gradient of the hidden values, `gate` and `up` to the gradients of
+            both. Default: derived by `torch.func.vjp`.
+
+    Raises:
+        ConfigError: The name is in use.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import Activation
+        >>> tanh = Activation("docs_tanh", gated=False, forward=lambda gate, up: torch.tanh(gate))
+        >>> print(tanh)
+        docs_tanh
     """
 
     name: str
@@ -61,7 +76,22 @@ class Activation:
 
 
 def clamped_swiglu(limit: float = 7.0, alpha: float = 1.702) -> Activation:
-    """GPT-OSS: gate is clamped from above, up from both sides, and up is shifted by one."""
+    """SwiGLU with clamped inputs, as in GPT-OSS.
+
+    `gate` is clamped from above, `up` from both sides and shifted by one.
+
+    Args:
+        limit: The bound of the clamps.
+        alpha: The factor inside the sigmoid.
+
+    Returns:
+        The activation; equal arguments return the same object.
+
+    Example:
+        >>> from spmd_moe import CLAMPED_SWIGLU, clamped_swiglu
+        >>> clamped_swiglu() is CLAMPED_SWIGLU
+        True
+    """
     return _clamped_swiglu(limit, alpha)
 
 

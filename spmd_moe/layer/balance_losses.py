@@ -42,9 +42,27 @@ BatchTotals: TypeAlias = Placed[Tensor, DP[R], CP[R]]
 @final
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """Sums over tokens. P on dp, cp and tp; I on tp where the model around the layer is so.
+    """Sums over tokens from which the losses are computed; `MoEOutput.losses` has them.
 
-    Balanced by sequence, all but `z_sum` are V on dp, whose ranks have other sequences.
+    The sums are P on dp, cp and tp; I on tp if the model around the layer is I there. With
+    `balance="sequence"`, all except `z_sum` are V on dp, whose ranks have different sequences.
+
+    Attributes:
+        prob_sums_BE: Sums of router probabilities, for each sequence (or the batch) and expert.
+        counts_BE: Choices of each expert, int64.
+        tokens_B: Tokens, int64.
+        z_sum: Sum of the squared log-partition of the logits.
+        by_sequence: Whether each sequence is balanced on its own.
+        whole_on_tp: Whether the sums are already reduced over tp.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2), balance="batch"), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> layer(torch.ones(3, 8)).losses.tokens_B.tolist()
+        [3]
     """
 
     prob_sums_BE: GroupSums
@@ -58,7 +76,25 @@ class LossTerms:
 @final
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Counts of a whole batch. Those of micro-batches add up to those of the batch."""
+    """Counts of a whole batch over all ranks, made by `reduce_loss_terms`.
+
+    Attributes:
+        counts_BE: Choices of each expert, for each sequence or for the batch.
+        tokens_B: Tokens of each sequence, or of the batch.
+        tokens: Tokens of the batch.
+        groups: The number of balanced units: sequences, or batches.
+        by_sequence: Whether each sequence is balanced on its own.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import reduce_loss_terms
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2), balance="batch"), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> int(reduce_loss_terms(layer(torch.ones(3, 8)).losses, mesh).tokens)
+        3
+    """
 
     counts_BE: GroupTotals
     tokens_B: GroupTotals
@@ -137,13 +173,37 @@ def reduce_on_tp(terms: LossTerms, mesh: MoEMesh) -> LossTerms:
 
 
 def _whole(x: Placed[Tensor, CP[P], TP[P]], mesh: MoEMesh) -> Placed[Tensor, CP[P], TP[I]]:
-    # Waited for here: of losses that nobody uses, the results would be kept for ever.
+    # Waited for here: torch would never release the results of losses that are not used.
     whole: Placed[Tensor, TP[I]] = redistribute(x, mesh[TP], src=P, dst=I)
     return whole.clone()
 
 
 def reduce_loss_terms(terms: LossTerms, mesh: MoEMesh) -> Totals:
-    """The counts that the losses of one batch are taken by."""
+    """Reduce the counts of one batch over all ranks, for `balance_loss` and `z_loss`.
+
+    Every rank must call it. With gradient accumulation, pass the results of all micro-batches to
+    `merge_microbatches`.
+
+    Args:
+        terms: `out.losses` of one forward.
+        mesh: The mesh of the layer.
+
+    Returns:
+        The totals, the same on all ranks.
+
+    Raises:
+        ConfigError: `terms` is not a `LossTerms`; it is None if the layer has no `balance`.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import balance_loss, reduce_loss_terms
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2), balance="batch"), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> out = layer(torch.ones(3, 8))
+        >>> loss = 0.01 * balance_loss(out.losses, reduce_loss_terms(out.losses, mesh), mesh)
+    """
     _check_terms("totals", terms)
     over_tp = [] if terms.whole_on_tp else [mesh[TP]]
     token_axes = [mesh[CP], *over_tp]
@@ -159,10 +219,28 @@ def reduce_loss_terms(terms: LossTerms, mesh: MoEMesh) -> Totals:
 
 
 def merge_microbatches(parts: Sequence[Totals]) -> list[Totals]:
-    """For each micro-batch of a batch, the totals by which its losses add up to the batch's.
+    """Convert the totals of micro-batches so that their losses sum to those of the full batch.
 
-    What is balanced by sequence keeps the counts of its own sequences; the numbers that losses are
-    divided by are those of all micro-batches.
+    Args:
+        parts: The totals of each micro-batch.
+
+    Returns:
+        One `Totals` for each micro-batch, to be used in its place.
+
+    Raises:
+        ConfigError: The first totals are balanced by batch, and others by sequence.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import merge_microbatches, reduce_loss_terms
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2), balance="batch"), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> outs = [layer(torch.ones(rows, 8)) for rows in (3, 5)]
+        >>> totals = merge_microbatches([reduce_loss_terms(out.losses, mesh) for out in outs])
+        >>> [int(total.tokens) for total in totals]
+        [8, 8]
     """
     if not parts:
         return []
@@ -174,12 +252,35 @@ def merge_microbatches(parts: Sequence[Totals]) -> list[Totals]:
 
 
 def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
-    """1 when every expert is used alike, up to E when one is used alone. P on the token axes."""
+    """The balance loss: 1 for an even use of the experts, up to E if one is used alone.
+
+    Args:
+        terms: `out.losses` of one forward.
+        total: What `reduce_loss_terms`, or `merge_microbatches`, returns for it.
+        mesh: The mesh of the layer.
+
+    Returns:
+        The summand of this rank: P on the token axes. Add it to a loss that is P as well.
+
+    Raises:
+        ConfigError: An argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import balance_loss, reduce_loss_terms
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2), balance="batch"), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> out = layer(torch.ones(3, 8))
+        >>> bool(balance_loss(out.losses, reduce_loss_terms(out.losses, mesh), mesh) > 0)
+        True
+    """
     _check_both("balance_loss", terms, total)
     num_experts = total.counts_BE.shape[1]
     choices_B1 = total.counts_BE.sum(1, keepdim=True).clamp(min=1)
     tokens_B1 = total.tokens_B.clamp(min=1).unsqueeze(1)
-    # Cast first: a quotient of integers is float32, whatever the probabilities are.
+    # Cast first: a quotient of integers is float32, also if the probabilities are not.
     counts_BE = total.counts_BE.to(terms.prob_sums_BE.dtype)
     used_BE = num_experts * counts_BE / choices_B1 / tokens_B1
     loss = (used_BE * terms.prob_sums_BE).sum() / total.groups.clamp(min=1)
@@ -187,7 +288,29 @@ def balance_loss(terms: LossTerms, total: Totals, mesh: MoEMesh) -> Sums:
 
 
 def z_loss(terms: LossTerms, total: Totals) -> Sums:
-    """Keeps logits small. P on the token axes. Its sums too are there only with `balance`."""
+    """The mean squared log-partition of the router's logits, which keeps logits small.
+
+    Args:
+        terms: `out.losses` of one forward; requires `balance` in the config.
+        total: What `reduce_loss_terms`, or `merge_microbatches`, returns for it.
+
+    Returns:
+        The summand of this rank: P on the token axes.
+
+    Raises:
+        ConfigError: An argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import reduce_loss_terms, z_loss
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2), balance="batch"), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> out = layer(torch.ones(3, 8))
+        >>> bool(z_loss(out.losses, reduce_loss_terms(out.losses, mesh)) > 0)
+        True
+    """
     _check_both("z_loss", terms, total)
     return terms.z_sum / total.tokens.clamp(min=1)
 
@@ -199,7 +322,7 @@ def declare_sums(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         total = declare_sum(total, axis)
     # A declaration is a view, and of views in a module's output FSDP warns; and backward needs `x`
-    # as it is, whatever a caller does with his.
+    # unchanged, also if the caller changes his.
     return total.clone() if total is not x or torch.is_grad_enabled() else x
 
 

@@ -53,7 +53,7 @@ class Frame:
     """What `leave` needs to give the caller his shape back."""
 
     lead: tuple[int, ...]  # the dims before the last one, as the caller had them
-    shape: ShardShape | None  # rows of every rank of tp; None where nobody needs them
+    shape: ShardShape | None  # rows of every rank of tp; None if they are not needed
 
 
 @final
@@ -92,7 +92,7 @@ class Boundary:
         if self.same_rows and len(frame.lead) > 1:
             y = y.view(*frame.lead, y.shape[-1])
         if is_unobserved():
-            return wait_for(y)  # what nobody reads, nor waits for, torch would keep for ever
+            return wait_for(y)  # torch never releases a result that is neither read nor waited for
         # A copy waits as well, and is no view: to add to one in place would lose the hook by which
         # FSDP gathers for backward.
         return y.clone()

@@ -151,7 +151,7 @@ def _refuse_dtype(x: Tensor, experts: Experts) -> None:
         weights_can = x.dtype.is_floating_point and x.dtype.itemsize > 1
         _refuse(
             f"x is {describe(x)}, the layer {short_dtype(w1_eFD.dtype)}",
-            "a cast that nobody wrote would change the precision of the layer",
+            "an implicit cast would change the precision of the layer",
             *([f"layer.to({x.dtype})"] if weights_can else []),
             f"x.to({w1_eFD.dtype})",
             error=DtypeError,

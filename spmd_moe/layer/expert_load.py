@@ -38,7 +38,30 @@ class ExpertLoad:
 @torch.no_grad()
 # spmd: allow bypass - counts have no gradient
 def expert_load(output: MoEOutput, mesh: MoEMesh) -> ExpertLoad:
-    """The load of one forward over all ranks. Every rank must call it."""
+    """Compute how evenly one forward used the experts, over all ranks.
+
+    Every rank must call it.
+
+    Args:
+        output: What the layer returned.
+        mesh: The mesh of the layer.
+
+    Returns:
+        Global counts, max/mean, entropy and dropped choices, as tensors; `print` shows one line.
+
+    Raises:
+        ConfigError: `output` is not a `MoEOutput`.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import expert_load
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> int(expert_load(layer(torch.ones(3, 8)), mesh).counts_E.sum())
+        6
+    """
     check_instance("expert_load", "output", output, MoEOutput, "expert_load(layer(x), mesh)")
     check_mesh("expert_load", mesh)
     sums = torch.cat([output.counts_E, output.dropped.view(1)])

@@ -48,7 +48,16 @@ from spmd_moe.layer.routing_faults import nan_parameter
 
 
 class ScoreApplication(Enum):
-    """Where a row is multiplied by the router's weight."""
+    """Where a row is multiplied by the router's weight.
+
+    `BEFORE_SECOND_MATMUL`: the output of the experts need not be saved for backward.
+    `IN_COMBINE`: required by some checkpoints; the output is saved.
+
+    Example:
+        >>> from spmd_moe import MoEConfig, RouterConfig, ScoreApplication
+        >>> choice = ScoreApplication.IN_COMBINE
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2), score_application=choice)
+    """
 
     BEFORE_SECOND_MATMUL = "before the second matmul"
     """The row's output is never needed again, so it is not kept for backward."""
@@ -57,7 +66,16 @@ class ScoreApplication(Enum):
 
 
 class ExpertRecompute(Enum):
-    """What backward recomputes instead of saving it in forward."""
+    """What backward computes again instead of saving it in forward.
+
+    `NONE`: the results of the first matmuls are saved.
+    `FIRST_MATMULS`: backward computes the first matmuls again.
+
+    Example:
+        >>> from spmd_moe import ExpertRecompute, MoEConfig, RouterConfig
+        >>> choice = ExpertRecompute.FIRST_MATMULS
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2), recompute=choice)
+    """
 
     NONE = "none"
     """The results of the first matmuls are saved."""

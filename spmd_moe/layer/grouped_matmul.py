@@ -28,9 +28,18 @@ from spmd_moe.core.validate import check_positive_ints, describe_value
 
 
 class GroupedMatmul(Protocol):
-    """The two operations. `ends_e` int32, on the device: where the rows of each expert end.
+    """Protocol of a grouped matmul: the rows of each expert times the matrix of that expert.
 
-    Rows past the last end must not be read; what is written there does not matter.
+    `ends_e` is int32, on the device: where the rows of each expert end. Rows past the last end must
+    not be read; what is written there does not matter.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import GroupedMatmul, Masked
+        >>> matmul: GroupedMatmul = Masked()
+        >>> ends = torch.tensor([1, 3], dtype=torch.int32)  # rows of two experts
+        >>> tuple(matmul.rows(torch.ones(3, 8), torch.ones(2, 8, 4), ends).shape)
+        (3, 4)
     """
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
@@ -163,7 +172,13 @@ def _row_numbers(x_R: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True, slots=True)
 class TorchGroupedMM:
-    """torch.nn.functional.grouped_mm: the host never waits for the device."""
+    """Grouped matmul by `torch.nn.functional.grouped_mm`; never waits for the device.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, TorchGroupedMM
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
+        >>> layer = MoE(config, MoEMesh.single(), matmul=TorchGroupedMM())
+    """
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
         return fn.grouped_mm(x_RA, w_eAB, offs=ends_e)
@@ -175,11 +190,16 @@ class TorchGroupedMM:
 @final
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """All rows times every expert's matrix, of which each row keeps one.
+    """Grouped matmul with fixed shapes: all rows times every expert's matrix.
 
-    Slow, but of fixed shapes on any device, in any dtype and width, and it reads nothing: what
-    remains where a grouped kernel does not go and the host must not wait. When decoding, reading
-    the weights takes longer than multiplying a few rows by them.
+    Each row keeps the result of its expert. It works on any device, in any dtype and width, and
+    reads nothing on the host. It costs as many times more as there are local experts; for a few
+    rows, reading the weights dominates anyway.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, Masked
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
+        >>> layer = MoE(config, MoEMesh.single(), matmul=Masked())
     """
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor, ends_e: Tensor) -> Tensor:
@@ -205,16 +225,22 @@ def _members(x_RA: Tensor, ends_e: Tensor) -> Sequence[Tensor]:
 @final
 @dataclass(frozen=True, slots=True)
 class LoopedMatmul:
-    """A loop over the experts that have rows, by plain matmuls; the host reads the row counts.
+    """One expert after another, by plain matmuls; the host reads the counts once per call.
 
-    `compute` is the dtype that rows and weights are cast to before the matmuls, the weights of one
-    expert at a time. Without it, that is the dtype of the rows, or what autocast asks for.
+    Args:
+        compute: Dtype of rows and weights in the matmuls. Default: that of the weights, or the
+            autocast dtype.
+        row_block: Pad the rows of an expert with zeros, for the matmul only, to a multiple of this.
+            With 4, a row has the same bits in every batch, on one thread and with a hidden width
+            that is a multiple of 32.
 
-    `row_block` adds zero rows, for the matmul only, up to a multiple of itself: BLAS takes another
-    kernel for 1 to 3 rows (float32) or for the rows beyond a multiple of 4 (float64), and with
-    row_block=4 a row has the same bits whatever shares its expert, on one thread and if the hidden
-    width is a multiple of 32: torch's elementwise kernels finish what is left of a tensor, or of a
-    thread's part of it, another way.
+    Raises:
+        ConfigError: `row_block` is not positive.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, LoopedMatmul
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
+        >>> layer = MoE(config, MoEMesh.single(), matmul=LoopedMatmul(row_block=4))
     """
 
     compute: torch.dtype | None = None

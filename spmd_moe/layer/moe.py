@@ -48,7 +48,20 @@ from spmd_moe.layer.shared_experts import ReplicatedShared, ShardedShared
 @final
 @dataclass(frozen=True, slots=True)
 class SharedConfig:
-    """An expert for all tokens: its hidden width, whether a gate scales it, how it is placed."""
+    """A shared expert, through which all tokens pass.
+
+    Args:
+        hidden_dim: The width of its hidden layer.
+        gated: Whether a sigmoid gate scales its output.
+        sharded: Whether its weights are sharded on tp; otherwise they are replicated.
+
+    Raises:
+        ConfigError: A value has another type, or is not positive.
+
+    Example:
+        >>> from spmd_moe import MoEConfig, RouterConfig, SharedConfig
+        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2), shared=SharedConfig(16, gated=True))
+    """
 
     hidden_dim: int
     gated: bool = False
@@ -65,13 +78,26 @@ class SharedConfig:
 class MoEConfig:
     """What the layer computes, and how the caller holds tokens.
 
-    `width` is that of a token, `hidden` that of one expert inside. `bias` gives the experts biases.
-    `weigh` says where the router's weights are applied, `keep` what waits for backward. `shared`
-    adds an expert that all tokens pass. `src` and `dst` are the kinds of the tokens on tp, as they
-    come and as they go: S(0), rows of its own on each rank, or R or I, all rows on each. `balance`
-    is what experts are balanced over, and so which sums `MoEOutput.losses` has; None has none. By
-    sequence, tokens that are S(0) on tp are sequences cut along their length: row b of `[B, L, D]`
-    is a piece of the same sequence on every rank of tp.
+    Args:
+        dim: Width of a token.
+        hidden_dim: Width of the hidden layer of one expert.
+        router: How tokens choose experts.
+        activation: The function between the matrices of an expert.
+        bias: Whether experts have biases.
+        score_application: Where rows are multiplied by the router's weights.
+        recompute: Which activations of the experts backward computes again.
+        shared: A shared expert.
+        src: Placement of the input tokens on tp: `S(0)` (each rank has its own rows), `R` or `I`.
+        dst: Placement of the output tokens on tp.
+        balance: What the losses balance over; None computes no loss terms. With `"sequence"` and
+            `S(0)` on tp, batch row `b` must be a chunk of the same sequence on every tp rank.
+
+    Raises:
+        ConfigError: A value has another type, or is out of range.
+
+    Example:
+        >>> from spmd_moe import I, MoEConfig, RouterConfig
+        >>> config = MoEConfig(64, 128, RouterConfig(8, top_k=2), src=I, dst=I, balance="batch")
     """
 
     dim: int
@@ -125,11 +151,31 @@ class _Call(Protocol):
 class MoE(nn.Module):
     """A Mixture-of-Experts layer on a mesh.
 
-    Every rank of the mesh builds it, with the same config: ranks that differ are told so. Its
-    weights are NaN until `init_weights` or a checkpoint sets them. Without a `dispatcher`, the
-    layer takes `Local` where a rank has all experts whole, else `AllToAll`; without a `matmul` for
-    its experts, what suits dtype and device. All ranks of the ep and etp groups call the layer
-    together, each with tokens of its own, which may be none.
+    Every rank of the mesh builds it with the same arguments; different ones raise on all ranks.
+    Weights are NaN until `init_weights` or a checkpoint sets them. All ranks of the ep and etp
+    groups call the layer together, each with its own tokens, which may be none.
+
+    Args:
+        config: The settings.
+        mesh: The mesh.
+        dispatcher: How rows travel. Default: `Local` if a rank has all experts, else `AllToAll`.
+        matmul: The grouped matmul of the experts. Default: chosen by dtype and device.
+
+    Raises:
+        ConfigError: Settings do not fit the mesh or the dispatcher.
+        MeshError: Ranks pass different arguments.
+        RoutingError: In forward, scores are not finite, ids are out of range, or another rank
+            refused its input.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> x = torch.ones(3, 8)
+        >>> tuple((x + layer(x).hidden).shape)
+        (3, 8)
     """
 
     __call__: _Call  # the call of a module, which torch types as Any, is that of its forward

@@ -20,7 +20,24 @@ from spmd_moe.layer.balance_losses import LossTerms
 @final
 @dataclass(frozen=True, slots=True)
 class MoEOutput:
-    """The tokens, the sums that losses are made of, and how this rank's tokens chose."""
+    """What the layer returns: tokens, loss terms, and counts of choices.
+
+    Attributes:
+        hidden: The tokens, with the shape and dtype of the input, placed as `dst` on tp.
+        losses: The sums from which losses are computed; None if `MoEConfig.balance` is None.
+        counts_E: int64, choices of each expert by this rank's tokens; P on dp, cp and tp.
+        dropped: int64, choices that no expert received, except those of masked tokens; P.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> out = layer(torch.ones(3, 8))
+        >>> tuple(out.hidden.shape), int(out.counts_E.sum()), out.losses
+        ((3, 8), 6, None)
+    """
 
     # spmd: allow unknown - placed as the boundary is
     hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`

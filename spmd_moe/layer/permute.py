@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, TypeVar, cast, final
 
 import torch
 import torch.nn.functional as fn
-from spmd_types import rules
 from torch import Tensor
 
 from spmd_moe.core.dtypes import as_dtype, sum_dtype
 from spmd_moe.core.host_reads import read_ints
 from spmd_moe.core.placement import GatheredRows, Tokens
+from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # of whatever kind, and of that kind again

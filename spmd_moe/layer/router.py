@@ -35,12 +35,29 @@ T = TypeVar("T", bound=Tensor)
 @final
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """How tokens choose.
+    """How tokens choose experts.
 
-    `score` is a softmax over all experts or over the chosen ones, a sigmoid, or the root of a
-    softplus. `groups` splits the experts; a token may use `groups_kept` of the groups, ranked by
-    the sum of the best `group_best` scores in each. `balanced` gives experts in turn, whatever the
-    scores say, for benchmarks; each rank begins at another expert.
+    Args:
+        num_experts: The number of experts of the layer.
+        top_k: The number of experts of each token.
+        score_func: `"softmax"` over all experts, `"softmax_chosen"` over the chosen ones,
+            `"sigmoid"`, or `"sqrt_softplus"`.
+        route_norm: Whether the chosen scores are normalized to a sum of 1.
+        route_scale: A factor on the weights.
+        num_expert_groups: The number of groups of experts, for group-limited routing.
+        num_limited_groups: The number of groups that a token may use.
+        group_score_top_k: How many of the best scores in a group are summed to rank it.
+        dtype: Dtype of the router's matmul and of the loss terms.
+        jitter: Multiplicative noise on the input during training, from 1 - jitter to 1 + jitter.
+        force_balance: Ignore the scores and assign experts round-robin, with a different first
+            expert on each rank (benchmarks only).
+
+    Raises:
+        ConfigError: Values contradict each other, with the nearest legal value.
+
+    Example:
+        >>> from spmd_moe import RouterConfig
+        >>> config = RouterConfig(num_experts=8, top_k=2, score_func="sigmoid", route_norm=True)
     """
 
     num_experts: int
@@ -136,7 +153,30 @@ def _refuse(what: str, why: str, fix: str) -> None:
 @final
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What the router says of this rank's tokens."""
+    """The choices of this rank's tokens, as the router returns them.
+
+    Attributes:
+        expert_ids_TK: int64, the chosen experts of each token; -1 for none.
+        scores_TK: The weights of the choices.
+        logits_TE: The logits.
+        probs_TE: The probabilities that the balance loss uses.
+        counts_E: int64, choices of each expert.
+        dropped: int64, choices of no expert, except those of masked tokens.
+        fault: A mark of what is wrong with this rank's scores or ids; it travels with the counts.
+        complete: Whether every choice has an expert.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> seen = []
+        >>> handle = layer.router.register_forward_hook(lambda module, args, out: seen.append(out))
+        >>> _ = layer(torch.ones(3, 8))
+        >>> tuple(seen[0].expert_ids_TK.shape)
+        (3, 2)
+    """
 
     expert_ids_TK: Tokens  # int64; -1 is a choice of no expert
     scores_TK: Tokens  # the weight of each choice

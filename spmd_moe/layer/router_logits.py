@@ -9,11 +9,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as fn
-from spmd_types import rules
 from torch import Tensor
 
 from spmd_moe.core.dtypes import as_dtype, no_autocast
 from spmd_moe.core.placement import Tokens, Whole
+from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again

@@ -34,7 +34,7 @@ _TOLD = 8  # ranks that a message names
 
 # spmd: allow unknown - the class that holds it says what it is
 def nan_parameter(*shape: int) -> nn.Parameter:
-    """A parameter that nobody has given a value yet: NaN, so that using it is an error."""
+    """A parameter without a value yet: NaN, so that using it is an error."""
     return nn.Parameter(torch.full(shape, torch.nan))  # spmd: allow unknown - as above
 
 
@@ -89,7 +89,7 @@ def _error(
     if any(scores):
         fixes = ["assert x.isfinite().all()   # before the layer, to find where they begin"]
         if may_be_unset and all(scores):
-            fixes.insert(0, "init_weights(layer, mesh, seed=0)   # if nobody has set the weights")
+            fixes.insert(0, "init_weights(layer, mesh, seed=0)   # if the weights were never set")
         return RoutingError(
             explain(
                 "Router",

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from spmd_types import rules
 from torch import Tensor
 
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE, Tokens, TokenSums, Whole
+from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unobserved
 from spmd_moe.core.validate import check_number, describe_value
 from spmd_moe.layer.balance_losses import sum_over
@@ -58,9 +58,30 @@ def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: TokenSums) -> Toke
 
 @torch.no_grad()
 def update_selection_bias(routers: Iterable[Router], mesh: MoEMesh, rate: float) -> None:
-    """After each optimizer step: a push towards the experts that were chosen too seldom.
+    """Move the selection bias of each router towards the experts that were chosen too rarely.
 
-    One reduction for all routers. The counters start anew.
+    Call it after each optimizer step, on every rank. It reduces the counts of all routers in one
+    collective and resets them. Also known as aux-loss-free balancing, or `expert_bias`.
+
+    Args:
+        routers: The routers, such as `[layer.router]`.
+        mesh: The mesh of the layers.
+        rate: The step of the bias; a common value is 0.001.
+
+    Raises:
+        ConfigError: `rate` is not a number, or an item is not a router.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import update_selection_bias
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> layer(torch.ones(3, 8)).hidden.sum().backward()
+        >>> update_selection_bias([layer.router], mesh, rate=0.001)
+        >>> bool(layer.router.bias_E.abs().max() > 0)
+        True
     """
     routers = _routers(routers)
     check_number(

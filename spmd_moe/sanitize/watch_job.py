@@ -37,27 +37,35 @@ _MANY = 10_000  # hashes that may accumulate in a job without backward
 def sanitize(
     model: nn.Module, mesh: MoEMesh, rate: float | None = None, *, step: int = 0
 ) -> Iterator[Sanitizer]:
-    """Check a running job for tensors that differ between ranks against their declared placement.
+    """Watch some steps of a running job: the first tensor that contradicts its type raises.
 
-    Every rank must enter, with the same rate.
+    A context manager around the training loop. Every rank must enter it, with the same arguments.
 
     Args:
-        model: The model; annotated functions of the packages of its classes are watched.
-        mesh: The mesh that its placements refer to.
-        rate: The fraction of steps to watch, the first one included. Default: the environment
-            variable SPMD_MOE_SANITIZE, or 0.
+        model: The model.
+        mesh: The mesh.
+        rate: The share of steps that are watched, from 0 (none) to 1; the first step is watched.
+            Default: the environment variable `SPMD_MOE_SANITIZE`, or 0.
         step: The number of the first step, for messages.
 
     Returns:
-        A context manager that yields the `Sanitizer`.
+        A context manager; it yields the sanitizer, with `reduced()` and `step()`.
 
     Raises:
-        ConfigError: The rate is not a number from 0 to 1, or another sanitizer is active.
-        SanitizerError: Raised on all ranks, at the end of a watched step.
+        SanitizerError: On all ranks, if ranks hold different values that must be equal.
+        ConfigError: `rate` is out of range, or another sanitizer is active.
 
     Example:
-        with sanitize(model, mesh, rate=0.1):
-            train(model)
+        >>> import torch
+        >>> from spmd_moe import sanitize
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> with sanitize(layer, mesh, rate=0.1):
+        ...     layer(torch.ones(3, 8)).hidden.sum().backward()
+        ...     optimizer.step()
     """
     check_mesh("sanitize", mesh)
     watcher = Sanitizer(model, mesh, _period(rate), step)

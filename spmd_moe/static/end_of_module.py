@@ -25,7 +25,7 @@ from mypy.types import CallableType, Instance, NoneType
 
 # Without a line of its own that could be reported; `from module import *` leaves it where it is.
 NAME, _WORD = "_end of module (spmd_moe)", "spmd_moe: the module is checked"
-HOOK = "builtins.str.casefold"  # nobody calls it on a literal
+HOOK = "builtins.str.casefold"  # no program calls it on a literal
 LAST_PASS = 2  # after it mypy puts nothing off any more
 
 

@@ -307,7 +307,7 @@ def _is_loops_own(axis: Expression | None) -> bool:
 
 
 def _forget(x: Expression | None, kinds: Kinds) -> None:
-    """What is moved on an axis nobody knows is moved in a loop over axes, and by its own name.
+    """A move on an unknown axis is a move in a loop over axes, and has its own name.
 
     Where mypy merges what a variable is before and after a loop, it falls back on what it was first
     found to be; so that must not say more than is true in the end.

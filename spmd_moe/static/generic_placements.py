@@ -27,7 +27,7 @@ from spmd_moe.static.placed_types import DEPTH, items_of_both, kinds_of, place, 
 Solved = dict[TypeVarId, Kinds]
 
 
-# They yield what they are given, whatever it is. Other plugins have no use for them.
+# They yield what they are given, of any type. Other plugins have no use for them.
 _OF_ANYTHING = frozenset({"contextlib.contextmanager", "contextlib.asynccontextmanager"})
 
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 Kinds: TypeAlias = Mapping[str, str]
 
-ANY_ROLE = "*"  # what deterministic factories make is R on every axis, whatever axes there are
+ANY_ROLE = "*"  # what deterministic factories make is R on every axis
 REPORTED = "?"
 
 # The two presentations of the same ranks. A role of one is never a role of the other.
@@ -38,7 +38,7 @@ def subscript(kind: str) -> str:
 
 
 def letter(kind: str) -> str:
-    """The key of tables: S whatever its dim."""
+    """The key of tables: S for every dim."""
     return "S" if is_shard(kind) else kind
 
 
@@ -47,7 +47,7 @@ def is_shard(kind: str) -> bool:
 
 
 def local(kind: str) -> str:
-    """What operations see: a shard is something of a rank's own."""
+    """What operations see: a shard differs between ranks, as V does."""
     return "V" if is_shard(kind) else kind
 
 

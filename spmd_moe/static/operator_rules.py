@@ -1,7 +1,7 @@
 """The typing rules of operations, per axis: spmd_types' own, as a table and one function.
 
-The table `ops.json` is generated from spmd_types (`python -m tests.static_table --write`); a test
-compares both with spmd_types' own inference on every combination of kinds.
+The table `ops.json` is generated from spmd_types (`python -m spmd_moe.tooling.operator_table
+--write`); a test compares both with spmd_types' own inference on every combination of kinds.
 """
 
 from __future__ import annotations

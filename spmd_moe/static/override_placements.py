@@ -35,7 +35,7 @@ def override_problem(function: FuncDef) -> Problem | None:
 
 
 def attribute_overrides(info: TypeInfo) -> Iterator[tuple[str, Type, Type, Node]]:
-    """Attributes that are declared anew, with both types. Of two properties, see above."""
+    """Attributes that are declared again, with both types. Of two properties, see above."""
     for name, symbol in info.names.items():
         own, mine = symbol.node, _attribute(symbol.node)
         if own is None or mine is None or (isinstance(own, Var) and own.is_inferred):

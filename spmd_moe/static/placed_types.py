@@ -75,7 +75,7 @@ def as_found(t: Type) -> Type:
 
 
 def declare(t: Type) -> Type:
-    """A type that was read in an annotation: its notes stay, whatever mypy merges it with."""
+    """A type that was read in an annotation: its notes stay when mypy merges it with another."""
     for found in tensors_in(t):
         _found.pop(id(found), None)
         _note(found)
@@ -105,7 +105,7 @@ def restore_declared() -> None:
 
 
 def forget_unused() -> None:
-    """Let go of types that nobody else holds any more, which a daemon would collect for days."""
+    """Release types that have no other reference, which a daemon would collect for days."""
     for kept in (_declared, _found):
         for key in [k for k, (t, _) in kept.items() if getrefcount(t) <= _OWN_REFERENCES]:
             del kept[key]
@@ -153,7 +153,7 @@ def each_kinds_of(t: Type | None) -> list[Kinds]:
 def place(t: Type, kinds: Kinds, depth: int = 0) -> Type:
     """The type with a placement on each tensor in it: itself, or items of a tuple or list.
 
-    Kinds that are empty say that nothing is known, whatever mypy would take it for.
+    Empty kinds say that nothing is known, also if mypy infers a type.
     """
     p = get_proper_type(t)
     if depth > DEPTH:

@@ -121,7 +121,7 @@ def _signature(function: FuncDef) -> Found:
 def _begins_here(node: Expression, type_of: TypeOf) -> bool:
     t = type_of(node)
     operands = [type_of(e) for e in _operands(node)]
-    if is_any(t):  # a call that nobody typed; a cast of it is reported in its place
+    if is_any(t):  # an untyped call; a cast of it is reported instead
         if not isinstance(node, CallExpr) or _is_raw(node.callee):  # raw collectives: see bypass
             return False
         return any(map(_has_tensor, operands))
@@ -148,7 +148,7 @@ def _is_unknown(t: Type | None) -> bool:
 
 
 def _is_open(t: Type | None) -> bool:
-    """Unknown already, or of a type variable, which stands for whatever it is given."""
+    """Unknown already, or of a type variable, which stands for any type."""
     p = None if t is None else get_proper_type(t)
     return _is_unknown(p) or (isinstance(p, TypeVarType) and tensor(p.upper_bound) is not None)
 

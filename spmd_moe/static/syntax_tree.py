@@ -58,7 +58,7 @@ _PARTS: dict[type[Node], str] = {
 
 
 def children(node: Node) -> Iterator[Node]:
-    """The nodes directly below, but for blocks that mypy has found unreachable."""
+    """The nodes directly below, except blocks that mypy has found unreachable."""
     meant = getattr(node, "analyzed", None)
     if isinstance(node, nodes.CallExpr) and isinstance(meant, Node):  # cast(...), reveal_type(...)
         yield meant

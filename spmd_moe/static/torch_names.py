@@ -44,7 +44,7 @@ def function_operation(fullname: str) -> str | None:
 
 
 def method_operation(fullname: str, is_tensor: Callable[[str], bool]) -> str | None:
-    """The operation that a method or attribute of a tensor is, on whatever subclass."""
+    """The operation that a method or attribute of a tensor is, on any subclass."""
     owner, _, name = fullname.rpartition(".")
     if owner.startswith(("builtins.", "typing.")) or name in _NO_OPERATION or not is_tensor(owner):
         return None

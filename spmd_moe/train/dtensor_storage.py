@@ -157,7 +157,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def cut_by_others(placement: Placement, mesh: MoEMesh, tensor: Tensor) -> bool:
-    """Not by `parallelize`, so that nobody here knows which part of the whole this is."""
+    """Not made by `parallelize`, so it is unknown which part of the whole this is."""
     if not isinstance(tensor, DTensor) or shard_group(tensor) is not None:
         return False
     _, size = _part(placement, mesh, tensor)

@@ -35,11 +35,30 @@ Trained: TypeAlias = tuple[Obligation, nn.Parameter]
 
 @torch.no_grad()
 def reduce_gradients(model: nn.Module, mesh: MoEMesh) -> None:
-    """Sum every gradient over the axes on which its parameter is R. Every rank must call it.
+    """Sum every gradient over the axes on which its parameter is R.
 
-    Once for each step, after the backward of its last micro-batch; again only after `zero_grad`,
-    whether that sets gradients to None or to zero.
-    Sums are taken in float32 at least. A gradient that is None on some ranks counts as zero there.
+    Call it once for each step, on every rank, after the backward of the last micro-batch. Sums
+    are taken in float32 or wider. A gradient that is None on some ranks counts as zero there. Not
+    needed after `parallelize`.
+
+    Args:
+        model: The model.
+        mesh: The mesh.
+
+    Raises:
+        GradientError: It was called before without a `zero_grad` between, or the model is stored
+            by `parallelize`.
+        PlacementError: A parameter has no placement.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import reduce_gradients
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> layer(torch.ones(3, 8)).hidden.sum().backward()
+        >>> reduce_gradients(layer, mesh)
     """
     check_mesh("reduce_gradients", mesh)
     pairs = trained(model, mesh)
@@ -137,8 +156,34 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients so that their norm over the whole model is at most `max_norm`.
 
-    Returns the norm before, which is what one process with the whole model computes, the same on
-    all ranks. With `pipeline`, the model is one stage of a pipeline whose ranks that group has.
+    Every rank must call it. Each value counts once, on all ranks that store it.
+
+    Args:
+        model: The model.
+        mesh: The mesh.
+        max_norm: The upper bound of the norm.
+        norm_type: The type of the norm; `math.inf` is the maximum.
+        error_if_nonfinite: Whether a norm that is NaN or infinite raises.
+        pipeline: The process group of the pipeline stages, if the model is one of them.
+        foreach: As in torch.
+
+    Returns:
+        The norm before scaling: that of one process with the whole model, equal on all ranks.
+
+    Raises:
+        ConfigError: `norm_type` is not positive.
+        GradientError: Gradients are not reduced, or not finite with `error_if_nonfinite`.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import clip_grad_norm_, reduce_gradients
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> layer(torch.ones(3, 8)).hidden.sum().backward()
+        >>> reduce_gradients(layer, mesh)
+        >>> norm = clip_grad_norm_(layer, mesh, max_norm=1.0)
     """
     check_mesh("clip_grad_norm_", mesh)
     norm_type = float(norm_type)

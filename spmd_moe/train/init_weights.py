@@ -36,12 +36,31 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 @torch.no_grad()
 def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) -> None:
-    """Normal weights and zero biases, for all parameters; all of them must declare a placement.
+    """Initialize all parameters; the values depend on the seed only, not on the layout.
 
-    `std` is the standard deviation of every weight. Scales of torch's norms are 1; those of other
-    norms are drawn as weights are, so set them after it. Biases are named `bias`, `in_proj_bias`,
-    `b1_eF` and the like. The routers' own buffers begin at zero; other
-    buffers are left as they are. Every rank must call it, with the same seed.
+    Every rank must call it. Weights are normal. Biases (named `bias`, `in_proj_bias`, `b1_eF` and
+    the like) are 0, scales of torch's norms are 1. The routers' buffers are 0; other buffers keep
+    their values.
+
+    Args:
+        layer: A layer or a model; all parameters must have a placement.
+        mesh: The mesh.
+        seed: The seed, equal on all ranks.
+        std: The standard deviation of every weight.
+
+    Raises:
+        PlacementError: A parameter has no placement.
+        ConfigError: `std` is negative, or a parameter is on the meta device.
+        MeshError: Ranks pass different arguments.
+
+    Example:
+        >>> import torch
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> bool(torch.isfinite(layer.router.weight_ED).all())
+        True
     """
     check_mesh("init_weights", mesh)
     mesh.check_ranks_agree("init_weights", {"seed": seed, "std": std})

@@ -68,7 +68,27 @@ class Obligations(tuple[Obligation, ...]):
 
 
 def obligations(model: nn.Module, mesh: MoEMesh) -> Obligations:
-    """A row for every parameter and persistent buffer. What has no placement is refused."""
+    """List what the gradient of each parameter still owes, read from its declared placement.
+
+    Args:
+        model: The model; every parameter and persistent buffer must have a placement.
+        mesh: The mesh.
+
+    Returns:
+        One row for each parameter and buffer; `print` shows a table.
+
+    Raises:
+        PlacementError: A tensor has no placement, two placements, or one that lacks an axis.
+
+    Example:
+        >>> from torch import Tensor, nn
+        >>> from spmd_moe import CP, DP, TP, I, MoEMesh, Placed, R, declare_placements, obligations
+        >>> model = nn.Linear(4, 2, bias=False)
+        >>> declare_placements(model, {"weight": Placed[Tensor, DP[R], CP[R], TP[I]]})
+        >>> (row,) = obligations(model, MoEMesh.single())
+        >>> row.reduce_axes  # each data rank saw different tokens
+        (DP, CP)
+    """
     check_mesh("obligations", mesh)
     tensors = _tensors(model)
     key = [(name, id(tensor), tensor.shape) for name, tensor in tensors.items()]

@@ -39,13 +39,40 @@ def parallelize(
     policy: MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool | None = None,
 ) -> Model:
-    """Store the model's parameters over the data axes by FSDP2; in place. Every rank must call it.
+    """Store the model's parameters over the data axes by FSDP2 or HSDP, in place.
 
-    Each of `blocks` is gathered when it runs, the rest of the model as one. With `replicas` the
-    parameters are cut over that many times fewer ranks, and the gradients of the replicas summed
-    (HSDP). `policy` and `reshard_after_forward` are FSDP2's own; gradients are summed in float32
-    at least, unless the policy's `reduce_dtype` says otherwise. Its `output_dtype` is not below
-    that, since layers hand out sums for losses.
+    Call it once, on every rank, before the optimizer is made. Experts are sharded over edp, all
+    other parameters over dp and cp. Gradients are summed, in float32 or wider unless the policy's
+    `reduce_dtype` says otherwise.
+
+    Args:
+        model: The model; every parameter must have a placement.
+        mesh: The mesh.
+        blocks: Modules that are gathered when they run; the rest of the model is one unit.
+        replicas: The number of HSDP replicas; 1 is FSDP2.
+        policy: FSDP2's mixed precision. Its `output_dtype` must be float32 or wider.
+        reshard_after_forward: As in FSDP2.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: `blocks` are not modules of the model, `replicas` does not divide the data
+            ranks, or a parameter cannot be sharded evenly.
+        DtypeError: `output_dtype` is below float32.
+        MeshError: Ranks pass different arguments, or the mesh has only some ranks of the job.
+        PlacementError: A parameter has no placement.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights, parallelize
+        >>> dist.init_process_group("fake", rank=0, world_size=4)
+        >>> mesh = MoEMesh.init("cpu", dp=4, ep=2)
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> _ = parallelize(layer, mesh)
+        >>> layer.router.weight_ED.to_local().shape  # a quarter of 4 x 8
+        torch.Size([1, 8])
     """
     check_mesh("parallelize", mesh)
     rows = obligations(model, mesh)
@@ -95,7 +122,7 @@ def _units(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
                 explain(
                     "parallelize",
                     f"a block, {type(block).__name__}, is not part of {type(model).__name__}",
-                    why="a block is a module inside the model that is gathered by itself",
+                    why="a block is a module inside the model, and is gathered on its own",
                     fixes=["blocks=model.blocks   # the list that the model itself runs"],
                 )
             )

@@ -27,20 +27,27 @@ _KEPT_NAMESPACE, _KEPT = "_c10d_functional", (torch.ops.aten.topk.default,)
 
 
 def recompute(blocks: Iterable[nn.Module], *, exchanges: bool = False) -> None:
-    """Make backward run each block's forward again instead of keeping its activations.
+    """Activation checkpointing: each block computes its forward again in backward.
 
-    Call it before `parallelize`. Names, parameters and counters of the blocks do not change.
+    Call it before `parallelize`. Names, parameters and counters do not change.
 
     Args:
-        blocks: The modules, each of which is recomputed on its own.
-        exchanges: Run the collectives again too, and keep only the inputs of a block. Default: keep
-            what collectives returned, and the chosen experts, so that nothing is sent twice.
+        blocks: The modules.
+        exchanges: Whether exchanges run again too. Default: the results of exchanges and the chosen
+            experts are saved, so nothing is sent twice.
 
     Raises:
         ConfigError: `blocks` is not a list of modules.
 
     Example:
-        >>> recompute(model.blocks)
+        >>> import torch
+        >>> from spmd_moe import recompute
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> recompute([layer])
+        >>> layer(torch.ones(3, 8)).hidden.sum().backward()
     """
     contexts = _keep_nothing if exchanges else _keep_exchanges
     for block in _modules(blocks):

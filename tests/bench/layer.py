@@ -41,8 +41,8 @@ from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
 from spmd_moe.layer.combine import combine
 from spmd_moe.layer.permute import Gather, sort_by_expert, take_scores
 from spmd_moe.layer.router import count_choices
+from tests.support.docs_blocks import DOCS, filled
 from tests.support.hand_loop import expert_weights, loop_experts, loop_layer, loop_router
-from tests.support.readme_blocks import README, filled
 
 
 @final
@@ -274,7 +274,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="F, inside an expert (1024)")
     parser.add_argument("--experts", type=int, default=32, help="E (32)")
     parser.add_argument("--top-k", type=int, default=4, help="K, experts of a token (4)")
-    parser.add_argument("--write", action="store_true", help="put the layer's table in the README")
+    parser.add_argument(
+        "--write", action="store_true", help="put the layer's table in docs/benchmarks.md"
+    )
     args = parser.parse_args()
     rows = [
         row
@@ -286,9 +288,7 @@ def main() -> None:
     if not rows:
         parser.error("no row has that dtype, kind and number of tokens")
     if args.write and (rows != ROWS or args.part == "experts"):
-        parser.error(
-            "the README's table has all rows of the layer: --write, and none of the choices"
-        )
+        parser.error("the table of the docs has all rows of the layer: use --write without choices")
     torch.set_num_threads(1)
     sizes = Sizes(args.width, args.hidden, args.experts, args.top_k)
     machine = f"{date.today()}, {cpu_name()}, torch {torch.__version__}, 1 thread; {sizes}"
@@ -297,7 +297,8 @@ def main() -> None:
     if args.part != "experts":
         ratios, missed = show(rows, sizes, "whole layer", args.seconds)
         if args.write:
-            README.write_text(filled(README.read_text(), "speed", table(ratios, machine)))
+            page = DOCS / "benchmarks.md"
+            page.write_text(filled(page.read_text(), "speed", table(ratios, machine)))
     if args.part != "layer":
         # The loop in bfloat16 takes minutes for many tokens; once, for the layer, is enough.
         quick = [row for row in rows if row.dtype is FLOAT32 or row.tokens < 2048]

@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.support.readme_blocks import README, ROOT, filled
+from tests.support.docs_blocks import DOCS, ROOT, filled
 
 STEPS = 100
 SIZES = "--layers 2 --width 32 --hidden 32 --length 32 --batch 8 --megabytes 1 --no-check"
@@ -113,14 +114,22 @@ def table() -> str:
         found = [text for a, b in zip(both, first, strict=True) for text in parted(words, a, b)]
         print(lines[-1], *found, sep="\n", flush=True)
         notes += found
-    return "\n".join([*lines, "", f"Measured on {time.strftime('%Y-%m-%d')}.", *notes])
+    return "\n".join([*lines, "", measured(), *notes])
+
+
+def measured() -> str:
+    """The machine, the date and the command, as each table of numbers has them."""
+    machine = f"{os.cpu_count()} cores, torch {version('torch')}"
+    command = "`python -m tests.bench.train_layouts --write`"
+    return f"Measured on {time.strftime('%Y-%m-%d')}, {machine}, by {command}."
 
 
 def main() -> None:
     found = table()
     print(found)
     if sys.argv[1:] == ["--write"]:
-        README.write_text(filled(README.read_text(), "losses", found))
+        page = DOCS / "training.md"
+        page.write_text(filled(page.read_text(), "losses", found))
 
 
 if __name__ == "__main__":

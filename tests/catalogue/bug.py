@@ -13,7 +13,7 @@ TARGETS = "tests.catalogue.targets"
 class Bug:
     """`target` is a function of targets.py; the check and the run with values are of that.
 
-    `rule` finds it, at a line that has `at` in it: by itself, one of the lines that were put in.
+    `rule` finds it, at a line that has `at` in it. Default: one of the lines that were put in.
     Where no rule of the traced check does, `rule` is empty: then `values` says that the check with
     values does, or `open` says which level will, or why none can.
     """

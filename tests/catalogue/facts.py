@@ -44,7 +44,7 @@ FACTS = [
     Fact("B17b", "an expert's gradient is divided by ep once more",
          seen(EDP) / DP / EP, seen(EDP) / DP, open="plan: one divisor for every parameter"),
     Fact("B18a", "an axis of size 1 skips the sum, and the divisor with it",
-         seen(1), seen(1) / EP, open="plan: every row has its divisor, whatever the size"),
+         seen(1), seen(1) / EP, open="plan: every row has its divisor, for every size"),
     Fact("B19a", "ep is 1, so an expert that is cut on etp is reduced over the dense group",
          beside(placement.DP), beside(placement.EDP),
          open="plan: axes of a reduction come from the type"),

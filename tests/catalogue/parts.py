@@ -89,7 +89,7 @@ class Capacity(nn.Module):
 
 
 class ClipNorm(nn.Module):
-    """The norm of all gradients, whoever holds them."""
+    """The norm of all gradients, on all ranks that hold them."""
 
     def __init__(self, mesh: MoEMesh) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Metrics(nn.Module):
 
 
 class PaddedCombine(nn.Module):
-    """Slots without a token hold whatever was in memory, and none of it comes through."""
+    """Slots without a token hold uninitialized memory, and none of it comes through."""
 
     gate: Placed[Tensor, DP[R], CP[R], TP[R]]
 

@@ -7,17 +7,17 @@ import pytest
 from tests.catalogue.mutants import FILES, mutants
 from tests.catalogue.mutations import PASSED, by_mypy, by_running, rates, written
 from tests.catalogue.survivors import ARGUED
-from tests.support.readme_blocks import ROOT
+from tests.support.docs_blocks import ROOT
 
 SAMPLE = 25  # of so many mutants, one is run here
 
 
-def test_the_page_is_of_these_mutants_and_the_readme_has_its_rates() -> None:
+def test_the_page_is_of_these_mutants_and_the_docs_have_its_rates() -> None:
     page = written()
     names = [mutant.name for file in FILES for mutant in mutants(file)]
     assert names == list(page), "python -m tests.catalogue.mutations --write --new"
     assert {name for name, found in page.items() if found == (PASSED, PASSED)} == set(ARGUED)
-    assert rates(list(page.values())) in (ROOT / "README.md").read_text()
+    assert rates(list(page.values())) in (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""The check finds nothing in the layer, in whatever configuration: a few of many cases.
+"""The check finds nothing in the layer, in any configuration: a few of many cases.
 
 `python -m tests.support.checked_layers` runs all of them.
 """

@@ -33,7 +33,7 @@ def test_the_layer_is_what_its_types_say(layout: Layout, tokens: int) -> None:
 
 
 def test_zeros_that_are_rounding_are_not_compared() -> None:
-    """As the gradients of a score that is divided by itself, in float32, on two ways."""
+    """As the gradients of a score that is divided by the same score, in float32, on two ways."""
     zero, other = torch.tensor([1.9e-7, 0.0]), torch.tensor([0.0, -6e-8])
     assert distance(zero, other) < CLOSE
     assert distance(zero + 1e-4, other) > CLOSE

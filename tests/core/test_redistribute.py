@@ -147,7 +147,7 @@ SIZES = st.lists(st.integers(0, 5), min_size=1, max_size=4)
 def test_any_sizes_at_all(
     pair: tuple[Kind, Kind], rows: list[int], data: st.DataObject, seed: int
 ) -> None:
-    """Sizes that nobody thought of, ragged in both dims, with more dims behind."""
+    """Random sizes, ragged in both dims, with more dims behind."""
     columns = data.draw(st.lists(st.integers(0, 4), min_size=len(rows), max_size=len(rows)))
     behind = data.draw(st.lists(st.integers(0, 3), max_size=2))
     by_dim = (ShardShape.ragged(rows), ShardShape.ragged(columns))

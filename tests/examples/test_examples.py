@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.readme_blocks import GUEST_CACHE
+from tests.support.docs_blocks import GUEST_CACHE, pages
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -36,8 +36,9 @@ def torchrun(path: Path, *words: str, ranks: int = 4) -> str:
     return program(*launcher, str(path), *words)
 
 
-def test_every_example_that_the_readme_names_is_there() -> None:
-    named = set(re.findall(r"examples/(\w+\.py)", (ROOT / "README.md").read_text()))
+def test_every_example_that_the_docs_name_is_there() -> None:
+    text = "".join(page.read_text() for page in pages())
+    named = set(re.findall(r"examples/(\w+\.py)", text))
     assert named == {path.name for path in EXAMPLES}
 
 

@@ -45,7 +45,7 @@ def choices(draw: st.DrawFn, fewest: int = -1, most_tokens: int = 6) -> Ids:
     return draw(st.lists(token, max_size=most_tokens))
 
 
-# Shrinking would find these by itself, but only if they failed.
+# Shrinking would find these, but only if they failed.
 CASES: dict[str, Ids] = {
     "no tokens": [],
     "no experts": [[-1, -1]] * 3,

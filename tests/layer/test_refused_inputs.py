@@ -1,4 +1,4 @@
-"""Input that one rank alone refuses: it says why, and whoever would wait for it raises too."""
+"""Input that one rank alone refuses: it says why, and ranks that would wait raise too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores that are not finite and ids of no expert: told alike on every rank, with nothing lost."""
+"""Scores that are not finite, ids out of range: one error on every rank, with nothing lost."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def told_on_tp(tp: int, ep: int, src: Kind, dst: Kind, sharded: bool, fault: str
         layer(wrong, None, wrong_ids)
     except RoutingError as error:
         said = str(error).split(" on ")[0]
-    # The ranks of the other cell of dp have heard nothing, and wait for nobody.
+    # The ranks of the other cell of dp are not informed, and do not wait.
     return [said, "as before" if torch.equal(layer(x, None, ids).hidden, before) else "broken"]
 
 
@@ -169,7 +169,7 @@ def test_both_faults_at_once_are_counted_apart() -> None:
 @pytest.mark.parametrize("ranks_of_nan", [1, 4])
 @pytest.mark.parametrize("way", [(AllToAll, 4, 1, 4, 1), (AllGather, 2, 2, 2, 2)], ids=str)
 def test_init_weights_is_offered_where_it_can_help(way: Any, ranks_of_nan: int) -> None:
-    """Weights that nobody set are NaN on all ranks; NaN on some ranks is in their tokens."""
+    """Weights that were never set are NaN on all ranks; NaN on some ranks is in their tokens."""
 
     def offered() -> bool:
         layer, _ = made(*way)
@@ -202,7 +202,7 @@ def test_large_scores_are_no_fault_although_their_sum_is() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, in its own code
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs one of C++")
 def test_compiled_scores_are_marked_as_well() -> None:
-    """A compiler may take x * 0 for 0, whatever x is."""
+    """A compiler may take x * 0 for 0, for every x."""
     compiled = torch.compile(mark_faults, fullgraph=True)
     for value, want in ((1.0, False), (math.nan, True), (math.inf, True), (-math.inf, True)):
         scores = torch.ones(3, 4)

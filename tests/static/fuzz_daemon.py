@@ -148,7 +148,7 @@ def run(folder: Path, seed: int, edits: int, *, plugin: bool) -> dict[int, list[
 
 
 def differences(folder: Path, seed: int, edits: int) -> list[str]:
-    """The same, but for steps on which mypy does not agree with itself even without the plugin."""
+    """Differences, except for steps on which mypy without the plugin differs too."""
     found = run(folder / "with", seed, edits, plugin=True)
     own = run(folder / "without", seed, edits, plugin=False) if found else {}
     return [

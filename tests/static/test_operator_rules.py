@@ -42,8 +42,8 @@ from spmd_moe.static.operator_rules import (
     table,
     why_not,
 )
+from spmd_moe.tooling.operator_table import names_of, text
 from tests.static.test_typecheck import ROOT, mypy
-from tests.static_table import names_of, text
 from tests.support.simulated_ranks import fake_world
 
 KINDS = {"R": R, "I": I, "V": V, "P": P}
@@ -66,7 +66,9 @@ def theirs(kinds: Sequence[str], linearity: str) -> str | None:
 
 
 def test_the_table_is_fresh() -> None:
-    assert text() == TABLE_FILE.read_text(), "run: python -m tests.static_table --write"
+    assert text() == TABLE_FILE.read_text(), (
+        "run: python -m spmd_moe.tooling.operator_table --write"
+    )
 
 
 @pytest.mark.parametrize("linearity", LINEARITIES)

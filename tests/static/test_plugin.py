@@ -16,7 +16,7 @@ from spmd_moe.static.error_codes import STATIC_RULES, codes_table
 from spmd_moe.static.problems_found import RAISE
 from spmd_moe.static.settings import Config, read_config
 from tests.static.test_typecheck import ROOT, mypy
-from tests.support.readme_blocks import GUEST_CACHE  # of torch: read for the README, and not again
+from tests.support.docs_blocks import GUEST_CACHE  # of torch: read for the README, and not again
 
 PYPROJECT = ROOT / "pyproject.toml"
 WRONG = """

@@ -28,7 +28,7 @@ from spmd_moe.layer.experts import ScoreApplication
 EXPERTS, WIDTH, HIDDEN = 24, 8, 48
 GROUPED: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "dispatcher": ("by itself", "all_gather", "fixed"),
+    "dispatcher": ("default", "all_gather", "fixed"),
     "boundary": tuple(product((S(0), R, I), repeat=2)),
     "score": ("softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"),
     "groups": ({}, GROUPED),
@@ -76,7 +76,7 @@ def _pairs(case: Choice) -> Iterator[tuple[str, str]]:
 def _possible_pairs() -> Iterator[tuple[str, str]]:
     """Of factors that do not exclude each other; those that do are few, and tried out."""
     plain = {name: values[-1] for name, values in FACTORS.items()}
-    plain |= {"dispatcher": "by itself", "balance": None, "sequences": 1}
+    plain |= {"dispatcher": "default", "balance": None, "sequences": 1}
     for a, b in combinations(FACTORS, 2):
         for x, y in product(FACTORS[a], FACTORS[b]):
             case = plain | {a: x, b: y}

@@ -1,4 +1,4 @@
-"""A small project that is edited step by step, in the eyes of mypy's daemon and of plain mypy.
+"""A small project that is edited step by step, for mypy's daemon and for plain mypy.
 
 Both run in this process: the daemon through all steps first, as mypy's state of a process is one.
 """

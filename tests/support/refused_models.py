@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.distributed.tensor as torch_tensor
@@ -34,6 +35,7 @@ from spmd_moe import (
     recompute,
     reduce_gradients,
 )
+from spmd_moe.core import spmd_types_compat
 from spmd_moe.core.placement import RoleKind, SharedWeight, Whole
 from tests.support.simulated_ranks import fake_world
 
@@ -161,7 +163,17 @@ def part_of_the_ranks() -> None:
         parallelize(with_gradient(), mesh)
 
 
+def with_old_spmd_types() -> None:
+    """As `run_checks` begins, beside a version without typing rules."""
+    with (
+        mock.patch.object(spmd_types_compat, "HAS_RULES", False),
+        mock.patch.object(spmd_types_compat, "version", lambda name: "0.2.3"),
+    ):
+        spmd_types_compat.require_rules("check")
+
+
 BAD_MODELS: dict[str, Callable[[], object]] = {
+    "spmd_types_too_old": with_old_spmd_types,
     "init_of_fully_shard": cut_by_others,
     "moe_x_dtensor": given(as_dtensor),
     "moe_x_layout": given(torch.Tensor.to_sparse),

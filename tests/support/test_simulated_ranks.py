@@ -55,7 +55,7 @@ with fake_world(2):
 
 @pytest.mark.parametrize(("level", "quiet"), [("", True), ("WARNING", False)])
 def test_nothing_is_printed_after_the_summary(level: str, quiet: bool) -> None:
-    """Of collectives that nobody waited for, C++ would warn as the process ends."""
+    """C++ would warn of collectives without a wait as the process ends."""
     environment = {k: v for k, v in os.environ.items() if k != "TORCH_CPP_LOG_LEVEL"}
     environment |= {"TORCH_CPP_LOG_LEVEL": level} if level else {}
     words = [sys.executable, "-W", "ignore", "-c", UNWAITED]

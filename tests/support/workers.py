@@ -1,4 +1,4 @@
-"""Real gloo workers for tests: started once, handed functions, never waited for in vain.
+"""Real gloo workers for tests: started once, handed functions, joined within a time limit.
 
     def sum_of_ranks(start: int) -> float:          # at module level: it is sent by its name
         x = torch.tensor(float(start + dist.get_rank()))
@@ -258,7 +258,7 @@ class Pool:
                 assert isinstance(pipe, Connection)
                 rank = silent.pop(pipe)
                 outcomes[rank] = workers[rank].hear()
-                if outcomes[rank].kind != "returned":  # the rest may wait for this one for ever
+                if outcomes[rank].kind != "returned":  # the rest may wait for this one without end
                     deadline = min(deadline, time.monotonic() + GRACE)
         return outcomes | {rank: workers[rank].stack_now() for rank in silent.values()}
 

@@ -271,7 +271,7 @@ def norms_of_parts() -> list[float]:
 
 
 def test_a_gradient_that_one_rank_has_not_is_zero_in_the_norm_of_all() -> None:
-    """Each rank issues the same collectives, whatever gradients it has."""
+    """Each rank issues the same collectives, with any subset of gradients."""
     want = [pytest.approx(math.sqrt(2 * 4**2 + 3 * 2**2)), 4.0]
     assert threaded(2, norms_of_parts) == [want, want]
 

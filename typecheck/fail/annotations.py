@@ -43,7 +43,7 @@ def signature(x: Placed[str, TP[V]]) -> Placed[None, TP[V]]:  # E: placement-ann
     print(x)
 
 
-# Other names of roles are those roles, whatever the names.
+# Other names of roles are those roles.
 EAST = TP
 NORTH_AGAIN, COLUMNS = NORTH, EAST
 HIDDEN: Role = TP

@@ -1,4 +1,4 @@
-"""Calls of values, overloads, operators and stars: whatever is called takes what it declares."""
+"""Calls of values, overloads, operators and stars: every callee takes what it declares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives on the wrong kind, to a kind they do not give, or on a kind nobody declared."""
+"""Collectives on the wrong kind, to a kind they do not give, or on an undeclared kind."""
 
 from __future__ import annotations
 

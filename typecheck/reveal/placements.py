@@ -1,4 +1,4 @@
-"""What is found of expressions that nobody declares: each marked line has the placement after N."""
+"""What is inferred for undeclared expressions: each marked line has the placement after N."""
 
 from __future__ import annotations
 

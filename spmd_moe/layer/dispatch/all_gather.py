@@ -56,7 +56,21 @@ class Gathered:
 
 @final
 class AllGather:
-    """The dispatcher that moves every token to every rank of ep and etp."""
+    """Dispatcher that gathers every token on every rank of ep and etp.
+
+    Args:
+        mesh: The mesh of the layer.
+        num_experts: The number of experts of the layer.
+
+    Raises:
+        ConfigError: The experts cannot be divided over the ranks of ep.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, AllGather
+        >>> mesh = MoEMesh.single()
+        >>> dispatcher = AllGather(mesh, num_experts=4)
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh, dispatcher)
+    """
 
     fixed_shapes = False
 

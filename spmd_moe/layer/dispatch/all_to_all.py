@@ -60,7 +60,21 @@ class InTransit:
 
 @final
 class AllToAll:
-    """The dispatcher for experts sharded on ep and on etp, either of which may have size 1."""
+    """Dispatcher for experts sharded on ep and etp: one exchange of rows in each direction.
+
+    Args:
+        mesh: The mesh of the layer.
+        num_experts: The number of experts of the layer.
+
+    Raises:
+        ConfigError: The experts cannot be divided over the ranks of ep.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, AllToAll
+        >>> mesh = MoEMesh.single()
+        >>> dispatcher = AllToAll(mesh, num_experts=4)
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh, dispatcher)
+    """
 
     fixed_shapes = False
 

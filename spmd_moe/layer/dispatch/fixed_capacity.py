@@ -58,7 +58,24 @@ _MOST_ROWS = 1 << 24
 
 @final
 class FixedCapacity:
-    """The dispatcher of static shapes, for decoding. `rows_per_rank` is the same on all ranks."""
+    """Dispatcher with static shapes, for decoding: the host reads no size.
+
+    Choices that exceed the capacity are dropped and counted.
+
+    Args:
+        mesh: The mesh of the layer.
+        num_experts: The number of experts of the layer.
+        rows_per_rank: Rows that each rank sends to each rank of ep; equal on all ranks.
+
+    Raises:
+        ConfigError: The experts cannot be divided over the ranks of ep.
+
+    Example:
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, FixedCapacity
+        >>> mesh = MoEMesh.single()
+        >>> dispatcher = FixedCapacity(mesh, num_experts=4, rows_per_rank=6)
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh, dispatcher)
+    """
 
     fixed_shapes = True
 

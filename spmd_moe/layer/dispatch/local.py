@@ -20,7 +20,19 @@ from spmd_moe.layer.router import Routing
 
 @final
 class Local:
-    """The dispatcher of a rank that has all experts, whole: `Local(mesh)`, of any number."""
+    """Dispatcher of a rank that has all experts: no communication, any number of experts.
+
+    Args:
+        mesh: The mesh of the layer, with ep 1 and etp 1.
+
+    Raises:
+        ConfigError: The mesh shards experts.
+
+    Example:
+        >>> from spmd_moe import Local, MoE, MoEConfig, MoEMesh, RouterConfig
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh, Local(mesh))
+    """
 
     num_experts = None
     fixed_shapes = False

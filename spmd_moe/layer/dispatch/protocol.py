@@ -68,6 +68,10 @@ class Dispatcher(Protocol[State]):
         axes: The axes ep and etp it was made on, in any order.
         fixed_shapes: True if the host reads no size. Every slot then has a row, also a slot without
             an expert.
+
+    Example:
+        >>> from spmd_moe import AllToAll, Dispatcher, MoEMesh
+        >>> dispatcher: Dispatcher = AllToAll(MoEMesh.single(), num_experts=4)
     """
 
     @property

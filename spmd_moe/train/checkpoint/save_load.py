@@ -83,7 +83,7 @@ def save_checkpoint(
     pipeline: ProcessGroup | None = None,
     prefix: str = "",
 ) -> Future[None]:
-    """Write a new checkpoint at `path`, which must not exist. Every rank must call it.
+    """Write a new checkpoint, which loads on any other layout.
 
     The states of the default random number generators are saved too. The checkpoint appears under
     its name when it is complete. If two jobs save to one name, one of the saves succeeds and the
@@ -109,7 +109,13 @@ def save_checkpoint(
         MeshError: The ranks disagree, or the mesh and the pipeline are not all ranks.
 
     Example:
-        >>> save_checkpoint(folder / "000100", model, mesh, optimizer, {"step": 100})
+        >>> import tempfile
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> from spmd_moe import latest_checkpoint, load_checkpoint, save_checkpoint
+        >>> folder, mesh = tempfile.mkdtemp(), MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> _ = save_checkpoint(f"{folder}/step_1", layer, mesh, extra={"step": 1})
     """
     where, path = "save_checkpoint", Path(path)
     check_whole_world(where, mesh, pipeline)
@@ -176,7 +182,15 @@ def load_checkpoint(
         MeshError: The ranks see different checkpoints.
 
     Example:
-        >>> step = load_checkpoint(folder / "000100", model, mesh, optimizer)["step"]
+        >>> import tempfile
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> from spmd_moe import latest_checkpoint, load_checkpoint, save_checkpoint
+        >>> folder, mesh = tempfile.mkdtemp(), MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> _ = save_checkpoint(f"{folder}/step_1", layer, mesh, extra={"step": 1})
+        >>> load_checkpoint(f"{folder}/step_1", layer, mesh)
+        {'step': 1}
     """
     where, path = "load_checkpoint", Path(path)
     check_whole_world(where, mesh, pipeline)
@@ -229,8 +243,15 @@ def latest_checkpoint(folder: PathLike) -> Path | None:
         The path of the checkpoint, or None where there is none.
 
     Example:
-        >>> latest_checkpoint("runs/001/checkpoints")
-        PosixPath('runs/001/checkpoints/000200')
+        >>> import tempfile
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> from spmd_moe import latest_checkpoint, load_checkpoint, save_checkpoint
+        >>> folder, mesh = tempfile.mkdtemp(), MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, RouterConfig(4, top_k=2)), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> _ = save_checkpoint(f"{folder}/step_1", layer, mesh, extra={"step": 1})
+        >>> latest_checkpoint(folder).name
+        'step_1'
     """
     complete = (p for p in Path(folder).glob(f"*/{INDEX}") if p.parent.suffix != UNFINISHED)
     for path in sorted((p.parent for p in complete), key=_in_numbers, reverse=True):

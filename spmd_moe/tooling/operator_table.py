@@ -1,8 +1,8 @@
-"""Make `spmd_moe/static/ops.json` from spmd_types and from our own table of moves.
+"""Operator table: writes `static/ops.json` from spmd_types and from the table of moves.
 
-    python -m tests.static_table --write
+    python -m spmd_moe.tooling.operator_table --write
 
-The one file that reads private names of spmd_types for the static check.
+This is the only file that reads private names of spmd_types for the static check.
 """
 
 from __future__ import annotations
