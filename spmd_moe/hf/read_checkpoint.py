@@ -178,6 +178,7 @@ def _give_memory(model: nn.Module, device: torch.device | str) -> None:
     init: Any = getattr(model, "_init_weights", None)
     for module in model.modules():
         if isinstance(module, Router):
+            module.bias_E.zero_()
             module.seen_E.zero_()
     for module in without:
         if init is not None and not module._parameters:

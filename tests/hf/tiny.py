@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spmd_moe.hf.family import Family
@@ -59,20 +58,38 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
-def class_of(family: Family) -> type[nn.Module]:
-    found: type[nn.Module] = getattr(import_module(family.modeling), family.block)
-    return found
+def tiny_block(family: Family) -> nn.Module:
+    """A block of the family, made by transformers from a tiny config, with random weights."""
+    kind = getattr(import_module(family.modeling), family.block)
+    errors = []
+    for config in _configs(family):
+        for args in ((config,), (config, 0)):
+            try:
+                block: nn.Module = kind(*args)
+            except (TypeError, AttributeError) as error:
+                errors.append(repr(error))
+                continue
+            randomize(block)
+            return block
+    raise AssertionError(f"{family.block}: {errors}")
 
 
-def config_of(family: Family) -> Any:
-    """The config that the block is made from: of its text part, where a model has more."""
-    module = import_module(family.modeling)
-    candidates = [
-        value
-        for name, value in vars(import_module(f"{module.__package__}.configuration_{family.name}")).items()
-        if inspect.isclass(value) and name.endswith("Config")
-    ]
-    return candidates
+def _configs(family: Family) -> Iterator[Any]:
+    """Configs of the family of transformers that have a number of experts, those of text first."""
+    folder = family.modeling.rpartition(".")[0]
+    found = vars(import_module(f"{folder}.configuration_{family.name}"))
+    names = [n for n, c in found.items() if inspect.isclass(c) and c.__module__.startswith(folder)]
+    stem = family.block.partition("Sparse")[0].removesuffix("MoE").removesuffix("Moe")
+    for name in sorted(names, key=lambda n: (not n.startswith(stem), "Text" not in n, len(n))):
+        config = found[name]()
+        for key, value in {**_SIZES, **_OF_FAMILY.get(family.block, {})}.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
+        if hasattr(config, "ffn_config"):
+            config.ffn_config.ffn_hidden_size, config.ffn_config.hidden_size = HIDDEN, DIM
+            config.ffn_config.moe_num_experts, config.ffn_config.moe_top_k = EXPERTS, TOP_K
+        if any(hasattr(config, key) for key in ("hidden_size", "d_model")):
+            yield config
 
 
 def randomize(module: nn.Module, std: float = 0.5) -> None:
