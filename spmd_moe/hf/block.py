@@ -1,4 +1,4 @@
-"""The module that stands in the place of transformers' block: the layer inside, their calls outside."""
+"""The module in the place of transformers' block: our layer, called as theirs is."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from spmd_moe.hf.read_model import (
     ndims_and_experts,
     tensor_at,
 )
+from spmd_moe.hf.save_pretrained import guard_save_pretrained
 from spmd_moe.layer.experts import ExpertRecompute
 from spmd_moe.layer.grouped_matmul import Matmul
 from spmd_moe.layer.moe import MoE, MoEConfig
@@ -98,6 +99,7 @@ def swap(
     declare_placements(model, dict.fromkeys(rest, Placed[Tensor, DP[R], CP[R], tp]))
     _take_over(model, mesh, layout.memory, theirs)
     set_layout(model, layout)
+    guard_save_pretrained(model, mesh)
     return model
 
 

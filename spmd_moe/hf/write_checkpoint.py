@@ -190,9 +190,10 @@ def _writes(model: nn.Module, row: Obligation, mesh: MoEMesh) -> bool:
     """Of the ranks that hold the same part, one writes it."""
     tensor = tensor_of(model, row)
     stored = shard_group(tensor) is not None
-    names = tensor.device_mesh.mesh_dim_names or () if isinstance(tensor, DTensor) else ()
-    if isinstance(tensor, DTensor) and stored and REPLICA in names:
-        if tensor.device_mesh.get_local_rank(REPLICA):
+    if isinstance(tensor, DTensor) and stored:
+        mesh_of_tensor = tensor.device_mesh
+        replicas = REPLICA in (mesh_of_tensor.mesh_dim_names or ())
+        if replicas and mesh_of_tensor.get_local_rank(REPLICA):
             return False
     for k in row.placement:
         cut = isinstance(k.kind, Shard) or (stored and k.role in row.reduce_axes)

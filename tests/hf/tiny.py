@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,7 +55,18 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "DeepseekV2Moe": {"topk_method": "group_limited_greedy"},
     "Step3p7SparseMoeBlock": {"swiglu_limits": [0.7, 0.0], "swiglu_limits_shared": [0.7, 0.0]},
     "DeepseekV4SparseMoeBlock": {"mlp_layer_types": ["moe", "moe"]},
-    "JambaSparseMoeBlock": {"norm_topk_prob": False},
+    "Cohere2MoeSparseMoeBlock": {"shared_expert_combination_strategy": "sum"},
+}
+_PLAIN: dict[str, Any] = {
+    "_experts_implementation": "eager",
+    "hidden_act": "silu",
+    "router_scaling_factor": 2.5,
+    "mlp_bias": False,
+}
+# Where the attributes of transformers' config are not the block's own.
+_OWN_CONFIGS = {
+    "Dots3NoteVisionMoE": SimpleNamespace(per_layer_config=[SimpleNamespace(**_SIZES, **_PLAIN)]),
+    "Qwen3OmniMoeTalkerTextSparseMoeBlock": SimpleNamespace(**_SIZES, **_PLAIN),
 }
 
 
@@ -62,7 +74,8 @@ def tiny_block(family: Family) -> nn.Module:
     """A block of the family, made by transformers from a tiny config, with random weights."""
     kind = getattr(import_module(family.modeling), family.block)
     errors = []
-    for config in _configs(family):
+    own = _OWN_CONFIGS.get(family.block)
+    for config in _configs(family) if own is None else [own]:
         for args in ((config,), (config, 0)):
             try:
                 block: nn.Module = kind(*args)
