@@ -1,4 +1,4 @@
-"""`save_pretrained` of a model with our layers: transformers' names, or a refusal; never our names."""
+"""`save_pretrained` of a model with our layers: transformers' names, or a refusal."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from spmd_types import Shard
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from spmd_moe.core.errors import CheckpointError, explain
@@ -238,8 +239,12 @@ def _finish(model: Any, path: Path, headers: Mapping[str, bytes], index: bytes |
         os.replace(path / (name + UNFINISHED), path / name)
     if index is not None:
         (path / INDEX).write_bytes(index)
-    for name in ("config", "generation_config"):
-        settings = getattr(model, name, None)
-        if hasattr(settings, "save_pretrained"):
-            settings.save_pretrained(path)
+    config = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        kinds = (kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+        config.architectures = [next(kinds).__name__]
+        config.dtype = str(model.dtype).removeprefix("torch.")
+        config.save_pretrained(path)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(path)
     return 0
