@@ -93,7 +93,9 @@ def _read(key: str, numbers: Tensor, probes: Sequence[_Probe]) -> FileTensor:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if probes[middle].first <= int(flat[0]) else (low, middle - 1)
     probe = probes[low]
-    if numbers.dtype is not torch.int64 or not all(map(probe.has, (flat.min(), flat.max()))):
+    if numbers.dtype is not torch.int64 or not all(
+        map(probe.has, (int(flat.min()), int(flat.max())))
+    ):
         raise NoConversionError(f"{key!r} is not parts of one tensor of the model")
     places = probe.places(numbers)
     dims = tuple(_along(places, axis) for axis in range(numbers.ndim))

@@ -58,6 +58,12 @@ def tensor_of(model: nn.Module, row: Obligation) -> Tensor:
     return model.get_buffer(row.name) if row.is_buffer else model.get_parameter(row.name)
 
 
+def zero_buffers(router: nn.Module) -> None:
+    """The selection bias and the counter of choices, as a new router has them."""
+    for buffer in router.buffers():
+        buffer.zero_()
+
+
 def needed_layout(where: str, model: nn.Module, mesh: MoEMesh) -> Layout:
     """The layout of a model that `swap` has changed; any other is refused."""
     check_mesh(where, mesh)

@@ -16,7 +16,7 @@ from spmd_moe.core.errors import CheckpointError, explain, short_dtype
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.hf.file_tensors import FileTensor, Part
-from spmd_moe.hf.layout import Layout, agreed, needed_layout, rows_and_parts
+from spmd_moe.hf.layout import Layout, agreed, needed_layout, rows_and_parts, zero_buffers
 from spmd_moe.hf.safetensors_files import (
     DTYPES,
     DamagedFileError,
@@ -178,8 +178,7 @@ def _give_memory(model: nn.Module, device: torch.device | str) -> None:
     init: Any = getattr(model, "_init_weights", None)
     for module in model.modules():
         if isinstance(module, Router):
-            module.bias_E.zero_()
-            module.seen_E.zero_()
+            zero_buffers(module)
     for module in without:
         if init is not None and not module._parameters:
             init(module)  # transformers' own, which knows each of its modules

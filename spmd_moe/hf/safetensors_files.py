@@ -121,11 +121,9 @@ def entries_of(header: bytes, file: str, size: int | None) -> dict[str, Entry]:
             start, end = map(int, about["data_offsets"])
             shape = tuple(map(int, about["shape"]))
             entry = Entry(file, str(about["dtype"]), shape, len(header) + start)
-            if min(shape, default=0) < 0 or start < 0:
-                raise ValueError(key)
             entries[key] = entry
-            known = entry.dtype in DTYPES
-            if known and entry.bytes != end - start:
+            wrong = entry.dtype in DTYPES and entry.bytes != end - start
+            if wrong or min((start, *shape)) < 0:
                 raise DamagedFileError(file, f"contradicts itself about {key!r}")
             if size is not None and len(header) + end > size:
                 raise DamagedFileError(

@@ -36,9 +36,9 @@ def _save_pretrained(
 ) -> None:
     """Write the checkpoint, where one process has all of the model."""
     mesh = vars(self).get(_MESH)
-    alone = isinstance(mesh, MoEMesh) and all(mesh[role].size == 1 for role in DENSE)
     given = [name for name, value in other.items() if value]
-    if alone and not given and layout_of(self) is not None:
+    whole = layout_of(self) is not None and not given
+    if whole and isinstance(mesh, MoEMesh) and all(mesh[role].size == 1 for role in DENSE):
         save(self, save_directory, mesh)
         return
     raise CheckpointError(

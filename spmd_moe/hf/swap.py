@@ -22,7 +22,7 @@ from spmd_moe.hf.block import Block
 from spmd_moe.hf.conversions import NoConversionError, disk_tensors
 from spmd_moe.hf.family import attribute
 from spmd_moe.hf.file_tensors import FileTensor
-from spmd_moe.hf.layout import Layout, rows_and_parts, set_layout
+from spmd_moe.hf.layout import Layout, rows_and_parts, set_layout, zero_buffers
 from spmd_moe.hf.read_model import (
     FoundBlock,
     Refusal,
@@ -159,8 +159,7 @@ def _layer(
     assert device is not None
     layer = layer.to_empty(device=device)
     if device.type != "meta":
-        layer.router.bias_E.zero_()
-        layer.router.seen_E.zero_()
+        zero_buffers(layer.router)
     return layer
 
 

@@ -121,7 +121,7 @@ def _files(
     if source is not None and tensors.keys() == source.entries.keys():
         if all(source.entries[key].dtype == dtype for key, (dtype, _) in tensors.items()):
             return dict(source.headers), source.index
-        groups = {
+        groups: Mapping[str, Tensors] = {
             name: {key: tensors[key] for key, e in source.entries.items() if e.file == name}
             for name in source.headers
         }
@@ -239,7 +239,7 @@ def _finish(model: Any, path: Path, headers: Mapping[str, bytes], index: bytes |
         os.replace(path / (name + UNFINISHED), path / name)
     if index is not None:
         (path / INDEX).write_bytes(index)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         kinds = (kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
         config.architectures = [next(kinds).__name__]
