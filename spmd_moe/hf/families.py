@@ -14,6 +14,7 @@ from spmd_moe.hf.family import (
     INTERLEAVED,
     STACKED_ROWS,
     TRANSPOSED,
+    TRANSPOSED_BIASED,
     UNGATED,
     Family,
     Groups,
@@ -143,6 +144,7 @@ GPT_OSS = Family(
     norm=False,
     gate="router",
     weight="router.weight",
+    weight_bias="router.bias",
     top_k="router.top_k",
     layout=INTERLEAVED,
     activation=lambda block: clamped_swiglu(
@@ -322,6 +324,12 @@ RECORDS = [
     ARIA,
     COHERE,
     GPT_OSS,
+    replace(
+        GPT_OSS,
+        name="openai_privacy_filter",
+        block="OpenAIPrivacyFilterMLP",
+        layout=TRANSPOSED_BIASED,  # divides by top_k and multiplies by it again
+    ),
     DEEPSEEK_V3,
     *_like(
         DEEPSEEK_V3,
@@ -372,7 +380,6 @@ UNSUPPORTED = {
     "Llama4TextMoe": "weights on the experts' input",
     "MuseSparkMoE": "experts narrower than the router's input",
     "NllbMoeSparseMLP": "a capacity for each expert, and a second expert by chance",
-    "OpenAIPrivacyFilterMLP": "a bias of the router",
     "PhimoeSparseMoeBlock": "the masked softmaxes of sparsemixer",
     "SwitchTransformersSparseMLP": "a capacity for each expert in the order of the tokens",
     "Gemma4TextRouter": "a router with another input than the experts",

@@ -52,6 +52,11 @@ INTERLEAVED = (  # gate_up [E, D, 2F], gate and up in turn, with biases
     Held("experts.gate_up_proj_bias", (B1, B3), ((0,), (1, WHICH))),
     Held("experts.down_proj_bias", (B2,), PLAIN2),
 )
+TRANSPOSED_BIASED = (
+    *TRANSPOSED,
+    Held("experts.gate_up_proj_bias", (B1, B3), ((0,), (WHICH, 1))),
+    Held("experts.down_proj_bias", (B2,), PLAIN2),
+)
 UNGATED = (  # up [E, F, D]
     Held("experts.up_proj", (W1,), PLAIN3),
     Held("experts.down_proj", (W2,), PLAIN3),
@@ -111,6 +116,7 @@ class Family:
     top_k: str = "gate.top_k"
     gate: str = "gate"  # the router, whose first output is its logits
     weight: str = "gate.weight"
+    weight_bias: str | None = None  # a part of the logits
     bias: str | None = None  # steers the choice
     layout: tuple[Held, ...] = FUSED
     activation: Callable[[nn.Module], Activation | None] | None = None
@@ -132,6 +138,8 @@ def attribute(block: object, path: str) -> Any:
 def held(family: Family, block: nn.Module) -> list[Held]:
     """Every tensor of the block that is a parameter or buffer of ours."""
     tensors = [*family.layout, Held(family.weight, ("router.weight_ED",), PLAIN2)]
+    if family.weight_bias is not None:
+        tensors.append(Held(family.weight_bias, ("router.b_E",), ((0,),)))
     if family.bias is not None:
         ones = attribute(block, family.bias).ndim - 1
         tensors.append(Held(family.bias, ("router.bias_E",), (((),) * ones) + ((0,),)))
@@ -202,6 +210,7 @@ def read_block(family: Family, block: nn.Module, dtype: torch.dtype) -> Settings
         num_limited_groups=kept,
         group_score_top_k=groups.best if groups else 2,
         dtype=dtype,
+        bias=family.weight_bias is not None,
     )
     shared = None
     if "shared.w1_FD" in shapes:

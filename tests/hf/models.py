@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 8},
     "olmoe": {"num_experts": 8},
+    "gpt_oss": {"num_local_experts": 8, "head_dim": 8, "swiglu_limit": 0.7},
     "deepseek_v3": {
         "moe_intermediate_size": 24,
         "n_routed_experts": 8,
@@ -63,7 +64,7 @@ def model_of(name: str, **more: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config_of(name, **more)).train()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 or parameter.abs().max() == 0:
                 parameter.normal_(std=0.3)
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
