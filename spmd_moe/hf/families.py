@@ -224,31 +224,30 @@ LFM2 = Family(
 )
 
 
-def _limit_of_both(path: str) -> Callable[[nn.Module], Activation | None]:
-    """clamped silu, where experts and shared expert have one limit."""
+Reader = Callable[[nn.Module], Activation]
 
-    def activation(block: nn.Module) -> Activation | None:
-        limits = {attribute(block, f"{owner}.{path}") for owner in ("experts", "shared_experts")}
-        return clamped_silu_glu(limits.pop()) if len(limits) == 1 else None
+
+def _clamped(limit: str, clamp: Callable[[float], Activation] = clamped_silu_glu) -> Reader:
+    """The activation with the limit that an attribute of the block says."""
+    return lambda block: clamp(attribute(block, limit))
+
+
+def _m3(owner: str) -> Reader:
+    def activation(block: nn.Module) -> Activation:
+        where = attribute(block, owner)
+        return clamped_swiglu(where.swiglu_limit, where.swiglu_alpha)
 
     return activation
 
 
-def _step(block: nn.Module) -> Activation | None:
-    limits = {attribute(block, f"{owner}.limit") for owner in ("experts", "shared_experts")}
-    return silu_glu_clamped_after(limits.pop()) if len(limits) == 1 else None
-
-
-def _m3(block: nn.Module) -> Activation | None:
-    experts = attribute(block, "experts")
-    return clamped_swiglu(experts.swiglu_limit, experts.swiglu_alpha)
-
-
+HY_V4 = replace(
+    DEEPSEEK_V3, name="hy_v4", block="HYV4MoE", activation=_clamped("experts.swiglu_limit")
+)
 GLM5 = replace(
-    DEEPSEEK_V3,
+    HY_V4,
     name="glm5_next",
     block="Glm5NextTextMoE",
-    activation=_limit_of_both("swiglu_limit"),
+    shared_activation=_clamped("shared_experts.swiglu_limit"),
 )
 DEEPSEEK_V4 = Family(
     "deepseek_v4",
@@ -256,8 +255,9 @@ DEEPSEEK_V4 = Family(
     "gate.score_fn",
     scale=("gate.routed_scaling_factor",),
     bias=_BIAS,
-    activation=_limit_of_both("limit"),
+    activation=_clamped("experts.limit"),
     shared="shared_experts",
+    shared_activation=_clamped("shared_experts.limit"),
     needs=(Need("is_hash", (False,), "experts by a table of token ids"),),
 )
 STEP = Family(
@@ -266,10 +266,17 @@ STEP = Family(
     "sigmoid",
     scale=("routed_scaling_factor",),
     bias=_BIAS,
-    activation=_step,
+    activation=_clamped("experts.limit", silu_glu_clamped_after),
     shared="shared_experts",
+    shared_activation=_clamped("shared_experts.limit", silu_glu_clamped_after),
 )
-MINIMAX_M3 = replace(STEP, name="minimax_m3_vl", block="MiniMaxM3VLSparseMoeBlock", activation=_m3)
+MINIMAX_M3 = replace(
+    STEP,
+    name="minimax_m3_vl",
+    block="MiniMaxM3VLSparseMoeBlock",
+    activation=_m3("experts"),
+    shared_activation=_m3("shared_experts"),
+)
 NEMOTRON = replace(
     DEEPSEEK_V3,
     name="nemotron_h",
@@ -355,6 +362,8 @@ RECORDS = [
     FLINT,
     LAGUNA,
     LFM2,
+    HY_V4,
+    *_like(HY_V4, hy_v4_vl="HYV4VLMoE"),
     GLM5,
     DEEPSEEK_V4,
     STEP,
@@ -369,8 +378,6 @@ UNSUPPORTED = {
     "AXK2MoE": "groups that are left out by a score of 0, which can be the best there is",
     "DogeCDMoE": "experts that are single vectors, chosen by products of keys",
     "Ernie4_5_VLMoeMoeBlock": "two MoEs, one for each kind of token",
-    "HYV4MoE": "a shared expert with another activation than the routed ones",
-    "HYV4VLMoE": "a shared expert with another activation than the routed ones",
     "Inkling2LoopSparseMoeBlock": "a gated activation with soft caps",
     "Inkling2SparseMoeBlock": "a gated activation with soft caps",
     "InklingMoE": "shared experts weighted by the router of the routed ones",

@@ -119,7 +119,8 @@ class Family:
     weight_bias: str | None = None  # a part of the logits
     bias: str | None = None  # steers the choice
     layout: tuple[Held, ...] = FUSED
-    activation: Callable[[nn.Module], Activation | None] | None = None
+    activation: Callable[[nn.Module], Activation] | None = None
+    shared_activation: Callable[[nn.Module], Activation] | None = None
     shared: str | None = None
     shared_gate: str | None = None
     after: tuple[str, ...] = ()  # modules that the output passes
@@ -183,9 +184,11 @@ def read_block(family: Family, block: nn.Module, dtype: torch.dtype) -> Settings
         value = attribute(block, need.attribute)
         if value not in need.values:
             return f"{need.attribute} is {value!r}: {need.missing}"
-    activation = _activation(family, block)
+    activation, of_shared = _activation(family, block), _shared_activation(family, block)
     if isinstance(activation, str):
         return activation
+    if isinstance(of_shared, str):
+        return f"in the shared expert {of_shared}"
     tensors = held(family, block)
     if left := _left_over(family, block, tensors):
         return f"it has {left!r}, for which the layer has no place"
@@ -214,7 +217,9 @@ def read_block(family: Family, block: nn.Module, dtype: torch.dtype) -> Settings
     )
     shared = None
     if "shared.w1_FD" in shapes:
-        shared = SharedConfig(shapes["shared.w1_FD"][0], gated="shared.gate_1D" in shapes)
+        other = None if of_shared is activation else of_shared
+        gated = "shared.gate_1D" in shapes
+        shared = SharedConfig(shapes["shared.w1_FD"][0], gated=gated, activation=other)
     return Settings(dim, shapes[W1][1], router, activation, B2 in shapes, shared)
 
 
@@ -307,18 +312,25 @@ _GATED: Mapping[str, Callable[[], Activation]] = {
 
 
 def _activation(family: Family, block: nn.Module) -> Activation | str:
-    """The activation of the experts, if it is that of the shared expert too."""
     if family.activation is not None:
-        found = family.activation(block)
-        return found or "the shared expert has another activation than the routed ones"
-    owners = [block.get_submodule("experts")] if "experts" in dict(block.named_children()) else []
-    if family.shared is not None and getattr(block, family.shared, None) is not None:
-        owners.append(attribute(block, family.shared))
-    names = {_name_of(_function_of(owner)) for owner in owners or [block]}
-    if len(names) > 1:
-        return "the shared expert has another activation than the routed ones"
-    name = names.pop()
-    if family.layout is UNGATED:
+        return family.activation(block)
+    experts = getattr(block, "experts", block)
+    return _of_function(_function_of(experts), gated=family.layout is not UNGATED)
+
+
+def _shared_activation(family: Family, block: nn.Module) -> Activation | str | None:
+    shared = getattr(block, family.shared, None) if family.shared else None
+    if shared is None:
+        return None
+    if family.shared_activation is not None:
+        return family.shared_activation(block)
+    return _of_function(_function_of(shared), gated=family.layout is not UNGATED)
+
+
+def _of_function(function: object, *, gated: bool) -> Activation | str:
+    """Our activation, for a function of transformers."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if not gated:
         return SQUARED_RELU if name == "ReLUSquaredActivation" else f"activation {name}, not gated"
     return _GATED[name]() if name in _GATED else f"activation {name}"
 
@@ -330,8 +342,3 @@ def _function_of(owner: nn.Module) -> object:
         except AttributeError:
             continue
     return None
-
-
-def _name_of(function: object) -> str:
-    name = getattr(function, "__name__", None)
-    return name if isinstance(name, str) else type(function).__name__

@@ -48,16 +48,24 @@ from spmd_moe.layer.shared_experts import ReplicatedShared, ShardedShared
 @final
 @dataclass(frozen=True, slots=True)
 class SharedConfig:
-    """An expert for all tokens: its hidden width, whether a gate scales it, how it is placed."""
+    """An expert for all tokens: its hidden width, whether a gate scales it, how it is placed.
+
+    `activation`: if it has another one than the routed experts.
+    """
 
     hidden_dim: int
     gated: bool = False
     sharded: bool = False
+    activation: Activation | None = None
 
     def __post_init__(self) -> None:
         check_positive_ints("SharedConfig", hidden_dim=self.hidden_dim)
         for name in ("gated", "sharded"):
             check_instance("SharedConfig", name, getattr(self, name), bool, f"{name}=True")
+        if self.activation is not None:
+            check_instance(
+                "SharedConfig", "activation", self.activation, Activation, "activation=SWIGLU"
+            )
 
 
 @final
@@ -177,7 +185,8 @@ class MoE(nn.Module):
         self.shared: ReplicatedShared | ShardedShared | None = None
         if shared is not None:
             kind = ShardedShared if shared.sharded else ReplicatedShared
-            self.shared = kind(config.dim, shared.hidden_dim, config.activation, shared.gated, mesh)
+            activation = shared.activation or config.activation
+            self.shared = kind(config.dim, shared.hidden_dim, activation, shared.gated, mesh)
         self.boundary = Boundary(
             mesh[TP], config.src, config.dst, count_rows=shared is not None and shared.sharded
         )

@@ -53,7 +53,7 @@ _SIZES = {
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "Lfm2MoeSparseMoeBlock": {"norm_topk_prob": False, "use_expert_bias": True},
     "DeepseekV2Moe": {"topk_method": "group_limited_greedy"},
-    "Step3p7SparseMoeBlock": {"swiglu_limits": [0.7, 0.0], "swiglu_limits_shared": [0.7, 0.0]},
+    "Step3p7SparseMoeBlock": {"swiglu_limits": [0.7, 0.0], "swiglu_limits_shared": [0.4, 0.0]},
     "DeepseekV4SparseMoeBlock": {"mlp_layer_types": ["moe", "moe"]},
     "Cohere2MoeSparseMoeBlock": {"shared_expert_combination_strategy": "sum"},
 }
