@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PIECE = 16 << 20  # bytes that are read or written at a time
+PIECE = 8 << 20  # bytes that are read or written at a time
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
 DTYPES = {
     "F64": torch.float64,

@@ -15,6 +15,7 @@ import spmd_moe.hf as hf
 from spmd_moe import CheckpointError, ConfigError, MoEMesh, parallelize
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.hf.layout import rows_and_parts
+from spmd_moe.hf.safetensors_files import read_folder
 from tests.hf.models import MODELS, empty_model_of, model_of, tokens
 from tests.support.workers import run
 
@@ -40,14 +41,14 @@ def same_files(one: Path, other: Path) -> bool:
 
 def there_and_back(
     model: nn.Module, folder: str, to: str, degrees: dict[str, int]
-) -> tuple[int, int]:
-    """Bytes read, and bytes that this rank holds."""
+) -> tuple[int, int, int]:
+    """Bytes read, bytes that this rank holds, and bytes written."""
     mesh = MoEMesh.init("cpu", **degrees)
     hf.swap(model, mesh)
     read = hf.load(model, folder, mesh)
-    hf.save(model, to, mesh)
+    written = hf.save(model, to, mesh)
     held = sum(part.tensor.nbytes for _, part in rows_and_parts(model, mesh).values())
-    return read, held
+    return read, held, written
 
 
 def empty_there_and_back(name: str, folder: str, to: str, degrees: dict[str, int]) -> Any:
@@ -74,7 +75,9 @@ def test_ranks_read_what_they_hold(name: str, degrees: dict[str, int], tmp_path:
     )
     assert (tmp_path / "a" / "model.safetensors.index.json").exists()
     assert same_files(tmp_path / "a", tmp_path / "b")
-    assert all(read <= held for read, held in found), found
+    assert all(read <= held for read, held, _ in found), found
+    entries = read_folder(tmp_path / "a").entries.values()
+    assert sum(written for _, _, written in found) == sum(e.bytes for e in entries)  # each once
 
 
 def test_bfloat16(tmp_path: Path) -> None:
