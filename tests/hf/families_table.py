@@ -79,5 +79,6 @@ def measured(family: Family) -> tuple[str, str]:
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    torch.set_num_threads(1)  # tensors are tiny
     rows = [row(family, *measured(family)) for family in FAMILIES.values()]
     PAGE.write_text(HEAD + "".join(rows) + BELOW + unsupported())
