@@ -15,7 +15,7 @@ import pytest
 
 import spmd_moe
 from spmd_moe.check.rules import RULES
-from spmd_moe.static.error_codes import MEANINGS
+from spmd_moe.static.error_codes import STATIC_RULES
 from tests.bench.train_layouts import LAYOUTS
 from tests.support.docs_blocks import (
     DOCS,
@@ -98,7 +98,7 @@ def test_each_rule_has_a_page_with_its_message(rule: str) -> None:
     assert any(f"[{rule}] " in message for message in shown), shown
 
 
-@pytest.mark.parametrize("code", MEANINGS)
+@pytest.mark.parametrize("code", STATIC_RULES)
 def test_each_code_has_a_page_with_its_message(code: str) -> None:
     text = PAGES[f"docs/codes/placement-{code}.md"]
     assert re.findall(r"^## (.*)", text, re.M) == HEADINGS

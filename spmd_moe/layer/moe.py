@@ -54,6 +54,7 @@ class SharedConfig:
         hidden_dim: The width of its hidden layer.
         gated: Whether a sigmoid gate scales its output.
         sharded: Whether its weights are sharded on tp; otherwise they are replicated.
+        activation: Its activation. Default: that of the routed experts.
 
     Raises:
         ConfigError: A value has another type, or is not positive.
@@ -66,11 +67,16 @@ class SharedConfig:
     hidden_dim: int
     gated: bool = False
     sharded: bool = False
+    activation: Activation | None = None
 
     def __post_init__(self) -> None:
         check_positive_ints("SharedConfig", hidden_dim=self.hidden_dim)
         for name in ("gated", "sharded"):
             check_instance("SharedConfig", name, getattr(self, name), bool, f"{name}=True")
+        if self.activation is not None:
+            check_instance(
+                "SharedConfig", "activation", self.activation, Activation, "activation=SWIGLU"
+            )
 
 
 @final
@@ -217,7 +223,8 @@ class MoE(nn.Module):
         self.shared: ReplicatedShared | ShardedShared | None = None
         if shared is not None:
             kind = ShardedShared if shared.sharded else ReplicatedShared
-            self.shared = kind(config.dim, shared.hidden_dim, config.activation, shared.gated, mesh)
+            activation = shared.activation or config.activation
+            self.shared = kind(config.dim, shared.hidden_dim, activation, shared.gated, mesh)
         self.boundary = Boundary(
             mesh[TP], config.src, config.dst, count_rows=shared is not None and shared.sharded
         )

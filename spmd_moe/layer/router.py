@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias, TypeVar, cast, final
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.dtypes import as_dtype, sum_dtype
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.host_reads import draw_seed
 from spmd_moe.core.mesh import Axis, MoEMesh
@@ -25,7 +25,7 @@ from spmd_moe.core.placement import DENSE, TP, I, R, RouterWeight, Tokens, Token
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.validate import check_instance, check_number, check_one_of, check_positive_ints
 from spmd_moe.layer import routing_faults
-from spmd_moe.layer.router_logits import router_logits
+from spmd_moe.layer.router_logits import mask_rows, router_logits
 from spmd_moe.layer.router_scores import LOG_OF_NONE, SCORES, ScoreName
 from spmd_moe.layer.routing_faults import nan_parameter
 
@@ -71,6 +71,7 @@ class RouterConfig:
     dtype: torch.dtype = torch.float32
     jitter: float = 0.0
     force_balance: bool = False
+    bias: bool = False  # a learned one, added to the logits
 
     def __post_init__(self) -> None:
         e, k, g, kept = (
@@ -89,7 +90,7 @@ class RouterConfig:
             group_score_top_k=best,
         )
         check_one_of(where, "score_func", self.score_func, SCORES)
-        for name in ("route_norm", "force_balance"):
+        for name in ("route_norm", "force_balance", "bias"):
             check_instance(where, name, getattr(self, name), bool, f"{name}=True")
         if k > e:
             _refuse(
@@ -193,6 +194,7 @@ class Router(nn.Module):
     """The gate, and how its scores become choices and weights."""
 
     weight_ED: RouterWeight
+    b_E: RouterWeight | None  # learned, a part of the logits
     bias_E: Whole  # steers the choice, not the weight; see losses.update_selection_bias
     seen_E: TokenSums  # choices of this rank's tokens since the bias was last updated
 
@@ -208,6 +210,7 @@ class Router(nn.Module):
         self.choose: Choose = _InTurn(first) if config.force_balance else _best
         self.jitter = _Jitter(config.jitter, place)
         self.weight_ED = nan_parameter(config.num_experts, dim)
+        self.b_E = nan_parameter(config.num_experts) if config.bias else None
         self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
         self.register_buffer("seen_E", torch.zeros(config.num_experts, dtype=torch.int64))
 
@@ -237,6 +240,8 @@ class Router(nn.Module):
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
         logits_TE = router_logits(x_TD, weight_ED, mask_T, config.dtype)
+        if self.b_E is not None:
+            logits_TE = self._add_bias(logits_TE, self.b_E, mask_T)
         scores_TE = self.score.of_logits(logits_TE)
         complete = mask_T is None and expert_ids_TK is None
         if expert_ids_TK is None:
@@ -262,6 +267,10 @@ class Router(nn.Module):
             fault=marked,
             complete=complete,
         )
+
+    def _add_bias(self, logits_TE: Tokens, b_E: RouterWeight, mask_T: Tokens | None) -> Tokens:
+        whole_E: Whole = redistribute(b_E, self.tp, src=I, dst=R, grad_dtype=sum_dtype(b_E))
+        return mask_rows(logits_TE + as_dtype(whole_E, self.config.dtype), mask_T)
 
     def _weights(
         self, scores_TE: Tokens, logits_TE: Tokens, ids_TK: Tokens, none_TK: Tokens | None

@@ -37,6 +37,7 @@ from spmd_moe import (
 )
 from spmd_moe.core import spmd_types_compat
 from spmd_moe.core.placement import RoleKind, SharedWeight, Whole
+from tests.support.refused_hf import BAD_HF
 from tests.support.simulated_ranks import fake_world
 
 
@@ -208,4 +209,5 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     "clip_no_mesh": lambda: clip_grad_norm_(nn.Linear(2, 2), None, 1.0),  # type: ignore[arg-type]  # wrong on purpose
     "clip_not_finite": not_finite,
     "clip_unreduced": unreduced,
+    **BAD_HF,
 }

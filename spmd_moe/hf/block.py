@@ -1,0 +1,52 @@
+"""The module in the place of transformers' block: our layer, called as theirs is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from torch import Tensor, nn
+
+from spmd_moe.hf.family import Family
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.router import Routing
+
+LAYER = "moe"  # the name of the layer in a block
+
+
+@final
+class Block(nn.Module):
+    """The layer, called and answering as transformers' block is and does."""
+
+    def __init__(
+        self, moe: MoE, family: Family, after: Mapping[str, nn.Module], gate: type
+    ) -> None:
+        super().__init__()
+        self.moe, self.pair = moe, family.returns == "pair"
+        self.after = tuple(after)
+        for name, module in after.items():
+            self.add_module(name, module)
+        self.router_logits = _router_logits(gate)()
+        moe.router.register_forward_hook(self._tell_logits)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.moe(hidden_states).hidden
+        for name in self.after:
+            hidden = self.get_submodule(name)(hidden)
+        return (hidden, None) if self.pair else hidden
+
+    def _tell_logits(self, module: nn.Module, args: Any, routing: Routing) -> None:
+        self.router_logits(routing.logits_TE)
+
+
+def _router_logits(gate: type) -> type[nn.Module]:
+    """A module without parameters that transformers takes for its router, to record its output."""
+
+    def init(self: nn.Module) -> None:
+        nn.Module.__init__(self)
+
+    def forward(self: nn.Module, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        return logits_TE, logits_TE  # whichever of a router's outputs is recorded
+
+    methods = {"__init__": init, "forward": forward, "__module__": __name__}
+    return type("RouterLogits", (gate,), methods)

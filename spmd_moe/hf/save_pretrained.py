@@ -1,0 +1,52 @@
+"""`save_pretrained` of a model with our layers: transformers' names, or a refusal."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from spmd_moe.core.errors import CheckpointError, explain
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import DENSE
+from spmd_moe.hf.block import Block
+from spmd_moe.hf.layout import layout_of
+from spmd_moe.hf.write_checkpoint import save
+
+_MESH = "_spmd_moe_hf_mesh"
+
+
+def guard_save_pretrained(model: nn.Module, mesh: MoEMesh) -> None:
+    """Give the model, and the models in it, classes of the same names with our method."""
+    vars(model)[_MESH] = mesh
+    for module in model.modules():
+        kind = type(module)
+        inside = any(isinstance(child, Block) for child in module.modules())
+        if inside and hasattr(kind, "save_pretrained"):
+            own = {"save_pretrained": _save_pretrained, "__module__": kind.__module__}
+            module.__class__ = type(kind.__name__, (kind,), own)
+
+
+def _save_pretrained(
+    self: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    **other: Any,
+) -> None:
+    """Write the checkpoint, where one process has all of the model."""
+    mesh = vars(self).get(_MESH)
+    given = [name for name, value in other.items() if value]
+    whole = layout_of(self) is not None and not given
+    if whole and isinstance(mesh, MoEMesh) and all(mesh[role].size == 1 for role in DENSE):
+        save(self, save_directory, mesh)
+        return
+    raise CheckpointError(
+        explain(
+            "save_pretrained",
+            f"{type(self).__name__} has layers of spmd_moe"
+            + (f", and {given[0]} is given" if given else ""),
+            why="every rank writes its own part of them, so it has to be called on all",
+            fixes=["spmd_moe.hf.save(model, folder, mesh)   # on every rank, of the whole model"],
+        )
+    )

@@ -1,0 +1,84 @@
+"""The table of families in docs/hf_families.md, written out of the records and of measurements.
+
+python -m tests.hf.families_table --write
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from spmd_moe.hf.families import FAMILIES, UNSUPPORTED
+from spmd_moe.hf.family import Family
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "hf_families.md"
+HEAD = """# Families of Hugging Face transformers
+
+Written by `python -m tests.hf.families_table --write`; transformers 5.24.0.
+
+`spmd_moe.hf.swap` puts our layer in the place of these blocks. "off" is the largest difference from
+transformers' block, relative to the largest number, of the output and of every gradient, on a tiny
+random config: in float64, where transformers' own rounding to float32 is left out, and in float32
+as it is. A setting in the last column that has another value is refused by name.
+
+| family | block | recipe | off, float64 | off, float32 | only with |
+|---|---|---|---|---|---|
+"""
+BELOW = """
+These blocks are refused, with what the layer lacks:
+
+| block | what is missing |
+|---|---|
+"""
+
+
+def recipe(family: Family) -> str:
+    """How tokens choose, in a few words."""
+    score = family.score if "." not in family.score else f"{family.score} of the config"
+    parts = [score.replace("_", " ")]
+    if family.bias is not None:
+        parts.append("selection bias")
+    if family.groups is not None:
+        parts.append(f"groups by best {family.groups.best}")
+    if family.norm is not False:
+        parts.append("normalized" if family.norm is True else "normalized if the config says so")
+    if family.scale:
+        parts.append("scaled")
+    if family.shared_gate is not None:
+        parts.append("gated shared expert")
+    elif family.shared is not None:
+        parts.append("shared expert")
+    return ", ".join(parts)
+
+
+def only_with(family: Family) -> str:
+    """The settings that the layer can express."""
+    return "; ".join(
+        f"`{need.attribute}` {' or '.join(map(str, need.values))} (else: {need.missing})"
+        for need in family.needs
+    )
+
+
+def row(family: Family, *off: str) -> str:
+    cells = (family.name, family.block, recipe(family), *off, only_with(family))
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def unsupported() -> str:
+    return "".join(f"| {block} | {missing} |\n" for block, missing in sorted(UNSUPPORTED.items()))
+
+
+def measured(family: Family) -> tuple[str, str]:
+    from tests.hf.test_families import worst_error
+
+    worst = (max(worst_error(family, d).values()) for d in (torch.float64, torch.float32))
+    in_64, in_32 = (f"{number:.0e}" for number in worst)
+    return in_64, in_32
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    torch.set_num_threads(1)  # tensors are tiny
+    rows = [row(family, *measured(family)) for family in FAMILIES.values()]
+    PAGE.write_text(HEAD + "".join(rows) + BELOW + unsupported())

@@ -1,0 +1,249 @@
+"""Checkpoints of transformers, read and written in slices on any layout."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spmd_moe.hf as hf
+from spmd_moe import CheckpointError, ConfigError, MoEMesh, parallelize
+from spmd_moe.check.thread_ranks import threaded
+from spmd_moe.hf.layout import rows_and_parts
+from spmd_moe.hf.safetensors_files import read_folder
+from tests.hf.models import MODELS, empty_model_of, model_of, tokens
+from tests.support.workers import run
+
+LAYOUTS = [
+    {"dp": 4, "ep": 4},
+    {"dp": 2, "tp": 2, "ep": 2},
+    {"tp": 4, "ep": 2, "etp": 2},
+]
+
+
+def source(folder: Path, name: str, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
+    """A checkpoint that transformers has written, and its model."""
+    model = model_of(name).to(dtype)
+    model.save_pretrained(folder, **how)
+    return model
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def there_and_back(
+    model: nn.Module, folder: str, to: str, degrees: dict[str, int]
+) -> tuple[int, int, int]:
+    """Bytes read, bytes that this rank holds, and bytes written."""
+    mesh = MoEMesh.init("cpu", **degrees)
+    hf.swap(model, mesh)
+    read = hf.load(model, folder, mesh)
+    written = hf.save(model, to, mesh)
+    held = sum(part.tensor.nbytes for _, part in rows_and_parts(model, mesh).values())
+    return read, held, written
+
+
+def empty_there_and_back(name: str, folder: str, to: str, degrees: dict[str, int]) -> Any:
+    return there_and_back(empty_model_of(name), folder, to, degrees)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_process_from_meta(name: str, tmp_path: Path) -> None:
+    whole = source(tmp_path / "a", name).eval()
+    model, mesh = empty_model_of(name).eval(), MoEMesh.single()
+    hf.swap(model, mesh)
+    hf.load(model, tmp_path / "a", mesh)
+    hf.save(model, tmp_path / "b", mesh)
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    assert torch.equal(model(tokens()).logits, hf.swap(whole, mesh)(tokens()).logits)
+
+
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_read_what_they_hold(name: str, degrees: dict[str, int], tmp_path: Path) -> None:
+    source(tmp_path / "a", name, max_shard_size="20KB")
+    found = threaded(
+        4, empty_there_and_back, name, str(tmp_path / "a"), str(tmp_path / "b"), degrees
+    )
+    assert (tmp_path / "a" / "model.safetensors.index.json").exists()
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    assert all(read <= held for read, held, _ in found), found
+    entries = read_folder(tmp_path / "a").entries.values()
+    assert sum(written for _, _, written in found) == sum(e.bytes for e in entries)  # each once
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    source(tmp_path / "a", "deepseek_v3", torch.bfloat16)
+    model, mesh = empty_model_of("deepseek_v3").to(torch.bfloat16), MoEMesh.single()
+    hf.swap(model, mesh)
+    hf.load(model, tmp_path / "a", mesh)
+    hf.save(model, tmp_path / "b", mesh)
+    assert same_files(tmp_path / "a", tmp_path / "b")
+
+
+def stored(name: str, folder: str, to: str, degrees: dict[str, int], replicas: int) -> float:
+    """Through FSDP2, one step of training in between; the loss before it."""
+    mesh = MoEMesh.init("cpu", **degrees)
+    model = empty_model_of(name)
+    hf.swap(model, mesh)
+    parallelize(model, mesh, blocks=model.model.layers, replicas=replicas)
+    hf.load(model, folder, mesh)
+    hf.save(model, to + "same", mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    optimizer.step()
+    hf.save(model, to, mesh)
+    return float(loss.detach())
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_stored_by_fsdp(replicas: int, tmp_path: Path) -> None:
+    """All ranks have the same tokens, so gradients are four times those of one process."""
+    from transformers import AutoModelForCausalLM
+
+    whole = source(tmp_path / "a", "qwen3_moe")
+    folders = str(tmp_path / "a"), str(tmp_path / "b")
+    run(4, stored, "qwen3_moe", *folders, {"dp": 4, "ep": 2}, replicas, timeout=240.0)
+    assert same_files(tmp_path / "a", tmp_path / "bsame")
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.4)
+    whole(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    for key, tensor in whole.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_was_never_loaded(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    whole = model_of("mixtral")
+    model, mesh = hf.swap(copy.deepcopy(whole), MoEMesh.single()), MoEMesh.single()
+    hf.save(model, tmp_path / "one", mesh)
+    hf.save(model, tmp_path / "more", mesh, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "more").glob("*.safetensors"))) > 3
+    for folder in ("one", "more"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
+        assert all(torch.equal(loaded[key], t) for key, t in whole.state_dict().items())
+
+
+def test_as_transformers_has_it_in_memory(tmp_path: Path) -> None:
+    model = source(tmp_path / "a", "qwen3_moe", save_original_format=False)
+    ours, mesh = empty_model_of("qwen3_moe"), MoEMesh.single()
+    hf.swap(ours, mesh)
+    hf.load(ours, tmp_path / "a", mesh)
+    expected = hf.swap(model, mesh)(tokens()).logits
+    assert torch.equal(ours(tokens()).logits, expected)
+
+
+def test_save_pretrained_writes_the_names_of_transformers(tmp_path: Path) -> None:
+    model = source(tmp_path / "a", "olmoe")
+    hf.swap(model, MoEMesh.single())
+    model.save_pretrained(tmp_path / "b")
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(CheckpointError, match="save_pretrained: OlmoeModel has layers of spmd_moe"):
+        model.model.save_pretrained(tmp_path / "c")
+
+
+def refused_on_a_rank(model: Any, folder: Path) -> str:
+    ours = hf.swap(copy.deepcopy(model), MoEMesh.init("cpu", dp=2, ep=2))
+    try:
+        ours.save_pretrained(folder)
+    except CheckpointError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def test_save_pretrained_on_ranks_is_refused(tmp_path: Path) -> None:
+    said = threaded(2, refused_on_a_rank, model_of("olmoe"), tmp_path / "a")
+    assert said == ["save_pretrained: OlmoeForCausalLM has layers of spmd_moe."] * 2
+
+
+def tampered(folder: Path, change: str) -> None:
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    key = "model.layers.1.mlp.experts.3.up_proj.weight"
+    if change == "cut":
+        path.write_bytes(raw[:-5])
+        return
+    if change == "foreign":
+        path.write_bytes(b"PK\x03\x04" + raw[:100])
+        return
+    if change == "quantized":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8"}
+        (folder / "config.json").write_text(json.dumps(config))
+        return
+    if change == "missing":
+        del header[key]
+    elif change == "extra":
+        header["model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"] = header[key]
+    elif change == "shape":
+        header[key]["shape"] = header[key]["shape"][::-1]
+    elif change == "dtype":
+        header[key]["dtype"] = "F8_E4M3"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+REFUSED = {
+    "cut": "'a' is damaged or foreign: model.safetensors is cut: it has",
+    "foreign": "'a' is damaged or foreign: model.safetensors is cut or of another format",
+    "quantized": "'a' is quantized: fp8",
+    "missing": "'a' lacks 'model.layers.1.mlp.experts.3.up_proj.weight'",
+    "extra": "which the model has not",
+    "shape": "has 'model.layers.1.mlp.experts.3.up_proj.weight' as F32[16, 24]",
+    "dtype": "as F8_E4M3[24, 16], a dtype that is not known here",
+}
+
+
+def loads_nothing(folder: Path) -> tuple[str, bool]:
+    mesh = MoEMesh.init("cpu", dp=2, ep=2)
+    model = empty_model_of("qwen3_moe")
+    hf.swap(model, mesh)
+    try:
+        hf.load(model, folder, mesh)
+    except CheckpointError as error:
+        return str(error).partition("\n")[0], all(p.is_meta for p in model.parameters())
+    return "", False
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_bad_checkpoints_leave_the_model_untouched(change: str, tmp_path: Path) -> None:
+    source(tmp_path / "a", "qwen3_moe")
+    tampered(tmp_path / "a", change)
+    found = threaded(2, loads_nothing, tmp_path / "a")
+    assert all(REFUSED[change] in text and untouched for text, untouched in found), found
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    source(tmp_path / "a", "qwen3_moe", torch.bfloat16)
+    model, mesh = hf.swap(model_of("qwen3_moe"), MoEMesh.single()), MoEMesh.single()
+    with pytest.raises(CheckpointError, match=r"the model as f32: model.to\(torch.bfloat16\)"):
+        hf.load(model, tmp_path / "a", mesh)
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    source(tmp_path / "a", "olmoe")
+    mesh = MoEMesh.single()
+    with pytest.raises(CheckpointError, match=r"'a' has model\.safetensors already"):
+        hf.save(hf.swap(model_of("olmoe"), mesh), tmp_path / "a", mesh)
+
+
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    mesh = MoEMesh.single()
+    with pytest.raises(ConfigError, match=r"Linear was not changed by hf\.swap"):
+        hf.load(nn.Linear(2, 2), tmp_path, mesh)
+    with pytest.raises(ConfigError, match="Linear has no block to swap: it has no MoE"):
+        hf.swap(nn.Linear(2, 2), mesh)

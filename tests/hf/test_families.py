@@ -1,0 +1,91 @@
+"""Every record beside transformers' own block: output and all gradients, tiny and random."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spmd_moe.hf as hf
+from spmd_moe import MoEMesh
+from spmd_moe.hf.families import FAMILIES
+from spmd_moe.hf.family import Family
+from tests.hf.tiny import DIM, WideRouters, tiny_block
+
+BATCH, LENGTH = 2, 17
+
+
+class Holder(nn.Module):
+    """A model of one block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.mlp = block
+        self.config = SimpleNamespace(model_type="tiny")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(x)
+        out: Tensor = y[0] if isinstance(y, tuple) else y
+        return out
+
+
+def run(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, gradient of the input, gradients of the parameters."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(BATCH, LENGTH, DIM, generator=generator, dtype=torch.float64).to(dtype)
+    x.requires_grad_()
+    y = model(x)
+    weights = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return y.detach(), x.grad, grads
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def worst_error(family: Family, dtype: torch.dtype) -> dict[str, float]:
+    """Of the output and of every gradient, relative to the largest number there."""
+    torch.manual_seed(0)
+    theirs = Holder(tiny_block(family)).to(dtype)
+    ours = hf.swap(copy.deepcopy(theirs), MoEMesh.single())
+    layout = hf.layout.layout_of(ours)
+    assert layout is not None
+    wide = dtype is torch.float64
+    with WideRouters() if wide and family.after else nullcontext():  # a norm that is transformers'
+        y, dx, grads = run(ours, dtype)
+    with WideRouters() if wide else nullcontext():
+        y_theirs, dx_theirs, grads_theirs = run(theirs, dtype)
+    found = {"output": error(y, y_theirs), "input": error(dx, dx_theirs)}
+    for tensor in layout.memory:
+        if tensor.key not in grads_theirs:
+            continue
+        whole = grads[tensor.names[0]].shape
+        fine = grads_theirs[tensor.key].view(tensor.fine_shape(whole))
+        parts = [
+            hf.file_tensors.Part(grads[n], tuple(whole), (0,) * len(whole)) for n in tensor.names
+        ]
+        box = tensor.box(parts[0])
+        assert box is not None
+        for region, values in tensor.regions(parts, box, fine):
+            found[tensor.key] = max(found.get(tensor.key, 0.0), error(region, values))
+    assert len(found) >= 4, "experts, router, input and output"
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float64(name: str) -> None:
+    found = worst_error(FAMILIES[name], torch.float64)
+    assert max(found.values()) < 1e-12, found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32(name: str) -> None:
+    found = worst_error(FAMILIES[name], torch.float32)
+    assert max(found.values()) < 2e-6, found

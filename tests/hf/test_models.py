@@ -1,0 +1,110 @@
+"""Whole tiny models beside transformers: logits, loss, gradients, tokens, losses of balance."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spmd_moe.hf as hf
+from spmd_moe import DP, MoEMesh, reduce_gradients
+from spmd_moe.check.thread_ranks import threaded
+from tests.hf.models import MODELS, TARGETS, gradient_error, mine, model_of, theirs, tokens
+
+LAYOUTS = [
+    {"dp": 4, "ep": 4},
+    {"dp": 2, "tp": 2, "ep": 4},
+    {"tp": 4, "ep": 2, "etp": 2},
+]
+
+
+def on_a_rank(
+    whole: nn.Module, degrees: dict[str, int], logits: Tensor, grads: dict[str, Tensor]
+) -> tuple[float, float, float]:
+    """Errors of logits and gradients, and this rank's part of the loss."""
+    mesh = MoEMesh.init("cpu", **degrees)
+    model = hf.swap(copy.deepcopy(whole), mesh)
+    out = model(mine(mesh), labels=mine(mesh), num_items_in_batch=TARGETS)
+    out.loss.backward()
+    reduce_gradients(model, mesh)
+    each = len(logits) // mesh[DP].size
+    own = logits[mesh[DP].rank * each :][:each]
+    return (
+        float((out.logits.detach() - own).abs().max()),
+        gradient_error(model, mesh, grads),
+        float(out.loss.detach()) / (mesh.dense.size() // mesh[DP].size),
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_process(name: str) -> None:
+    mesh = MoEMesh.single()
+    model = hf.swap(model_of(name), mesh)
+    out = model(tokens(), labels=tokens(), num_items_in_batch=TARGETS)
+    out.loss.backward()
+    logits, loss, grads = theirs(name)
+    torch.testing.assert_close(out.logits, logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(out.loss, loss, atol=2e-6, rtol=0)
+    assert gradient_error(model, mesh, grads) < 1e-5
+
+
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks(name: str, degrees: dict[str, int]) -> None:
+    logits, loss, grads = theirs(name)
+    found = threaded(4, on_a_rank, model_of(name), degrees, logits, grads)
+    assert max(error for error, _, _ in found) < 2e-5
+    assert max(error for _, error, _ in found) < 1e-5
+    assert sum(part for _, _, part in found) == pytest.approx(float(loss), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_tokens_are_the_same(name: str) -> None:
+    model = model_of(name).eval()
+    ours = hf.swap(copy.deepcopy(model), MoEMesh.single())
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
+    assert torch.equal(ours.generate(tokens(), **how), model.generate(tokens(), **how))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe"])
+def test_router_logits_and_the_pooled_loss(name: str) -> None:
+    model = model_of(name)
+    ours = hf.swap(copy.deepcopy(model), MoEMesh.single())
+    out, expected = (m(tokens(), labels=tokens(), output_router_logits=True) for m in (ours, model))
+    assert len(out.router_logits) == len(expected.router_logits) == 2
+    for logits, logits_theirs in zip(out.router_logits, expected.router_logits, strict=True):
+        torch.testing.assert_close(logits, logits_theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.aux_loss, expected.aux_loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.loss, expected.loss, atol=1e-6, rtol=0)
+
+
+def test_gradient_checkpointing() -> None:
+    model = model_of("qwen3_moe")
+    ours = hf.swap(model, MoEMesh.single())
+    ours.activation_checkpointing_enable()
+    ours(tokens(), labels=tokens(), num_items_in_batch=TARGETS, use_cache=False).loss.backward()
+    assert gradient_error(ours, MoEMesh.single(), theirs("qwen3_moe")[2]) < 1e-5
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    ours = hf.swap(model_of("qwen3_moe"), MoEMesh.single())
+    twin = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    out = twin(tokens(), labels=tokens(), output_router_logits=True)
+    assert torch.count_nonzero(out.router_logits[0]) == out.router_logits[0].numel()
+    expected = model_of("qwen3_moe")(tokens()).logits
+    torch.testing.assert_close(out.logits, expected, atol=2e-5, rtol=0)
+
+
+def test_bfloat16() -> None:
+    """Beside float32 of the same rounded weights: transformers' own gate is rounded too."""
+    ours = hf.swap(model_of("qwen3_moe"), MoEMesh.single()).to(torch.bfloat16)
+    logits = ours(tokens()).logits
+    assert logits.dtype is torch.bfloat16
+    exact = ours.float()(tokens()).logits
+    assert float(((logits.float() - exact).abs().max() / exact.abs().max()).detach()) < 0.05

@@ -1,0 +1,88 @@
+"""What `spmd_moe.hf` refuses: the cases of `test_errors.py`, without transformers."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+import spmd_moe.hf as hf
+from spmd_moe import MoEMesh, declare_placements
+from spmd_moe.core.placement import SharedWeight
+from spmd_moe.hf import save_pretrained
+from spmd_moe.hf.file_tensors import FileTensor
+from spmd_moe.hf.layout import Layout, set_layout
+from spmd_moe.hf.safetensors_files import FileIO
+
+MESH = MoEMesh.single()
+
+
+class Small(nn.Linear):
+    """One weight, with the table that `swap` would make."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3, bias=False)
+        declare_placements(self, {"*": SharedWeight})
+        table = [FileTensor("weight", ("weight",), ((0,), (1,)))]
+        set_layout(self, Layout(table, table, {}))
+
+
+def block(name: str) -> nn.Module:
+    """A model with a block of a class that transformers has."""
+    kind = type(name, (nn.Module,), {"__module__": "transformers.models.tiny.modeling_tiny"})
+    model = nn.Module()
+    model.mlp = kind()
+    return model
+
+
+def loading(spoil: Callable[[Path], object]) -> Callable[[], object]:
+    def act() -> object:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "a"
+            hf.save(Small(), path, MESH)
+            spoil(path)
+            return hf.load(Small(), path, MESH)
+
+    return act
+
+
+def cut(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def wider(path: Path) -> None:
+    model = Small()
+    model.weight = nn.Parameter(torch.zeros(3, 5))
+    (path / "model.safetensors").unlink()
+    hf.save(model, path, MESH)
+
+
+def save_twice() -> None:
+    with TemporaryDirectory() as folder:
+        hf.save(Small(), Path(folder) / "a", MESH)
+        hf.save(Small(), Path(folder) / "a", MESH)
+
+
+def save_without_room() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with TemporaryDirectory() as folder, patch.object(FileIO, "write", side_effect=full):
+        hf.save(Small(), Path(folder) / "a", MESH)
+
+
+BAD_HF: dict[str, Callable[[], object]] = {
+    "hf_no_block": lambda: hf.swap(nn.Linear(2, 2), MESH),
+    "hf_unsupported_block": lambda: hf.swap(block("Llama4TextMoe"), MESH),
+    "hf_unknown_experts": lambda: hf.swap(block("TinyExperts"), MESH),
+    "hf_not_swapped": lambda: hf.load(nn.Linear(2, 2), "a", MESH),
+    "hf_load_cut": loading(cut),
+    "hf_load_other_shape": loading(wider),
+    "hf_save_twice": save_twice,
+    "hf_save_no_room": save_without_room,
+    "hf_save_pretrained": lambda: save_pretrained._save_pretrained(nn.Linear(2, 2), "a"),
+}
