@@ -40,7 +40,8 @@ FOLDERS = {
     "whole_tensors values sweep parity.axes parity.words parity.stand_ins parity.placements "
     "parity.setup parity.weights parity.alone parity.run parity.explain parity.compare "
     "parity.causes parity.sweep parity.report parity.parity adapters.overlay "
-    "adapters.transformers_blocks adapters.torchtitan_moe adapters reports forecast plan supervise run subcommands parity.command "
+    "adapters.transformers_blocks adapters.torchtitan_moe adapters reports forecast plan "
+    "supervise run subcommands parity.command "
     "parity command_check command_plan command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_variables "
     "annotations syntax_tree messages collective_calls torch_names error_report end_of_module "

@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
     _uninstall_threaded_pg,
 )
 
-from spmd_moe.check.findings import short
+from spmd_moe.core.messages import short_path
 
 # A function of C++ that torch does not annotate.
 isolate: Callable[[bool], None] = vars(torch._C._distributed_c10d)["_set_thread_isolation_mode"]
@@ -121,7 +121,7 @@ def _line_of(thread: threading.Thread) -> str:
     own = (here, theirs, str(Path(threading.__file__).parent / "threading.py"))
     while frame is not None and frame.f_code.co_filename.startswith(own):
         frame = frame.f_back
-    return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
+    return f"{short_path(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
 
 
 def _wake(error: BaseException) -> None:

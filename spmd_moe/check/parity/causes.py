@@ -11,11 +11,11 @@ from typing import final
 
 from torch import nn
 
-from spmd_moe.check.findings import short
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.parity.compare import Difference
 from spmd_moe.check.parity.setup import Question
-from spmd_moe.core.errors import explain, plural
+from spmd_moe.core.errors import explain
+from spmd_moe.core.messages import plural, short_path
 
 LISTED = 6  # names and norms of one finding
 
@@ -186,7 +186,7 @@ def _function_line(module: nn.Module) -> str:
         if not type(part).__module__.startswith("torch."):
             code = type(part).forward.__code__ if hasattr(type(part).forward, "__code__") else None
             if code is not None:
-                return f"{short(code.co_filename)}:{code.co_firstlineno}"
+                return f"{short_path(code.co_filename)}:{code.co_firstlineno}"
     return "unknown"
 
 
@@ -203,5 +203,5 @@ def _assignment(kind: type, name: str) -> str:
         pattern = re.compile(rf"self\.{re.escape(name)}\b\s*(:[^=]+)?=|[\"']{re.escape(name)}[\"']")
         for number, text in enumerate(lines):
             if pattern.search(text):
-                return f"{short(file)}:{start + number}"
+                return f"{short_path(file)}:{start + number}"
     return ""

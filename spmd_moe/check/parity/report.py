@@ -10,7 +10,7 @@ from typing import final
 from spmd_moe.check.parity.causes import Cause, merged
 from spmd_moe.check.parity.stand_ins import STAND_INS
 from spmd_moe.check.parity.sweep import Outcome
-from spmd_moe.core.errors import plural
+from spmd_moe.core.messages import plural
 
 
 @final

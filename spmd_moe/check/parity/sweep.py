@@ -14,7 +14,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from spmd_moe.check.findings import short
 from spmd_moe.check.parity.alone import Alone, Observe, run_alone
 from spmd_moe.check.parity.axes import MeshSizes
 from spmd_moe.check.parity.causes import Cause, causes
@@ -27,6 +26,7 @@ from spmd_moe.check.parity.weights import Table
 from spmd_moe.check.target import CannotCheckError, cannot
 from spmd_moe.check.thread_ranks import RanksError, threaded
 from spmd_moe.core.errors import SpmdMoeError, short_dtype
+from spmd_moe.core.messages import short_path
 
 STEADY = 1e-7  # of float64: what a disturbance of 1e-10 may grow to
 
@@ -262,7 +262,9 @@ def _at_target(text: str, question: Question) -> str:
     while isinstance(target, functools.partial):
         target = target.func
     code = getattr(target, "__code__", None)
-    line = f"{short(code.co_filename)}:{code.co_firstlineno}" if code is not None else "unknown"
+    line = (
+        f"{short_path(code.co_filename)}:{code.co_firstlineno}" if code is not None else "unknown"
+    )
     return text.replace("  at:  unknown", f"  at:  {line}")
 
 
@@ -286,4 +288,4 @@ def _users_line(frames: traceback.StackSummary) -> str:
     theirs = str(Path(torch.__file__).parent)
     mine = [f for f in frames if not f.filename.startswith((ours, theirs))]
     last = (mine or list(frames))[-1] if frames else None
-    return f"{short(last.filename)}:{last.lineno}" if last is not None else "unknown"
+    return f"{short_path(last.filename)}:{last.lineno}" if last is not None else "unknown"
