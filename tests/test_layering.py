@@ -39,8 +39,12 @@ FOLDERS = {
     "sanitize": "tensor_digest boundaries compare_ranks gradient_sums watch_job",
     "check": "rules mirror_world cut_dims target load_target signatures findings declarations "
     "source_escapes layouts source_lines lineage observer trace compare_runs thread_ranks "
-    "whole_tensors values sweep reports forecast plan supervise run subcommands command_check "
-    "command_plan command_line",
+    "whole_tensors values sweep parity.axes parity.words parity.stand_ins parity.placements "
+    "parity.setup parity.weights parity.alone parity.run parity.explain parity.compare "
+    "parity.causes parity.sweep parity.report parity.parity adapters.overlay "
+    "adapters.transformers_blocks adapters.torchtitan_moe adapters reports forecast plan "
+    "supervise run subcommands parity.command "
+    "parity command_check command_plan command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_variables "
     "annotations syntax_tree messages collective_calls torch_names error_report end_of_module "
     "reread_file daemon problems_found expression_hooks module_calls settings call_arguments "

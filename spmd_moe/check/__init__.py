@@ -8,6 +8,7 @@ Read in this order:
     observer, source_lines, lineage        every operation of checked code
     source_escapes, compare_runs           what is found in the source, and between several runs
     values, thread_ranks, whole_tensors    all ranks as threads, with real numbers
+    parity/, adapters/                     any module beside one process, without types; frameworks
     findings, reports                      the rules; how findings are shown
     plan, forecast                         collectives and bytes, from sizes alone
     command_line                           `spmd-moe`
@@ -20,6 +21,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spmd_moe.check.layouts import Layout as Layout
     from spmd_moe.check.layouts import layouts as layouts
+    from spmd_moe.check.parity.axes import MeshSizes as MeshSizes
+    from spmd_moe.check.parity.parity import parity as parity
+    from spmd_moe.check.parity.parity import run_parity as run_parity
+    from spmd_moe.check.parity.report import ParityReport as ParityReport
     from spmd_moe.check.plan import Plan as Plan
     from spmd_moe.check.plan import make_plan as make_plan
     from spmd_moe.check.reports import Report as Report
@@ -31,6 +36,10 @@ else:
     _HOME = {
         "Layout": "layouts",
         "layouts": "layouts",
+        "MeshSizes": "parity.axes",
+        "parity": "parity.parity",
+        "run_parity": "parity.parity",
+        "ParityReport": "parity.report",
         "Plan": "plan",
         "make_plan": "plan",
         "Report": "reports",

@@ -11,11 +11,12 @@ from typing import NoReturn
 
 from spmd_moe.check.command_check import CHECK
 from spmd_moe.check.command_plan import PLAN
+from spmd_moe.check.parity.command import PARITY
 from spmd_moe.check.target import checker_error
 from spmd_moe.core.errors import SpmdMoeError
 
 # Every subcommand, in the order of `--help`.
-SUBCOMMANDS = (CHECK, PLAN)
+SUBCOMMANDS = (CHECK, PLAN, PARITY)
 RAW = argparse.RawDescriptionHelpFormatter
 DESCRIPTION = "Checks of typed MoE code, before anything is trained. They need no GPU."
 EPILOG = """\

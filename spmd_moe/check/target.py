@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from dataclasses import dataclass
-from typing import Protocol, cast, final
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast, final
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from spmd_moe.core.errors import ConfigError, PlacementError, SpmdMoeError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
@@ -44,11 +47,39 @@ def cannot(where: str, what: str, why: str, *fixes: str, at: str | None = None) 
 @final
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A module, the arguments of one call, and the placement of each argument that is a tensor."""
+    """A module, the arguments of one call, and the placement of each argument that is a tensor.
+
+    Args:
+        module: The module, parallel in its own way.
+        args: The arguments of one call. An argument with a placement in words is the whole, the
+            same on every rank, and `parity` shards it; any other is what this rank holds.
+        placements: For each argument an annotation, a `Placement`, words (`"dp 0, tp 1"`), or None.
+
+    What follows is read by `parity` alone.
+
+    Args:
+        call: What is called with the arguments; default: `module`.
+        out: How the output lies over the ranks, in words; for several outputs, words by name, in
+            which `*` stands for anything. Default: read from DTensors, else from shapes.
+        weights: Words for parameters and buffers that do not tell themselves, by name or pattern.
+        trainer: What happens to gradients after backward: `"nothing"`, `"sum dp"`, `"average dp"`,
+            `"fully_shard dp"`, `"ours"` (`reduce_gradients`), or a function of module and mesh.
+            Default: `"ours"` if the module declares all parameters for a MoEMesh, else nothing.
+        names: The name in the module of one process for each name in this rank's module.
+        meshes: Further meshes of the same ranks whose axes are named in words.
+        optimizer: Makes the optimizer from the parameters; default: SGD.
+    """
 
     module: nn.Module
     args: tuple[object, ...]
     placements: tuple[object, ...] = ()  # annotations or Placements; None for what needs none
+    call: Callable[..., object] | None = None
+    out: str | Mapping[str, str] | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
+    trainer: str | Callable[[nn.Module, Any], object] | None = None
+    names: Callable[[str], str] | None = None
+    meshes: tuple[DeviceMesh, ...] = ()
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None
 
     def __post_init__(self) -> None:
         module: object = self.module
@@ -74,6 +105,11 @@ class Case:
         for number, (arg, annotation) in enumerate(zip(self.args, given, strict=True)):
             if not isinstance(arg, Tensor) or isinstance(arg, DTensor):
                 continue
+            if isinstance(annotation, str):
+                what = f"the placement of argument {number} is in words"
+                why = "the traced check follows types; spmd-moe parity reads words"
+                fix = "Case(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"
+                raise cannot("Case", what, why, fix)
             is_placement = isinstance(annotation, Placement)
             placement = annotation if is_placement else placement_of(annotation)
             if placement is None:
