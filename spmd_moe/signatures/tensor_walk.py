@@ -106,13 +106,21 @@ def _items(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
         inner = next((typing.get_args(k) for k in kinds if typing.get_origin(k) is record), ())
         known = dict(zip(getattr(record, "__parameters__", ()), inner, strict=False))
         for name, of_field in _fields(record).items():
-            yield f".{name}", getattr(value, name, None), _specialized(of_field, known)
+            yield f".{name}", _field(value, name), _specialized(of_field, known)
     elif isinstance(value, Mapping | tuple | list):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             if isinstance(item, _PLAIN):  # there may be many
                 continue
             of_item = (_of_item(kind, key, value) for kind in kinds)
             yield f"[{key!r}]", item, next((h for h in of_item if h is not None), None)
+
+
+def _field(record: Any, name: str) -> Any:
+    """A field of a record, or None before it is set. Never a call of the record's `__getattr__`."""
+    try:
+        return object.__getattribute__(record, name)
+    except AttributeError:
+        return None
 
 
 def _specialized(hint: Any, known: Mapping[Any, Any]) -> Any:
