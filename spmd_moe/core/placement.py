@@ -283,6 +283,7 @@ SharedWeight: TypeAlias = Placed[Tensor, DP[R], CP[R], TP[I]]
 HiddenInWeight: TypeAlias = Placed[Tensor, DP[R], CP[R], TP[S[0]]]
 HiddenOutWeight: TypeAlias = Placed[Tensor, DP[R], CP[R], TP[S[1]]]
 GatheredTokens: TypeAlias = Placed[Tensor, DP[V], CP[V], TP[R]]
+CallersTokens: TypeAlias = Placed[Tensor, DP[V], CP[V]]  # on tp as `src` and `dst` say
 # Expert: every rank has the rows that chose its experts.
 Rows: TypeAlias = Placed[Tensor, EDP[V], EP[V], ETP[V]]
 GatheredRows: TypeAlias = Placed[Tensor, EDP[V], EP[V], ETP[R]]

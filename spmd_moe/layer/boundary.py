@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from spmd_moe.core.dtypes import sum_dtype
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.host_reads import read_ints
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.moves import wait_for
-from spmd_moe.core.placement import I, Kind, R, S, Tokens
+from spmd_moe.core.placement import CallersTokens, I, Kind, R, S, Tokens
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.core.torch_state import is_unobserved
@@ -70,22 +69,18 @@ class Boundary:
         # The layer has collectives on tp, or the model around it has them after each layer.
         self.meets = self.whole or self.must_count
 
-    # What the caller holds on tp is a setting, so no signature can say it.
-
-    # spmd: allow unknown - the caller's
-    def enter(self, x: Tensor) -> tuple[Tokens, Frame]:
+    def enter(self, x: CallersTokens) -> tuple[Tokens, Frame]:
         rows = _rows(x, 1)
         frame = Frame(x.shape[:-1], self._shape(rows))
         return self.own_rows(rows, frame, 1), frame
 
-    # spmd: allow unknown - the caller's
-    def own_rows(self, x: Tensor, frame: Frame, dims: int = 0) -> Tokens:
+    def own_rows(self, x: CallersTokens, frame: Frame, dims: int = 0) -> Tokens:
         """This rank's rows of what goes with the caller's tokens; a token's row has `dims` dims."""
         rows = _rows(x, dims)
-        return redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
+        own: Tokens = redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)
+        return own
 
-    # spmd: allow unknown - the caller's
-    def leave(self, y_TD: Tokens, frame: Frame) -> Tensor:
+    def leave(self, y_TD: Tokens, frame: Frame) -> CallersTokens:
         y = redistribute(
             y_TD, self.tp, src=INSIDE, dst=self.dst, shape=frame.shape, grad_dtype=sum_dtype(y_TD)
         )
@@ -97,8 +92,7 @@ class Boundary:
         # FSDP gathers for backward.
         return y.clone()
 
-    # spmd: allow unknown - the caller's
-    def _shape(self, x_TD: Tensor) -> ShardShape | None:
+    def _shape(self, x_TD: CallersTokens) -> ShardShape | None:
         if self.whole:
             return ShardShape.even(x_TD.shape[0], self.tp.size)
         if not self.must_count:
@@ -107,7 +101,6 @@ class Boundary:
         return ShardShape.ragged(read_ints(redistribute(rows, self.tp, src=S(0), dst=R)))
 
 
-# spmd: allow unknown - the caller's
-def _rows(x: Tensor, dims: int) -> Tensor:
+def _rows(x: CallersTokens, dims: int) -> CallersTokens:
     # spmd: allow shard - of a sequence that is cut along its length, too, each row is for itself
     return x if x.ndim == dims + 1 else x.flatten(0, -1 - dims)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
 from spmd_moe.core.local_tensor import is_simulating
 from spmd_moe.core.mesh import MoEMesh, check_mesh
-from spmd_moe.core.placement import DENSE, EP, ETP, TP, Kind, Tokens
+from spmd_moe.core.placement import DENSE, EP, ETP, TP, CallersTokens, Kind, Tokens
 from spmd_moe.core.torch_state import is_unchecked
 from spmd_moe.core.validate import check_instance, check_one_of, check_positive_ints, settings_of
 from spmd_moe.layer.activations import SWIGLU, Activation
@@ -147,9 +147,9 @@ class MoEConfig:
 class _Call(Protocol):
     def __call__(
         self,
-        x: Tensor,  # spmd: allow unknown - as in `forward`
-        mask: Tensor | None = None,  # spmd: allow unknown - as x
-        expert_ids: Tensor | None = None,  # spmd: allow unknown - as x
+        x: CallersTokens,
+        mask: CallersTokens | None = None,
+        expert_ids: CallersTokens | None = None,
     ) -> MoEOutput: ...
 
 
@@ -247,9 +247,9 @@ class MoE(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # spmd: allow unknown - the caller's; the boundary makes tokens of it
-        mask: Tensor | None = None,  # spmd: allow unknown - as x
-        expert_ids: Tensor | None = None,  # spmd: allow unknown - as x
+        x: CallersTokens,
+        mask: CallersTokens | None = None,
+        expert_ids: CallersTokens | None = None,
     ) -> MoEOutput:
         """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
         try:
@@ -295,8 +295,7 @@ class MoE(nn.Module):
         return f"{sizes}, {choices}, {config.src} to {config.dst} on tp, {by} on {self.mesh}"
 
     @torch.no_grad()
-    # spmd: allow unknown - the caller's
-    def _tell_refused(self, x: Tensor) -> None:
+    def _tell_refused(self, x: CallersTokens) -> None:
         """Take part with no tokens, up to where all who would wait raise a `RoutingError`."""
         if self.fixed or is_simulating():
             return  # there nobody reads what is told, and here this call is that of all ranks
@@ -311,9 +310,8 @@ class MoE(nn.Module):
             slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
             self.dispatcher.dispatch(x_0D, early_0K, routing, slots)
 
-    # spmd: allow unknown - the caller's
     def _loss_terms(
-        self, x: Tensor, frame: Frame, routing: Routing, mask_T: Tokens | None
+        self, x: CallersTokens, frame: Frame, routing: Routing, mask_T: Tokens | None
     ) -> LossTerms | None:
         if self.config.balance is None:
             return None

@@ -39,7 +39,7 @@ class MoEOutput:
         ((3, 8), 6, None)
     """
 
-    # spmd: allow unknown - placed as the boundary is
+    # spmd: allow unknown - MoEConfig.dst, a setting, says how it is placed on tp
     hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
     losses: LossTerms | None  # None where MoEConfig.balance is None
     counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary

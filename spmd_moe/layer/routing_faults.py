@@ -35,7 +35,7 @@ _TOLD = 8  # ranks that a message names
 # spmd: allow unknown - the class that holds it says what it is
 def nan_parameter(*shape: int) -> nn.Parameter:
     """A parameter without a value yet: NaN, so that using it is an error."""
-    return nn.Parameter(torch.full(shape, torch.nan))  # spmd: allow unknown - as above
+    return nn.Parameter(torch.full(shape, torch.nan))
 
 
 def mark_faults(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:

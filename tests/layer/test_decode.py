@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spmd_moe import (
     DP,
+    SWIGLU,
     TP,
     AllToAll,
     ConfigError,
@@ -32,16 +33,15 @@ from spmd_moe import (
     R,
     RouterConfig,
     S,
+    TorchGroupedMM,
     expert_load,
     init_weights,
 )
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.thread_ranks import threaded
-from spmd_moe.layer.activations import SWIGLU
 from spmd_moe.layer.experts import experts_ffn
 from spmd_moe.layer.grouped_ffn import Weights
-from spmd_moe.layer.grouped_matmul import GroupedMatmul as Matmul
-from spmd_moe.layer.grouped_matmul import LoopedMatmul, Masked, TorchGroupedMM, choose_matmul
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, Masked, choose_matmul
 from tests.bench.layer import grad_of
 from tests.support.dispatchers import SHARDED
 from tests.support.layer_cases import VARIANTS, case, layouts
@@ -51,10 +51,7 @@ from tests.support.simulated_ranks import fake_world
 from tests.support.workers import run
 
 LAYOUTS = [
-    Layout(),
-    Layout(dp=2, ep=2),
-    Layout(tp=2, etp=2),
-    Layout(dp=4, ep=2),
+    *(Layout(), Layout(dp=2, ep=2), Layout(tp=2, etp=2), Layout(dp=4, ep=2)),
     Layout(tp=4, ep=4),
     Layout(dp=2, tp=2, ep=2, etp=2),
     Layout(cp=2, tp=2, etp=4),
@@ -208,7 +205,9 @@ def no_host_reads() -> Iterator[None]:
         yield
 
 
-def made(fixed: bool, matmul: Matmul | None = None, **degrees: int) -> tuple[MoE, Tensor, Tensor]:
+def made(
+    fixed: bool, matmul: GroupedMatmul | None = None, **degrees: int
+) -> tuple[MoE, Tensor, Tensor]:
     mesh = MoEMesh.init("cpu", **degrees)
     chosen: Dispatcher[Any] = FixedCapacity(mesh, 4, 8) if fixed else AllToAll(mesh, 4)
     layer = MoE(replace(CONFIG, bias=True), mesh, chosen, matmul=matmul).eval()
@@ -343,7 +342,7 @@ def test_rows_of_no_expert_become_zero() -> None:
 
 
 @pytest.mark.parametrize("matmul", [Masked(), TorchGroupedMM(), LoopedMatmul()], ids=str)
-def test_rows_of_no_expert_may_be_nan(matmul: Matmul) -> None:
+def test_rows_of_no_expert_may_be_nan(matmul: GroupedMatmul) -> None:
     """What stands in padding reaches no value and no gradient."""
     mesh = MoEMesh.single()
     experts = MoE(replace(CONFIG, bias=True), mesh, matmul=matmul).experts
