@@ -322,7 +322,7 @@ def test_the_parts_stand_in_order() -> None:
             continue  # raised inside spmd_types' checker, which has a form of its own
         labels = [line[:7].strip() for line in path.read_text().splitlines()[1:]]
         assert labels == ["why:"] + ["fix:"] * (len(labels) - 2) + ["at:"], path.name
-        assert "fix:" in labels, f"{path.name}: nobody is told what to do"
+        assert "fix:" in labels, f"{path.name}: it does not say what to do"
 
 
 def test_no_message_contains_a_value() -> None:

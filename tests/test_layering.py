@@ -122,7 +122,7 @@ def python_files() -> list[Path]:
 
 
 def test_no_tensor_of_the_layer_goes_unchecked() -> None:
-    """But for rows that are moved by an index, whatever their kind."""
+    """Except rows of any kind that are moved by an index."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["spmd_moe"]["strict"]
     strict = [name.removeprefix("spmd_moe.") for name in listed]
     loose = [name for name in LAYER if not any(fnmatch(f"{name}.", f"{s}.") for s in strict)]

@@ -37,7 +37,7 @@ def assigned(tree: ast.Module) -> dict[str, ast.expr]:
 
 
 def changed(tree: ast.Module) -> set[str]:
-    """Names whose object is changed somewhere, or which a function assigns anew."""
+    """Names whose object is changed somewhere, or which a function assigns again."""
     found = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):

@@ -83,17 +83,18 @@ assert layer.router.weight_ED.grad.abs().max() > 0
 def test_a_new_score_function(copy: Path) -> None:
     text = recipe("A new score function")
     edit(
-        copy / "spmd_moe/layer/router.py",
+        copy / "spmd_moe/layer/router_scores.py",
         text,
         ('"sigmoid", "sqrt_softplus"]', '"sigmoid", "sqrt_softplus", "sigmoid_squared"]'),
         (
             '    "sqrt_softplus": Score(',
-            '    "sigmoid_squared": Score(_sigmoid_squared, _same, _shares),\n'
+            '    "sigmoid_squared": Score(_sigmoid_squared, _log_sigmoid_squared),\n'
             '    "sqrt_softplus": Score(',
         ),
         (
             "SCORES: dict[str, Score] = {",
             "def _sigmoid_squared(x: Tokens) -> Tokens:\n    return torch.sigmoid(x).square()\n\n\n"
+            "def _log_sigmoid_squared(x: Tokens) -> Tokens:\n    return 2 * F.logsigmoid(x)\n\n\n"
             "SCORES: dict[str, Score] = {",
         ),
     )

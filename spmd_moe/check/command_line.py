@@ -32,7 +32,7 @@ INTERRUPTED = 130  # as a shell reports a program that SIGINT ended
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):  # a message is shown in full, whatever the terminal is
+    for stream in (sys.stdout, sys.stderr):  # every terminal shows the full message
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -42,7 +42,7 @@ def compare(traces: Sequence[Trace]) -> Found:
 
 
 def _ran(trace: Trace) -> bool:
-    """To its end, whatever was found on the way."""
+    """Runs to its end, also after a finding."""
     return not any(finding.rule in ("types", "crash", "X9") for finding in trace.findings)
 
 
@@ -52,7 +52,7 @@ def _same_reads(a: Trace, b: Trace) -> int:
     return next((n for n, (x, y) in enumerate(pairs) if x[1] != y[1]), len(a.record.reads))
 
 
-# --- other numbers of tokens --------------------------------------------------------------------
+# --- a different number of tokens ---------------------------------------------------------------
 
 
 def _by_tokens(many: Trace, few: Trace) -> Found:
@@ -164,7 +164,7 @@ def _other_factories(first: Trace, other: Trace, reads: int) -> set[object]:
 
 
 def _mixes(seen: Seen, made: Mapping[str, Set[object]], axes: set[str]) -> str | None:
-    """The axis on which all is alike but for what came of a factory, and the result is, too."""
+    """The axis on which all is alike except results of a factory, and the result is, too."""
     for axis in sorted(axes):
         varied = [bool(x.made_of.factories & made[axis]) for x in seen.operands]
         whole = [not x.made_of.pure for x in seen.operands]
@@ -284,7 +284,7 @@ def _at(issued: list[Issued], number: int) -> Issued | None:
 
 
 def _key(issued: Issued) -> tuple[object, ...]:
-    """What the ranks of a group must agree about, whoever they are."""
+    """What the ranks of every group must agree about."""
     first = issued.group[0]
     return issued.op, tuple(rank - first for rank in issued.group), issued.dtype
 
@@ -310,7 +310,7 @@ def _other(rule: str, when: str, number: int, *sides: tuple[str, Issued | None])
         at,
         f"{when}, collective {number}",
         what,
-        "ranks that do not issue the same collectives wait for each other for ever, or mix up data",
+        "ranks that do not issue the same collectives deadlock, or mix up data",
         "issue it on every rank, with no rows where there are none; hand redistribute the shape",
     )
 

@@ -49,7 +49,7 @@ def _module(name: str) -> ModuleType:
     dotted = name if path is None else _dotted(path)
     try:
         return import_module(dotted) if path is None or dotted else _from_file(path)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # an import may raise anything
         what = f"{name!r} cannot be imported: {type(error).__name__}: {error}"
         command = f"python {name}" if path is not None else f"python -c 'import {name}'"
         at = line_of_error(error) or COMMAND_LINE

@@ -3,14 +3,14 @@
 torch's fake process group leaves the results of collectives as they happen to be in memory, so code
 that reads sizes from them runs into nonsense. Here a gather returns this rank's own tensor once for
 every rank, a sum is that many times the tensor, and an exchange gives what this rank would send to
-itself. Every size is then one that could be, whatever the world, and nothing is ever waited for.
+itself. Every size is then one that could be in any world, and nothing is ever waited for.
 
     rank 2 of 4    all_gather      x          ->  x x x x
                    reduce_scatter  a b c d    ->  4 c
                    all_to_all      a b c d    ->  c c c c
 
 Made with torch's public registration of backends. One function of torch is replaced for the time:
-`new_group` makes no groups of other ranks, which nobody could reach and which cost the more, the
+`new_group` makes no groups of other ranks, which no rank could reach and which cost the more, the
 larger the world is.
 """
 

@@ -109,7 +109,7 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         owner = getattr(func, "__self__", None)
         if func.__name__ == "apply" and isinstance(owner, type):
-            # An autograd.Function, whose `apply` the checker has patched: ask for it anew.
+            # An autograd.Function, whose `apply` the checker has patched: ask for it again.
             run, name = owner.apply, owner.__name__  # type: ignore[attr-defined]  # see above
         else:
             run, name = func, _name_of(func)

@@ -191,7 +191,7 @@ def _supervised(
 
 
 def run_apart(name: str, run: Callable[[Target], R], seconds: float) -> R:
-    """`run(target)` in a process of its own, for other subcommands: it ends, whatever runs there.
+    """`run(target)` in a process of its own, for other subcommands: it always ends.
 
     Args:
         name: The name of a target.

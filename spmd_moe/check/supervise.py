@@ -1,7 +1,7 @@
 """Work in child processes that always end: late ones are killed, lost ones are reported.
 
-Each child runs in a session of its own, so Ctrl-C reaches the parent alone, and whatever the child
-has started is killed with it. What a child prints goes to stderr. Results come back through a
+Each child runs in a session of its own, so Ctrl-C reaches the parent alone, and every process that
+the child started is killed with it. What a child prints goes to stderr. Results come back through a
 socket in frames, which are read as far as they have come: no child can make the parent wait.
 """
 

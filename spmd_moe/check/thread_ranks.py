@@ -33,7 +33,7 @@ isolate: Callable[[bool], None] = vars(torch._C._distributed_c10d)["_set_thread_
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 GRACE = 5.0  # for the ranks that did not fail, once another has
-SECONDS = 120.0  # after which ranks that are not done are taken to wait for each other for ever
+SECONDS = 120.0  # after which ranks that are not done are taken to be deadlocked
 
 
 @final
@@ -90,7 +90,7 @@ def threaded(world: int, fn: Callable[[*Ts], T], *args: *Ts, seconds: float = SE
 def _join(
     ranks: list[threading.Thread], failed: threading.Event, seconds: float
 ) -> tuple[list[int], str]:
-    """Wait for all; the ranks that had to be ended because they waited for ever, and where."""
+    """Wait for all; the ranks that had to be ended because they waited without end, and where."""
     end = time.monotonic() + seconds
     for thread in ranks:
         while thread.is_alive() and time.monotonic() < end:
@@ -141,7 +141,7 @@ def _failed(
     own = {r: e for r, e in errors.items() if not isinstance(e, SystemExit)}
     if not own:
         stuck = stuck or sorted(errors)
-        return RanksError(f"ranks {stuck} of {world} wait for ever", {}, stuck, where)
+        return RanksError(f"ranks {stuck} of {world} wait without end", {}, stuck, where)
     first = min(own)
     trace = "".join(traceback.format_exception(own[first]))
     return RanksError(f"ranks {sorted(own)} of {world} failed; rank {first}:\n{trace}", own, [])

@@ -112,7 +112,7 @@ def trace(target: Target, configuration: Configuration, packages: set[str], here
             found.findings += _changed(declared, mesh)
         except (CannotCheckError, CheckerError):
             raise
-        except Exception as error:  # whatever the checked code raises is its mistake, and shown
+        except Exception as error:  # what the checked code raises is its mistake, and shown
             found.findings.append(raised(error, packages, _names(mesh)))
         found.findings += found.record.findings
         found.findings += _raw(found.forward + found.backward or log)
@@ -225,7 +225,7 @@ def _raw(issued: Iterable[Issued]) -> Iterator[Finding]:
                 at,
                 one.op,
                 f"{one.op} of {list(one.shape)} is called directly",
-                "a collective that is not typed moves tensors behind the checker's back, "
+                "a collective that is not typed moves tensors without the checker seeing it, "
                 "and has no backward",
                 "redistribute(x, axis, src=..., dst=...)",
                 "# spmd: allow raw - <reason>   # on that line, where it moves no activations",

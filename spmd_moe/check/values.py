@@ -44,7 +44,7 @@ from spmd_moe.core.messages import kinds_text
 from spmd_moe.core.placement import DENSE, EXPERT, Kind, R, Role, V
 
 CLOSE = 1e-5  # of float64, parts of which a module may compute in float32
-# What reads a shape and no values, which may be whatever was in memory.
+# What reads a shape and no values, which may be uninitialized memory.
 SHAPE_ALONE = {f"{word}_like" for word in ("ones", "zeros", "empty", "full", "rand", "randn")} | {
     f"new_{word}" for word in ("ones", "zeros", "empty", "full", "tensor")
 }
@@ -351,7 +351,7 @@ def _failed(error: RanksError, packages: set[str]) -> Finding:
             "X5",
             "ranks",
             "ranks",
-            f"ranks {error.stuck} wait for each other for ever",
+            f"ranks {error.stuck} wait for each other without end",
             "they do not issue the same collectives in the same order",
             "issue each collective on every rank, with no rows where there are none",
         )

@@ -50,7 +50,7 @@ class Step:
     dst: Kind
     src_shape: ShardShape | None = None
     dst_shape: ShardShape | None = None
-    told: bool = False  # somebody has said how many rows the ranks have, also where all are equal
+    told: bool = False  # the caller gave the rows per rank, also where all are equal
 
     @property
     def src_dim(self) -> int:
@@ -254,7 +254,7 @@ def awaitable(result: Tensor) -> Tensor:
 
 
 def wait_for(result: T) -> T:
-    """What must be there, whether or not somebody reads it; torch keeps what nobody waits for.
+    """Wait for a result, also one that is never read: torch keeps those in its registry.
 
     And a gradient may become a `.grad`, which optimizers read past torch's own dispatcher, where a
     waiting tensor would wait: a sum, a view or a copy hands its gradient on as it is.
@@ -288,7 +288,7 @@ class Row:
 
 
 def letter(kind: Kind) -> str:
-    """R, I, V, P, or S whatever its dim: the key of the table."""
+    """R, I, V, P, or S for any dim: the key of the table."""
     return "S" if isinstance(kind, Shard) else kind.value
 
 

@@ -21,7 +21,7 @@ from torch.overrides import _is_torch_function_mode_enabled
 
 
 def is_unchecked() -> bool:
-    """No mode of functions, as spmd_types' checker is one: then kinds are nobody's concern.
+    """No mode of functions, as spmd_types' checker is one: then no kinds are needed.
 
     Nor are they a compiler's, which would break its graph where a kind is declared.
     """
@@ -29,7 +29,7 @@ def is_unchecked() -> bool:
 
 
 def is_unobserved() -> bool:
-    """No checker, and no autograd: an `autograd.Function` has nobody to tell, and its kernel is
+    """No checker, and no autograd: an `autograd.Function` is not needed, and its kernel is
     called as it is."""
     return not torch.is_grad_enabled() and is_unchecked()
 

@@ -46,7 +46,7 @@ def _router_logits(gate: type) -> type[nn.Module]:
         nn.Module.__init__(self)
 
     def forward(self: nn.Module, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        return logits_TE, logits_TE  # whichever of a router's outputs is recorded
+        return logits_TE, logits_TE  # any of a router's outputs may be recorded
 
     methods = {"__init__": init, "forward": forward, "__module__": __name__}
     return type("RouterLogits", (gate,), methods)

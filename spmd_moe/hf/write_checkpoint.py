@@ -116,7 +116,7 @@ def _files(
         row, part = rows[tensor.names[0]]
         dtype = NAMES[part.tensor.dtype]
         if row.is_buffer and source is not None and tensor.key in source.entries:
-            dtype = source.entries[tensor.key].dtype  # a buffer keeps its own, whatever the model's
+            dtype = source.entries[tensor.key].dtype  # a buffer keeps its own dtype
         tensors[tensor.key] = dtype, tensor.shape(part.whole)
     if source is not None and tensors.keys() == source.entries.keys():
         if all(source.entries[key].dtype == dtype for key, (dtype, _) in tensors.items()):

@@ -197,7 +197,7 @@ def _check_dtype(x_RD: GatheredRows, w1_eFD: ExpertInWeight) -> None:
             explain(
                 "Experts",
                 f"rows are {describe(x_RD)}, w1 is {describe(w1_eFD)}",
-                why="a cast that nobody wrote would change the precision of the layer",
+                why="an implicit cast would change the precision of the layer",
                 fixes=[f"x.to({w1_eFD.dtype})"],
             )
         )

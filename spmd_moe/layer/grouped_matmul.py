@@ -382,7 +382,7 @@ def choose_matmul(
 
     `fixed`: the host must not wait.
     """
-    # Only of other devices than the usual: their type is a string, made anew whenever it is asked.
+    # Only of other devices than the usual: their type is a string, made again at each read.
     if device != _CPU and device.type == "cuda":
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
         major = torch.cuda.get_device_capability(device)[0]

@@ -298,7 +298,7 @@ class MoE(nn.Module):
     def _tell_refused(self, x: CallersTokens) -> None:
         """Take part with no tokens, up to where all who would wait raise a `RoutingError`."""
         if self.fixed or is_simulating():
-            return  # there nobody reads what is told, and here this call is that of all ranks
+            return  # no rank reads marks there; in a simulation this call is that of all ranks
         with suppress(Exception):  # what the caller has to hear is why his input is refused
             like, dim = self.experts.w1_eFD, self.config.dim
             none_0D = torch.zeros(0, dim, dtype=like.dtype, device=like.device)

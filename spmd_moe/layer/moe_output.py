@@ -42,7 +42,7 @@ class MoEOutput:
     # spmd: allow unknown - MoEConfig.dst, a setting, says how it is placed on tp
     hidden: Tensor  # of the shape and dtype of x, on tp of the kind `dst`
     losses: LossTerms | None  # None where MoEConfig.balance is None
-    counts_E: TokenSums  # int64; on tp a sum over ranks too, whatever the boundary
+    counts_E: TokenSums  # int64; on tp a sum over ranks too, at any boundary
     dropped: TokenSums  # int64: choices of no expert, or that found no room; not of masked tokens
 
 

@@ -28,7 +28,7 @@ from spmd_moe.core.placement import GatheredRows, Tokens
 from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unobserved
 
-T = TypeVar("T", bound=Tensor)  # of whatever kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 
 
 @final
@@ -218,7 +218,7 @@ def from_slots(x: T, slots: Slots) -> T:
 
 
 def reorder(x_RD: T, order_R: Tensor, back_R: Tensor) -> T:
-    """Rows of `x_RD`, of whatever kind, in `order_R`, whose inverse is `back_R`."""
+    """Rows of `x_RD`, of any kind, in `order_R`, whose inverse is `back_R`."""
     return _take(x_RD, order_R, back_R, (False, False))
 
 

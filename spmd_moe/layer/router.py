@@ -51,6 +51,7 @@ class RouterConfig:
         jitter: Multiplicative noise on the input during training, from 1 - jitter to 1 + jitter.
         force_balance: Ignore the scores and assign experts round-robin, with a different first
             expert on each rank (benchmarks only).
+        bias: Whether a learned bias is added to the logits.
 
     Raises:
         ConfigError: Values contradict each other, with the nearest legal value.
@@ -71,7 +72,7 @@ class RouterConfig:
     dtype: torch.dtype = torch.float32
     jitter: float = 0.0
     force_balance: bool = False
-    bias: bool = False  # a learned one, added to the logits
+    bias: bool = False
 
     def __post_init__(self) -> None:
         e, k, g, kept = (
@@ -303,7 +304,7 @@ def _place(mesh: MoEMesh) -> tuple[int, int]:
 
 
 def _of_tokens(expert_ids_TK: Tokens, mask_T: Tokens | None) -> Tokens:
-    """No expert for what is padding, whatever stands there."""
+    """No expert for padding."""
     return expert_ids_TK if mask_T is None else expert_ids_TK.masked_fill(~mask_T.unsqueeze(1), -1)
 
 
@@ -353,7 +354,7 @@ def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
 
 @final
 class _InTurn:
-    """Experts in turn, whatever the scores say."""
+    """Experts round-robin; the scores are ignored."""
 
     def __init__(self, first: int) -> None:
         self.first = first

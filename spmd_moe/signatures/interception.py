@@ -1,7 +1,7 @@
 """Interception of annotated functions, without a line in them.
 
 While a function is intercepted its code is that of `_trampoline`, so that every reference leads
-there, whoever imported it. Afterwards it has its own code again.
+there, from every importing module. Afterwards it has its own code again.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Mutant:
         return f"spmd_moe.layer.{self.file}"
 
     def source(self) -> str:
-        """The file with the change; as many lines, but for the import of what it may need."""
+        """The file with the change; as many lines, except the import of what it may need."""
         source = source_of(self.module)
         filler = "\n" * (self.old.count("\n") - self.new.count("\n"))
         text = f"{source[: self.start]}({self.new}{filler}){source[self.end :]}"

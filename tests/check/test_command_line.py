@@ -1,4 +1,4 @@
-"""The command line: it always ends, and its status is true, whatever a target does."""
+"""The command line: it always ends, and its status is true, for every target."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_a_dtensor_whose_partial_gradient_is_lost() -> None:
 
 def test_rows_that_come_back_in_another_order() -> None:
     text = only_finding(run_parity(named(ep_moe, fault="wrong order"), layouts=[DP2]))
-    assert "why: its rows are those of other rows but for a factor: permuted" in text
+    assert "why: its rows are those of other rows times a factor: permuted" in text
 
 
 def test_a_rank_that_answers_with_zeros() -> None:

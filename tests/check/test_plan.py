@@ -59,7 +59,7 @@ def with_dispatcher(make: Callable[[MoEMesh], Dispatcher[Any]]) -> Target:
 
 
 def test_a_plan_of_fixed_shapes() -> None:
-    """As many rows for every pair of ranks, whatever the tokens."""
+    """As many rows for every pair of ranks, for all tokens."""
     plan = make_plan(with_dispatcher(lambda mesh: FixedCapacity(mesh, 24, 5)), LAYOUT, tokens=2)
     shapes = {c.what: c.shape for c in plan.collectives if c.role is EP}
     assert shapes["rows to their experts"] == (4 * 5, 16)

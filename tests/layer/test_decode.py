@@ -381,7 +381,7 @@ def test_grouped_and_masked_agree() -> None:
 
 
 def left_over(src: Kind, dst: Kind) -> list[int]:
-    """Collectives that torch still keeps after outputs that nobody read."""
+    """Collectives that torch still keeps after unread outputs."""
     mesh = MoEMesh.init("cpu", tp=2, ep=2)
     layer = MoE(replace(CONFIG, src=src, dst=dst, balance="batch"), mesh)
     init_weights(layer, mesh, seed=0)

@@ -1,4 +1,4 @@
-"""The same bits on every run, and for a token whatever shares its batch, as far as matmuls go.
+"""The same bits on every run, and for a token in every batch, as far as matmuls go.
 
 A CPU's BLAS picks its kernel by the number of rows, and kernels add in different orders. So bits of
 a token can change with its company inside a matmul. Here the matmuls are replaced by ones that look
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear map whose sums run in one order, whatever the number of rows."""
+    """A linear map whose sums run in one order, for any number of rows."""
     y = x.new_zeros(x.shape[0], weight.shape[0])
     for column_x, column_w in zip(x.unbind(1), weight.unbind(1), strict=True):
         y = y + column_x.unsqueeze(1) * column_w

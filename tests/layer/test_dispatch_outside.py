@@ -1,4 +1,4 @@
-"""A fourth dispatcher, as somebody else would write it: of the protocol and public names alone."""
+"""A fourth dispatcher, as a user would write it: from the protocol and public names alone."""
 
 # Shape letters in this file (a small letter is this rank's share of the capital):
 #   T  tokens    K  experts per token    D  model width    N  slots that have an expert

@@ -210,7 +210,7 @@ def test_without_grad_nothing_is_saved(
     run = Run.make(SWIGLU, dtype, matmul, keep, bias=bias)
     with_grad, saved = saved_by(run)
     assert saved
-    # Not even written: what nobody will read is not computed into tensors of its own.
+    # Not even written: what is never read is not computed into tensors of its own.
     monkeypatch.setattr(grouped_ffn._GroupedFFN, "apply", None)
     with torch.no_grad():
         y_RD, saved = saved_by(run)

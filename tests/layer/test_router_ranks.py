@@ -1,4 +1,4 @@
-"""How the routers of ranks differ: in their noise, and in where they begin with experts in turn."""
+"""How the routers of ranks differ: in their noise, and in their first round-robin expert."""
 
 from __future__ import annotations
 

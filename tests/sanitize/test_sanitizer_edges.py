@@ -30,7 +30,7 @@ class Norm(nn.Module):
 
 
 def of_torch() -> str:
-    """A class that says nothing of its parameter, whose gradient nobody sums."""
+    """A class that says nothing of its parameter, whose gradient is not summed."""
     mesh, model = MoEMesh.init("cpu", dp=2), nn.Linear(4, 4, bias=False)
     nn.init.ones_(model.weight)
     declare_placements(model, {"weight": Placed[Tensor, DP[R]]})

@@ -78,7 +78,7 @@ class Case:
     widths: tuple[int, int] = (WIDTH, HIDDEN)
 
     def drawn(self, what: str, *shape: int) -> Tensor:
-        """Values that depend on the name alone, and are the same in all dtypes but for rounding."""
+        """Values that depend on the name alone, and are the same in all dtypes except for rounding."""
         seed = int.from_bytes(what.encode(), "little") % 2**31
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -160,7 +160,7 @@ class Case:
     def by_layer(
         self, matmul: GroupedMatmul | None, keep: ExpertRecompute = ExpertRecompute.NONE
     ) -> dict[str, Tensor]:
-        """The same from the module, which adds the last bias by itself."""
+        """The same from the module, which adds the last bias on its own."""
         given, layer = self.leaves(), self.layer(matmul, keep)
         y = layer(given["x"], torch.tensor(self.counts), given.get("scores"))
         return self._gradients(y, given | dict(layer.named_parameters()))

@@ -6,7 +6,7 @@
 
 - damage: bytes of the index and of the data are changed, cut, doubled or taken from another
   checkpoint. It either loads as it was saved, or raises CheckpointError.
-- forgery: values in the index are changed, and its digest is made anew. That is another valid
+- forgery: values in the index are changed, and its digest is made again. That is another valid
   checkpoint if it loads: then what it loads depends on its files alone, never on what the model
   had before. Else it raises CheckpointError.
 """

@@ -83,7 +83,7 @@ def test_no_collective_of_a_step_stays_behind(config: Config) -> None:
 
 
 def dropped() -> list[int]:
-    """What is left of results that nobody reads, of views of them, and of one that is read."""
+    """What is left of unread results, of views of them, and of one that is read."""
     mesh = MoEMesh.init("cpu", tp=2)
     x, before, left = torch.ones(4, 2), _get_work_registry_size(), []
     redistribute(x, mesh[TP], src=P, dst=R)

@@ -43,7 +43,7 @@ def framework(name: str, path: str | None) -> types.ModuleType:
             sys.path.insert(0, folder)
     try:
         found = import_module(name)
-    except Exception as error:  # whatever it does when it is imported
+    except Exception as error:  # an import may raise anything
         why = f"{type(error).__name__}: {_first_line(error)}"
         fix = f"pip install {name}   # or --path DIRECTORY"
         raise cannot("TARGET", f"{name} cannot be imported", why, fix) from error
@@ -62,7 +62,7 @@ def member(module: str, *names: str) -> Any:
     """The first of the names that a module has; the version is not known if there is none."""
     try:
         found = import_module(module)
-    except Exception as error:  # whatever it does when it is imported
+    except Exception as error:  # an import may raise anything
         raise _unknown(module, names, error) from error
     for name in names:
         if hasattr(found, name):

@@ -142,7 +142,7 @@ def _summed(have: Tensors, want: Tensors, axes: Axes, kind: str) -> Iterator[Sto
 
 
 def _declared_sum(names: Sequence[str], kind: str) -> list[str]:
-    """What to write into the target where somebody else takes the sum."""
+    """What to write into the target where other code takes the sum."""
     if kind == "gradient of":
         return [f'trainer="sum {" ".join(names)}"   # of the target, if the trainer takes it']
     words = ", ".join(f"{name} {'R' if kind == 'gradient of input' else 'P'}" for name in names)
@@ -169,7 +169,7 @@ def _alike(have: Tensors, axes: Axes, names: Sequence[str]) -> bool:
     )
 
 
-# --- somebody else's, in another order, in part -------------------------------------------------
+# --- another rank's, in another order, in part --------------------------------------------------
 
 
 def _other_rank(have: Tensors, want: Tensors, axes: Axes) -> Iterator[Story]:
@@ -193,14 +193,14 @@ def _permuted(have: Tensors, want: Tensors) -> Iterator[Story]:
     for dim in range(max(t.ndim for t in want)):
         if all(_same_rows(h, w, dim) for h, w in zip(have, want, strict=True)):
             what = "rows" if dim == 0 else f"entries of dim {dim}"
-            text = f"right but for the order of its {what} (dim {dim})"
+            text = f"right except for the order of its {what} (dim {dim})"
             fix = f"undo the permutation along dim {dim}: argsort of the order, or its inverse"
             yield Story(("permuted", str(dim)), text, (fix,))
             return
     if all(w.ndim == 2 and w.shape[1] > 2 for w in want):
         straight = [_directions(h) for h in have], [_directions(w) for w in want]
         if all(_same_rows(h, w, 0) for h, w in zip(*straight, strict=True)):
-            text = "its rows are those of other rows but for a factor: permuted, and then weighted"
+            text = "its rows are those of other rows times a factor: permuted, and then weighted"
             fix = "undo the permutation before the weights: argsort of the order, or its inverse"
             yield Story(("permuted", "weighted"), text, (fix,))
 

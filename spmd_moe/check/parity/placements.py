@@ -1,6 +1,6 @@
 """What each rank holds of a tensor, as the indices of its elements in the whole.
 
-Read from the tensor where it says so: a DTensor by its placements, whatever they are; then words
+Read from the tensor where it says so: a DTensor by its placements, of any kind; then words
 of the target; declarations (class annotations, `declare_placements`); spmd_types' types; and last
 from shapes, where they allow one reading only. What they do not decide is asked for.
 """

@@ -240,7 +240,7 @@ def _failure(error: RanksError, where: str = "") -> tuple[str, str]:
     """Why a layout is refused, or why it could not be run: one of them."""
     if error.stuck and not error.errors:
         at = f" at {error.where}" if error.where else ""
-        what = f"ranks {error.stuck} wait for each other for ever{at}"
+        what = f"ranks {error.stuck} wait for each other without end{at}"
         why = "they do not issue the same collectives in the same order"
         fix = "issue each collective on every rank, with no rows where there are none"
         return "", str(cannot("TARGET", what, why, fix))

@@ -284,7 +284,7 @@ def _size_of_file(path: Path) -> int:
 
 @final
 class Reader(StorageReader):
-    """Reads the chunks that this rank needs, whichever rank wrote them."""
+    """Reads the chunks that this rank needs, from the files of all ranks."""
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
