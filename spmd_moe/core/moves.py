@@ -232,7 +232,8 @@ class InFlight(funcol.AsyncCollectiveTensor):
         if self.source is not None:
             self.source.completed |= self.completed
         elif not self.completed and not sys.is_finalizing():
-            with _disable_current_modes():  # no part of the program that a mode records
+            # No part of the program that a mode records or checks.
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
                 funcol.wait_tensor(self.elem)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.catalogue.bug import Bug, edit, part
 
 TP_2 = "dp 2 tp 2"
-OWN_ROWS = "return redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)"
+OWN_ROWS = "own: Tokens = redistribute(rows, self.tp, src=self.src, dst=INSIDE, shape=frame.shape)"
 FEW = "        if rows.shape[0] {}:\n            return rows\n        "
 
 LAYOUTS = [
@@ -181,7 +181,7 @@ LAYOUTS = [
         target="whole",
         layout="dp 2 tp 2 ep 4",
         rule="types",
-        at="return redistribute(rows, self.tp",
+        at="own: Tokens = redistribute(rows, self.tp",
     ),
     Bug(
         "B28a",

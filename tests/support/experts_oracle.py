@@ -78,7 +78,7 @@ class Case:
     widths: tuple[int, int] = (WIDTH, HIDDEN)
 
     def drawn(self, what: str, *shape: int) -> Tensor:
-        """Values that depend on the name alone, and are the same in all dtypes except for rounding."""
+        """Values that depend on the name alone; the same in all dtypes except for rounding."""
         seed = int.from_bytes(what.encode(), "little") % 2**31
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(shape, generator=generator, dtype=torch.float64)

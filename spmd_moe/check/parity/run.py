@@ -177,7 +177,7 @@ def _output_parts(
     table: Table,
     number: int,
 ) -> dict[str, Part]:
-    """How each output lies: by its own type, by words, as the first argument does, or by its shape."""
+    """How each output lies: by its type, by words, as the first argument, or by its shape."""
     here = {name: tuple(out.shape) for name, out in outputs.items()}
     told: list[dict[str, Shape]] = table.tell(("outputs", number), here)
     missing = sorted(set(alone.outputs) ^ set(here))
