@@ -114,9 +114,7 @@ def _derived(
 
 def _swiglu_forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
     assert up_RF is not None
-    h_RF = fn.silu(gate_RF)
-    # In place saves memory; not what autograd follows, which a checkpoint may have kept.
-    return h_RF * up_RF if h_RF.requires_grad else h_RF.mul_(up_RF)
+    return fn.silu(gate_RF) * up_RF  # not in place: a checkpoint may keep any operator's result
 
 
 def _swiglu_backward(

@@ -189,9 +189,9 @@ class _GroupedFFN(torch.autograd.Function):
                 db3 = groups.total(dup_RF, dtype) if needs.b3 else None
                 dx_RD = None if dx_RD is None else dx_RD.add_(groups.rows(dup_RF, w.w3_eFD))
 
-            for rows in (dx_RD, ds_R):
-                if recipe.padded and rows is not None:
-                    groups.zero_past_the_end(rows)
+            if recipe.padded:
+                dx_RD = None if dx_RD is None else groups.zero_past_the_end(dx_RD)
+                ds_R = None if ds_R is None else groups.zero_past_the_end(ds_R)
             dx = None if dx_RD is None else as_dtype(fold_gathered(dx_RD, gather), x.dtype)
         return dx, ds_R, dw1, dw2, dw3, db1, db3
 

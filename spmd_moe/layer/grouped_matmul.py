@@ -74,9 +74,10 @@ class RowGroups(NamedTuple):
         y_RB = self.rows(x_RA, w_eBA.transpose(1, 2))
         if b_eB is None:
             return y_RB
-        # One more bias, of zeros, for the rows past the last end.
+        # One more bias, of zeros, for the rows past the last end. Not added in place: a checkpoint
+        # may keep the result of any operator.
         b_eB = fn.pad(as_dtype(b_eB, y_RB.dtype), (0, 0, 0, 1))
-        return y_RB.add_(b_eB.index_select(0, _expert_of_rows(y_RB, self.ends_e)))
+        return y_RB + b_eB.index_select(0, _expert_of_rows(y_RB, self.ends_e))
 
     def rows(self, x_RA: Tensor, w_eAB: Tensor) -> Tensor:
         """`y_RB`, in the dtype of `x`: every row times the matrix of its expert."""
@@ -105,9 +106,9 @@ class RowGroups(NamedTuple):
         return self.outer(dy_RB, ones, dtype).select(2, 0).contiguous()
 
     def zero_past_the_end(self, y_R: Tensor) -> Tensor:
-        """Zeros, in place, in the rows that belong to no expert; `y_R` may have more dims."""
+        """`y_R` with zeros in the rows that belong to no expert; it may have more dims."""
         past_R = _row_numbers(y_R) >= self.ends_e[-1]
-        return y_R.masked_fill_(past_R.view(-1, *[1] * (y_R.dim() - 1)), 0)
+        return y_R.masked_fill(past_R.view(-1, *[1] * (y_R.dim() - 1)), 0)
 
 
 class _Rows(torch.autograd.Function):
@@ -163,7 +164,7 @@ def _expert_of_rows(x_RA: Tensor, ends_e: Tensor) -> Tensor:
 def _row_numbers(x_R: Tensor) -> Tensor:
     # Not arange: made from x, the numbers have a type for a checker that follows types.
     column_R = x_R if x_R.ndim == 1 else x_R.select(1, 0)
-    return torch.ones_like(column_R, dtype=torch.int32).cumsum(0).sub_(1)
+    return torch.ones_like(column_R, dtype=torch.int32).cumsum(0) - 1
 
 
 # --- grouped matmuls ----------------------------------------------------------------------------
