@@ -45,7 +45,9 @@ def _same(logits_TE: Tokens) -> Tokens:
 
 def _sqrt_softplus(logits_TE: Tokens) -> Tokens:
     root_TE = torch.sqrt(_softplus(logits_TE))
-    return torch.where(logits_TE < _AS_EXP, torch.exp(logits_TE / 2), root_TE)
+    # Clamped, since an exponential that overflows has no slope, also where it is not chosen.
+    small_TE = torch.exp(logits_TE.clamp(max=_AS_EXP) / 2)
+    return torch.where(logits_TE < _AS_EXP, small_TE, root_TE)
 
 
 def _log_sqrt_softplus(logits_TE: Tokens) -> Tokens:

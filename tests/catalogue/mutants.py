@@ -57,7 +57,7 @@ MOVERS = (
     "declare_sums",
     "exchange",
     "reduce_on_tp",
-    "_summed",
+    "sum_over",
     "count_in_backward",
 )
 AXES = ("self.tp", "self.ep", "self.etp")

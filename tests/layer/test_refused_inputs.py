@@ -125,7 +125,7 @@ def test_all_ranks_raise_where_tokens_are_gathered(
 ) -> None:
     world = degrees["tp"] * degrees.get("dp", 1) * degrees.get("cp", 1)
     *others, own = threaded(world, where_tokens_are_gathered, degrees, src, dst, sharded)
-    assert own[0] == "ShapeError" and "width 6" in own[1] and own[2] == "as before"
+    assert own[0] == "ShapeError" and "dim 6" in own[1] and own[2] == "as before"
     for name, text, after in others:
         assert name == "RoutingError" and after == "as before"
         assert text.startswith("MoE.forward: the input was refused on ")
