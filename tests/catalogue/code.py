@@ -82,6 +82,8 @@ def changed(name: str, edits: Sequence[Edit], wanted: str) -> Iterator[ModuleTyp
     sources = {m: changed_source(m, es) for m, es in by_module.items()}
     fresh = affected(sources)
     before = {n: sys.modules[n] for n in fresh if n in sys.modules}
+    # A package may give the name of a module to a function: `spmd_moe.hf.swap`.
+    named = {n: _in_package(n) for n in before}
     finder = _Finder(name, sources)
     sys.meta_path.insert(0, finder)
     try:
@@ -91,9 +93,15 @@ def changed(name: str, edits: Sequence[Edit], wanted: str) -> Iterator[ModuleTyp
         sys.meta_path.remove(finder)
         _forget(fresh)
         sys.modules.update(before)
-        for n, module in before.items():
+        for n, value in named.items():
             parent, _, last = n.rpartition(".")
-            setattr(sys.modules[parent], last, module)
+            setattr(sys.modules[parent], last, value)
+
+
+def _in_package(module: str) -> object:
+    """What the package of a loaded module has under its name."""
+    parent, _, last = module.rpartition(".")
+    return vars(sys.modules[parent]).get(last, sys.modules[module])
 
 
 def _forget(modules: Iterable[str]) -> None:
