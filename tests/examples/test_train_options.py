@@ -130,7 +130,7 @@ def test_ranks_that_are_told_otherwise(option: str, shown: str, tmp_path: Path) 
     assert silence == "" and line.count("\n") == 1
     assert line.startswith("train.py: ") and "called with different settings" in line
     assert shown in line and "on ranks [0]" in line and "on ranks [1]" in line
-    assert {p.name for p in (tmp_path / "runs/001").iterdir()} == {"options.json", "job"}
+    assert {p.name for p in (tmp_path / "runs/001").iterdir()} == {"options.json", "job", "lock"}
 
 
 def test_two_jobs_in_one_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
