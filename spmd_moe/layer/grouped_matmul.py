@@ -3,9 +3,8 @@
     rows of e0 | rows of e1 | (none of e2) | rows of e3 | rows past the last end
        @ w[0]      @ w[1]                      @ w[3]        never read
 
-Two operations, `rows` and `outer`, compute the experts and derivatives of any order. An object that
-has both is a grouped matmul: torch's kernel for all experts, which a GPU runs; a loop over experts,
-for CPUs and for the dtypes and widths that the kernel refuses; or a kernel of the user's own.
+Two operations, `rows` and `outer`, compute the experts and derivatives of any order. torch's kernel
+implements them for GPUs, a loop for CPUs and for what the kernel refuses; users can add others.
 """
 
 # Shape letters in this file:
@@ -64,18 +63,15 @@ class RowGroups(NamedTuple):
     @staticmethod
     def of(matmul: GroupedMatmul, counts_e: Tensor) -> RowGroups:
         ends_e = counts_e.cumsum(0).to(torch.int32)
-        # The loop runs on the host: one read for all of its matmuls.
-        return RowGroups(
-            matmul, ends_e, ends_e.cpu() if isinstance(matmul, LoopedMatmul) else ends_e
-        )
+        on_host = isinstance(matmul, LoopedMatmul)  # one read for all matmuls of its loop
+        return RowGroups(matmul, ends_e, ends_e.cpu() if on_host else ends_e)
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, b_eB: Tensor | None = None) -> Tensor:
         """`y_RB`: `x @ w.T + b`, the weight as it is stored."""
         y_RB = self.rows(x_RA, w_eBA.transpose(1, 2))
         if b_eB is None:
             return y_RB
-        # One more bias, of zeros, for the rows past the last end. Not added in place: a checkpoint
-        # may keep the result of any operator.
+        # One bias of zeros, for rows past the last end. A checkpoint may keep y, so not in place.
         b_eB = fn.pad(as_dtype(b_eB, y_RB.dtype), (0, 0, 0, 1))
         return y_RB + b_eB.index_select(0, _expert_of_rows(y_RB, self.ends_e))
 
@@ -379,10 +375,7 @@ _GROUPED_MM_CAPABILITIES = (9, 10)  # major; on others torch's grouped_mm is a l
 def choose_matmul(
     dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], fixed: bool = False
 ) -> GroupedMatmul:
-    """What suits matmuls in this dtype, on this device, with rows of these widths.
-
-    `fixed`: the host must not wait.
-    """
+    """The matmul for a dtype, a device and row widths; with `fixed` the host must not wait."""
     # Only of other devices than the usual: their type is a string, made again at each read.
     if device != _CPU and device.type == "cuda":
         aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)

@@ -1,7 +1,6 @@
 """Tokens to `Routing`: which experts each token goes to, and with what weight.
 
-The weight of a choice always comes from the live scores, so its gradient reaches the router; a
-selection bias steers the choice only.
+Weights come from the live scores, so gradients reach the router; a selection bias only chooses.
 """
 
 # Shape letters in this file:
