@@ -172,7 +172,7 @@ def test_no_layout_and_no_step() -> None:
 
 def test_a_trainer_and_a_stand_in_that_there_are_not() -> None:
     report = run_parity(partial(mlp, trainer="sum up"), layouts=[DP2], tokens=(8,))
-    assert "there is no trainer 'sum up'" in report.outcomes[0].failed
+    assert "'sum up' names 'up', which is no axis" in report.outcomes[0].failed
     with pytest.raises(CannotCheckError, match="there is no stand-in 'gpu'"):
         run_parity(mlp, layouts=[DP2], stand_ins=("gpu",))
 

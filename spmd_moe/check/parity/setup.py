@@ -137,11 +137,16 @@ def prepare(question: Question) -> Setup:
     kind, over = setup.trainer_axes()
     ready = {"nothing", "sum", "average", "fully_shard", "ours", "hook"}
     unknown = [axis for axis in over if axis not in setup.axes]
-    if kind not in ready or unknown or (kind in ("sum", "average", "fully_shard") and not over):
-        have = (
-            f"there are {', '.join(sorted(ready - {'hook'}))}, over {', '.join(setup.axes.groups)}"
-        )
-        raise cannot("TARGET", f"there is no trainer {setup.trainer!r}", have, 'trainer="sum dp"')
+    if unknown:
+        have = f"{setup.trainer!r} names {unknown[0]!r}, which is no axis of the mesh"
+        axes = ", ".join(setup.axes.groups)
+        named = ",".join(dict.fromkeys((*unknown, *setup.axes.groups)))
+        fixes = [f'trainer="{kind} {next(iter(setup.axes.groups))}"', f"--axes {named}"]
+        raise cannot("TARGET", have, f"the mesh has {axes}", *fixes)
+    if kind not in ready or (kind in ("sum", "average", "fully_shard") and not over):
+        have = f"there are {', '.join(sorted(ready - {'hook'}))}, and an axis after the first word"
+        fix = f'trainer="sum {next(iter(setup.axes.groups))}"'
+        raise cannot("TARGET", f"there is no trainer {setup.trainer!r}", have, fix)
     return setup
 
 
