@@ -1,7 +1,7 @@
 """Declarations compared with the parameters and buffers that exist (X9).
 
-What a class says of its own parameters, and what `declare` says by name, both fail closed: a name
-that is misspelt would otherwise leave a tensor without a type, or a type without a tensor.
+A class declares its own parameters, and `declare_placements` declares others by name. A misspelt
+name would leave a tensor without a type, or a type without a tensor, so both are findings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WHY = "what has no placement is not checked, and its gradient is not reduced"
 
 
 def declared_types(module: nn.Module) -> dict[str, tuple[Tensor, Placement]]:
-    """Each tensor of a module that is declared, by its class or by `declare`, under its name."""
+    """Each tensor that its class or `declare_placements` declares, under its name."""
     found = {}
     for prefix, part in module.named_modules():
         for name, placement in declared(part).items():
@@ -85,7 +85,7 @@ def _undeclared(module: nn.Module, name: str, tensor: Tensor) -> Finding:
         f"{own!r} {describe(tensor)} has no declared placement",
         WHY,
         f"{own}: Placed[Tensor, DP[R], CP[R], TP[I]]   # in the body of {kind}, if it is yours",
-        f"declare(module, {{{name!r}: ...}})   # in the target, if it is not",
+        f"declare_placements(module, {{{name!r}: ...}})   # in the target, if it is not",
     )
 
 

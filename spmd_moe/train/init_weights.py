@@ -120,7 +120,7 @@ def _check(layer: nn.Module, mesh: MoEMesh) -> None:
                 fixes=[
                     "init_weights(model.moe, mesh, seed=0)   # the layer alone",
                     "weight: Placed[Tensor, DP[R], CP[R], TP[R]]   # in the body of the class",
-                    "declare(model, {'head.*': Placed[...]})   # of modules of other people",
+                    "declare_placements(model, {'head.*': Placed[...]})   # by name",
                 ],
             )
         )

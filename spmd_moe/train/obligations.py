@@ -238,7 +238,7 @@ def _undeclared(name: str, tensor: Tensor, model: nn.Module) -> PlacementError:
             why="what its gradient still owes is read from there, and nowhere else",
             fixes=[
                 f"{own}: {placed}   # in the body of {kind}, if the class is yours",
-                f"declare(model, {{{name!r}: {placed}}})   # if it is not",
+                f"declare_placements(model, {{{name!r}: {placed}}})   # if it is not",
             ],
         )
     )
