@@ -196,6 +196,52 @@ def test_a_new_operator_in_the_static_table(copy: Path) -> None:
     assert new and all("tril" in line for line in new)
 
 
+RULE = """
+from spmd_moe.check import Layout, run_checks
+from spmd_moe.check.rules import rules_text
+from tests.support.faulty_targets import frozen, of, shared_out
+assert "X13" in rules_text()
+chosen = [Layout(dp=2, tp=2)]
+found = run_checks(frozen, chosen=chosen).mistakes()
+assert {mistake.finding.rule for mistake in found} == {"X13"}, [str(m) for m in found]
+assert "weight is frozen" in str(found[0]) and "fix: self.weight.requires_grad_()" in str(found[0])
+assert not run_checks(of(shared_out), chosen=chosen).mistakes()
+"""
+
+
+def test_a_new_rule(copy: Path) -> None:
+    """X13, made up: no parameter is frozen."""
+    text = recipe("A new rule of the traced check")
+    row = (
+        '    Rule("X13", "trainable", "no parameter is frozen", ("traced",)),\n'
+        ")\nRULES: dict[str, Rule]"
+    )
+    edit(copy / "spmd_moe/check/rules.py", text, (")\nRULES: dict[str, Rule]", row))
+    found = (
+        "        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:\n"
+        '            what, fix = f"{name} is frozen", f"self.{name}.requires_grad_()"\n'
+        '            yield finding("X13", name, "Module", what, "it never learns", fix)\n'
+        "        missing = unsaid(placement, mesh)\n"
+    )
+    edit(
+        copy / "spmd_moe/check/declarations.py",
+        text,
+        ("        missing = unsaid(placement, mesh)\n", found),
+    )
+    broken = (
+        "def frozen(mesh: MoEMesh, tokens: int) -> Case:\n"
+        "    case = of(shared_out)(mesh, tokens)\n"
+        "    return Case(case.module.requires_grad_(False), case.args, case.placements)\n\n\n"
+        "def shared_out(m: Module, x: Tensor) -> Tensor:\n"
+    )
+    edit(
+        copy / "tests/support/faulty_targets.py",
+        text,
+        ("def shared_out(m: Module, x: Tensor) -> Tensor:\n", broken),
+    )
+    run(copy, RULE)
+
+
 def test_recipes_name_files_that_exist_and_few_of_them() -> None:
     for title in re.findall(r"^### (.*)", GUIDE, re.M):
         steps = re.findall(r"^(\d)\. ", recipe(title), re.M)
