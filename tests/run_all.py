@@ -24,16 +24,9 @@ CHECKS = [
     ("mypy", "repair the types; an ignore needs its code in [brackets] and its reason"),
 ]
 TESTS = ("pytest -q --durations=10", "python -m pytest -x tests/<file>::<test>    runs one alone")
-# Processes at the same time, each with workers of its own: one for each of these lines, and one for
-# all other tests, among which are those that run mypy (with one cache). Each takes about as long.
-# There is one more than CI has cores, for many tests wait most of the time.
-BESIDE = (
-    "layer/moe core/redistribute layer/dispatch layer/experts layer/experts_memory layer/permute "
-    "layer/determinism layer/router check/forecast",
-    "sanitize/sanitizer train/parallelize train/checkpoint layer/decode layer/balance_losses "
-    "train/obligations layer/compile_layer train/recompute core/collectives layer/compile_parts "
-    "check/check check/values layer/routing_faults support/workers core/mesh",
-)
+# Processes that run tests at the same time: one more than CI has cores, as many tests wait often.
+# Each runs the files that no other has claimed (tests/support/shared_queue.py).
+LANES = 3
 
 
 def missing_tools() -> list[str]:
@@ -41,24 +34,30 @@ def missing_tools() -> list[str]:
     return [name for name in tools if find_spec(name) is None]
 
 
-def start(number: int, words: str) -> int:
-    print(f"== {number} of {len(CHECKS) + 1}: python -m {words}", flush=True)
+def start(words: str) -> int:
+    print(f"== python -m {words}", flush=True)
     return subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT).returncode
 
 
-def _test_file(name: str) -> str:
-    folder, _, file = name.partition("/")
-    return f"tests/{folder}/test_{file}.py"
+def checked(words: str, advice: str) -> int:
+    """The status of a check; says how long it took, and what helps if it failed."""
+    begin = time.monotonic()
+    status = start(words)
+    took = f"after {time.monotonic() - begin:.1f} s"
+    print(f"== failed {took}. What helps: {advice}" if status else f"== ok {took}", flush=True)
+    return status
 
 
-def in_parts(words: list[str], *, long: bool) -> int:
-    """All tests, in several processes; what those beside say is shown when all others are done."""
-    base = [sys.executable, "-m", *words] + ([] if long else ["-m", "not long"])
-    parts = [[_test_file(name) for name in line.split()] for line in BESIDE]
-    others = [f"--ignore={file}" for files in parts for file in files]
-    with ExitStack() as ending:
-        beside = [ending.enter_context(aside([*base, *files])) for files in parts]
-        status = subprocess.run([*base, *others], cwd=ROOT).returncode
+def in_lanes(words: list[str], *, long: bool) -> int:
+    """mypy and all tests, in several processes; what those beside say is shown at the end."""
+    tests = [sys.executable, "-m", *words, "-p", "tests.support.shared_queue", "--queue"]
+    chosen = [] if long else ["-m", "not long"]
+    with tempfile.TemporaryDirectory() as queue, ExitStack() as ending:
+        beside = [ending.enter_context(aside([*tests, queue, *chosen])) for _ in range(LANES - 1)]
+        if status := checked(*CHECKS[-1]):
+            return status
+        # Only this process runs tests that run mypy: they share its cache with each other.
+        status = subprocess.run([*tests, queue, "--with-mypy", *chosen], cwd=ROOT).returncode
         for finish in beside:
             status = finish() or status
     return status
@@ -71,7 +70,7 @@ def aside(command: list[str]) -> Iterator[Callable[[], int]]:
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
 
         def finish() -> int:
-            print(f"== and what ran beside it: {' '.join(command[-3:])} ...", flush=True)
+            print("== and what ran beside it:", flush=True)
             status = process.wait()
             said.seek(0)
             print(said.read(), end="", flush=True)
@@ -90,20 +89,16 @@ def main(pytest_words: list[str]) -> int:
     if missing := missing_tools():
         print(f"== {sys.executable} has no {' and no '.join(missing)}. What helps: {INSTALL}")
         return 1
-    for number, (words, advice) in enumerate(CHECKS, 1):
-        begin = time.monotonic()
-        if status := start(number, words):
-            print(f"== failed after {time.monotonic() - begin:.1f} s. What helps: {advice}")
-            return status
-        print(f"== ok after {time.monotonic() - begin:.1f} s", flush=True)
     words, advice = TESTS
+    in_parts = pytest_words in ([], ["--long"])  # mypy then runs beside tests
+    for check in CHECKS[:-1] if in_parts else CHECKS:
+        if status := checked(*check):
+            return status
     # Said before and not after, so that pytest's summary is the last line of all.
     print(f"== if a test fails: {advice}", flush=True)
-    if pytest_words in ([], ["--long"]):
-        print(f"== {len(CHECKS) + 1} of {len(CHECKS) + 1}: python -m {words}, in parts")
-        sys.stdout.flush()
-        return in_parts(words.split(), long=bool(pytest_words))
-    return start(len(CHECKS) + 1, " ".join([words, *pytest_words]))
+    if in_parts:
+        return in_lanes(words.split(), long=bool(pytest_words))
+    return start(" ".join([words, *pytest_words]))
 
 
 if __name__ == "__main__":
