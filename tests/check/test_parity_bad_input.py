@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ from spmd_moe.check.parity.stand_ins import STAND_INS, installed
 from spmd_moe.check.target import CannotCheckError
 from spmd_moe.core.placement import Placement
 from tests.check.test_parity import DP2, DP2_TP2, TP2, mlp
+from tests.support.command_server import Commands
 from tests.support.layer_targets import layer
 from tests.support.parity_modules import MLP
 
@@ -299,21 +298,23 @@ def test_words_are_not_for_the_traced_check() -> None:
 # --- the command line ---------------------------------------------------------------------------
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "spmd_moe", "parity", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+BAD = {
+    "no.such:target": "cannot be imported",
+    "tests.check.test_parity:mlp --layout tp_two": "'tp_two' is no mesh",
+    "transformers:nothing": "there is no transformers:nothing",
+}
 
 
 def test_the_command_line() -> None:
-    target = "tests.check.test_parity:mlp"
-    right = run(target, "--layout", "tp 2", "--tokens", "8", "--steps", "1")
-    assert right.returncode == 0 and "ok       tp 2, 8 tokens   8 tensors" in right.stdout
-    wrong = run(target, "--layout", "tp 2", "--tokens", "8", "--vary", "fault=divided,")
-    assert wrong.returncode == 1 and "exactly where fault is divided" in wrong.stdout
-    for words, said in (
-        (("no.such:target",), "cannot be imported"),
-        ((target, "--layout", "tp two"), "'tp two' is no mesh"),
-        (("transformers:nothing",), "there is no transformers:nothing"),
-    ):
-        bad = run(*words)
-        assert bad.returncode == 2 and said in bad.stderr
+    few = ["parity", "tests.check.test_parity:mlp", "--layout", "tp 2", "--tokens", "8"]
+    bad = [["parity", *words.split()] for words in BAD]
+    server = Commands()
+    try:
+        asked = [[*few, "--steps", "1"], [*few, "--vary", "fault=divided,"], *bad]
+        right, wrong, *others = server.run_all(asked)
+    finally:
+        server.close()
+    assert right.status == 0 and "ok       tp 2, 8 tokens   8 tensors" in right.out
+    assert wrong.status == 1 and "exactly where fault is divided" in wrong.out
+    for done, said in zip(others, BAD.values(), strict=True):
+        assert done.status == 2 and said in done.err

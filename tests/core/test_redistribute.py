@@ -45,14 +45,18 @@ OLD_NAMES = "ignore:.*_tensor.* is deprecated:FutureWarning"
 
 
 def shapes(ranks: int) -> list[ShardShape]:
-    """Every total up to 3n+1 by the even rule, and ragged ones: empty in front, all on one rank."""
+    """Totals around n and 2n, shared out evenly, and ragged ones: empty in front, all on one rank.
+
+    `test_any_sizes_at_all` draws others.
+    """
     ragged = [
         [0] * (ranks - 1) + [3],
         [3] + [0] * (ranks - 1),
         [2 * r for r in range(ranks)],
         [1 + r % 2 for r in range(ranks)],
     ]
-    even = [ShardShape.even(total, ranks) for total in range(3 * ranks + 2)]
+    totals = sorted({0, 1, ranks - 1, ranks, ranks + 1, 2 * ranks, 2 * ranks + 1})
+    even = [ShardShape.even(total, ranks) for total in totals]
     return even + [ShardShape.ragged(sizes) for sizes in ragged]
 
 

@@ -1,4 +1,4 @@
-"""Every example as a user runs it: alone, and under torchrun."""
+"""Every example as a user runs it: alone, and on the ranks of a job."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 
+from tests.support.command_server import Commands
 from tests.support.docs_blocks import GUEST_CACHE, pages
+from tests.support.mypy_lock import mypy_alone
+from tests.support.workers import run
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -31,6 +39,34 @@ def program(*words: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    server = Commands()
+    yield server
+    server.close()
+
+
+def alone(commands: Commands, path: Path, *words: str, cwd: Path = ROOT) -> str:
+    """What a program prints on one process; it must end well."""
+    done = commands.run(str(path), *words, path=str(cwd))
+    assert done.status == 0, done.err[-3000:]
+    return done.out
+
+
+def on_rank(path: str) -> str:
+    """What a program prints on this rank of the workers, which stand for those of torchrun."""
+    place = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    said = StringIO()
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, place))
+        for name in ("init_process_group", "destroy_process_group"):
+            stack.enter_context(patch.object(dist, name))
+        stack.enter_context(patch.object(sys, "argv", [path]))
+        stack.enter_context(redirect_stdout(said))
+        runpy.run_path(path, run_name="__main__")
+    return said.getvalue()
+
+
 def torchrun(path: Path, *words: str, ranks: int = 4) -> str:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
     return program(*launcher, str(path), *words)
@@ -45,10 +81,14 @@ def test_every_example_that_the_docs_name_is_there() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_it_runs_alone_and_helps(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path,
+    tmp_path: Path,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if path.stem not in BELOW:
-        assert program(str(path), *QUICK.get(path.stem, ()), cwd=tmp_path)
+        assert alone(commands, path, *QUICK.get(path.stem, ()), cwd=tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(path), run_name="__main__")
@@ -64,33 +104,38 @@ def test_redistribute_is_drawn_rank_by_rank() -> None:
     assert after[1].split() == ["after", *"abcde" * 4]
 
 
-@pytest.mark.slow
-def test_one_layer_on_one_process_and_on_four() -> None:
+@pytest.mark.gloo
+def test_one_layer_on_one_process_and_on_four(commands: Commands) -> None:
+    """torchrun itself: test_train.py."""
     path = ROOT / "examples" / "02_layer.py"
-    alone, four = program(str(path)), torchrun(path)
-    agreed = re.findall(
-        r"rank (\d): outputs and gradients equal", four
-    )  # lines of ranks may run together
-    assert sorted(agreed) == ["0", "1", "2", "3"]
-    shown = "loss 79.97287" + alone.partition("loss 79.97287")[2].partition("rank 0")[0]
-    assert shown.count("\n") == 11 and shown in four
+    said = alone(commands, path)
+    shown = "loss 79.97287" + said.partition("loss 79.97287")[2].partition("rank 0")[0]
+    assert shown.count("\n") == 11
+    four = run(4, on_rank, str(path))
+    for rank, printed in enumerate(four):
+        assert f"rank {rank}: outputs and gradients equal" in printed
+    assert shown in four[0]
 
 
 @pytest.mark.slow
-def test_porting_finds_three_bugs_and_leaves_the_files(tmp_path: Path) -> None:
+def test_porting_finds_three_bugs_and_leaves_the_files(tmp_path: Path, commands: Commands) -> None:
     path = ROOT / "examples" / "03_porting.py"
     words = ("--cache-dir", str(GUEST_CACHE), "--keep", "here")
-    shown = program(str(path), *words, cwd=tmp_path)
+    with mypy_alone():
+        shown = alone(commands, path, *words, cwd=tmp_path)
     assert [len(re.findall(rf"mypy reports {n} ", shown)) for n in (0, 3)] == [2, 1]
     assert shown.count("[placement-operation]") == shown.count("otherwise:") == 3
     for name in ("before", "typed", "fixed"):
-        program(f"here/{name}.py", cwd=tmp_path)  # each is a module that can be imported
+        alone(commands, Path(f"here/{name}.py"), cwd=tmp_path)  # each can be imported
 
 
-def test_porting_says_what_it_needs(tmp_path: Path) -> None:
-    hidden = "import runpy, sys; sys.modules['mypy'] = None; "
-    hidden += "runpy.run_path(sys.argv.pop(), None, '__main__')"
-    words = [sys.executable, "-c", hidden, str(ROOT / "examples" / "03_porting.py")]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+def test_porting_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ROOT / "examples" / "03_porting.py")
+    monkeypatch.setitem(sys.modules, "mypy", None)  # as if it were not installed
+    monkeypatch.setattr(sys, "argv", [path])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        runpy.run_path(path, run_name="__main__")
     needed = "this example needs mypy: pip install 'spmd-moe[dev]', or: pip install mypy\n"
-    assert (done.returncode, done.stderr) == (1, needed)
+    assert capsys.readouterr().err == needed

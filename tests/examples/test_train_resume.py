@@ -14,9 +14,10 @@ FROM = (4, "--tp 2 --ep 4")
 LAYOUTS = [
     (2, "--tp 1 --ep 2 --fsdp"),
     pytest.param(4, "--tp 4 --ep 2 --etp 2 --fsdp", marks=pytest.mark.slow),
-    pytest.param(4, "--tp 1 --ep 2 --fsdp", marks=pytest.mark.slow),
-    pytest.param(2, "--tp 2 --ep 1", marks=pytest.mark.slow),
-    pytest.param(1, "--tp 1 --ep 1 --fsdp", marks=pytest.mark.slow),
+    # That a checkpoint is read on any layout: tests/train/test_checkpoint.py.
+    pytest.param(4, "--tp 1 --ep 2 --fsdp", marks=pytest.mark.long),
+    pytest.param(2, "--tp 2 --ep 1", marks=pytest.mark.long),
+    pytest.param(1, "--tp 1 --ep 1 --fsdp", marks=pytest.mark.long),
 ]
 
 

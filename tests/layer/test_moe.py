@@ -26,20 +26,29 @@ from tests.support.operator_log import operators
 from tests.support.workers import run
 
 LAYOUTS = [layout for world in WORLDS for layout in layouts(world)]
+
+
+def shared_axes(layout: Layout) -> tuple[bool, ...]:
+    """The axes of more than one rank: all that types know of a layout."""
+    return tuple(size > 1 for size in layout.sizes.values())
+
+
+# The first layout of each kind. Only these are typed, except by `--long`.
+TYPED = {shared_axes(layout): layout for layout in reversed(LAYOUTS)}.values()
 # Those that also run on real processes.
 REAL = [
     *(x for x in LAYOUTS if x.world == 2),
     Layout(cp=3, etp=3),
-    *(x for x in LAYOUTS if x.world == 4 and x.ep * x.etp == 4),
+    *(x for x in TYPED if x.world == 4 and x.ep * x.etp == 4 and 4 not in (x.dp, x.cp, x.tp)),
     Layout(dp=3, tp=2, ep=3, etp=2),
     Layout(cp=2, tp=3, ep=2),
     Layout(dp=2, cp=2, tp=2, ep=4, etp=2),
 ]
-CASES_EACH = {1: 8, 2: 8, 3: 6, 4: 4, 6: 2, 8: 2}
+CASES_EACH = {1: 8, 2: 8, 3: 6, 4: 4, 6: 2, 8: 1}
 
 
-def cases(layout: Layout) -> list[Case]:
-    return [case(layout, choice) for choice in choices(layout, CASES_EACH[layout.world])]
+def cases(layout: Layout, more: int = 0) -> list[Case]:
+    return [case(layout, choice) for choice in choices(layout, CASES_EACH[layout.world] + more)]
 
 
 def run_all(layout: Layout, some: Sequence[Case], *, typed: bool) -> None:
@@ -54,20 +63,25 @@ def run_all(layout: Layout, some: Sequence[Case], *, typed: bool) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_sharded_equals_whole(layout: Layout) -> None:
-    """The first case typed, all others plain: types cost more time than the layer.
+    """The first case of some layouts typed, all others plain: types cost more than the layer.
 
     Where it is typed on real processes below, it is plain here.
     """
-    typed = 0 if layout.world == 1 or layout in REAL else 1
+    typed = int(layout in TYPED and layout.world > 1 and layout not in REAL)
     run_all(layout, cases(layout)[:typed], typed=True)
     run_all(layout, cases(layout)[typed:], typed=False)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.world > 1], ids=str)
-def test_the_other_way_around(layout: Layout) -> None:
-    run_all(layout, cases(layout)[:1], typed=False)
-    run_all(layout, cases(layout)[1:], typed=True)
+def test_all_cases_and_another_typed(layout: Layout) -> None:
+    run_all(layout, cases(layout, more=1), typed=True)
+
+
+def test_every_kind_of_layout_is_typed() -> None:
+    kinds = {shared_axes(layout) for layout in LAYOUTS}
+    assert {shared_axes(layout) for layout in TYPED} == kinds and len(kinds) == 1 + 7 * 7
+    assert len(REAL) == 9 + 1 + 9 + 3 and all(layout.world <= 8 for layout in REAL)
 
 
 def test_any_two_factors_meet() -> None:

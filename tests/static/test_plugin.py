@@ -16,7 +16,8 @@ from spmd_moe.static.error_codes import STATIC_RULES, codes_table
 from spmd_moe.static.problems_found import RAISE
 from spmd_moe.static.settings import Config, read_config
 from tests.static.test_typecheck import ROOT, mypy
-from tests.support.docs_blocks import GUEST_CACHE  # of torch: read for the README, and not again
+from tests.support import small_mypy_world
+from tests.support.mypy_lock import mypy_alone
 
 PYPROJECT = ROOT / "pyproject.toml"
 WRONG = """
@@ -186,7 +187,6 @@ def test_other_plugins_are_asked_for_every_name_that_has_no_placement(tmp_path: 
     assert "get_method_signature_hook everyday.Adder.__call__" in asked[0]
 
 
-@pytest.mark.long
 def test_an_error_of_the_plugin_is_told_in_tests_and_nowhere_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,9 +198,7 @@ def test_an_error_of_the_plugin_is_told_in_tests_and_nowhere_else(
     assert first in source
     broken.write_text(source.replace(first, "    raise KeyError('a bug')\n"))
     (tmp_path / "wrong.py").write_text(WRONG)
-    config = tmp_path / "mypy.ini"
-    config.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\nfollow_imports = silent\n")
-    words = ("--cache-dir", str(GUEST_CACHE), "wrong.py")
+    words = ("--config-file", str(small_mypy_world.build(tmp_path)), "wrong.py")
     assert "INTERNAL ERROR" in run(tmp_path, *words, package=package)
     assert "Success" in run(tmp_path, *words, package=package, raising=False)
 
@@ -210,9 +208,7 @@ def test_an_edited_rule_is_seen_at_once_and_torch_stays_cached(tmp_path: Path) -
     package = tmp_path / "package"
     shutil.copytree(ROOT / "spmd_moe", package / "spmd_moe")
     (tmp_path / "wrong.py").write_text(WRONG)
-    config = tmp_path / "mypy.ini"
-    config.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\nfollow_imports = silent\n")
-    words = ("-v", "--cache-dir", str(GUEST_CACHE), "wrong.py")
+    words = ("-v", "--config-file", str(small_mypy_world.build(tmp_path)), "wrong.py")
     assert "placement-operation" in run(tmp_path, *words, package=package)
     rules = package / "spmd_moe" / "static" / "operator_rules.py"
     text = rules.read_text()
@@ -229,10 +225,11 @@ def test_an_edited_rule_is_seen_at_once_and_torch_stays_cached(tmp_path: Path) -
 @pytest.mark.slow
 def test_a_warm_run_over_the_package_is_quick() -> None:
     words = ("-m", "mypy", "--config-file", str(PYPROJECT), "spmd_moe")
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-    before = os.times()
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
-    after = os.times()
+    with mypy_alone():
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+        before = os.times()
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+        after = os.times()
     took = after.children_user + after.children_system
     took -= before.children_user + before.children_system
     assert took < 1.5, took

@@ -1,4 +1,4 @@
-"""`spmd-moe` many times without importing torch each time: a fresh process that forks for each.
+"""`spmd-moe`, or a program, many times without importing torch: a process that forks for each.
 
 It has never run a backward, and torch forbids forked processes to run one where their parent has.
 Each command gets a session and stdout of its own, and is killed when it does not end.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -32,7 +33,10 @@ class Done:
 
 
 class Commands:
-    """The client: starts the server, and asks it."""
+    """The client: starts the server, and asks it.
+
+    A first word that ends in `.py` is a program; all others are words of `spmd-moe`.
+    """
 
     def __init__(self, *paths: str) -> None:
         self.server = subprocess.Popen(
@@ -99,15 +103,21 @@ def _start(main: Any, words: list[str], path: str) -> _Running:
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["spmd-moe", *words]
     if path:
         sys.path.insert(0, path)
         os.chdir(path)
     status: object = 99
     try:
-        status = main()
+        if words and words[0].endswith(".py"):
+            sys.argv = words
+            sys.path.insert(0, os.path.dirname(words[0]))
+            runpy.run_path(words[0], run_name="__main__")
+            status = 0
+        else:
+            sys.argv = ["spmd-moe", *words]
+            status = main()
     except SystemExit as leaving:
-        status = leaving.code
+        status = leaving.code or 0
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -30,6 +30,7 @@ from spmd_moe import SpmdMoeError
 from spmd_moe.check import rules
 from spmd_moe.core.redistribute import moves_table
 from spmd_moe.static.error_codes import codes_table
+from tests.support.mypy_lock import mypy_alone
 from tests.support.simulated_ranks import leave_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +145,7 @@ def reported() -> tuple[ModuleType, dict[str, str], str]:
     settings = vars(example)
     settings["CONFIG"] += "[spmd_moe]\nstrict = strict_*\n"
     sources: dict[str, str] = example.versions()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mypy_alone():
         files = {**sources, **typed_files()}
         return example, sources, example.checked(Path(folder), files, GUEST_CACHE)
 

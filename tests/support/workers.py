@@ -141,7 +141,10 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         # What FSDP loads when it first runs takes each worker seconds; here it is loaded once.
         context.set_forkserver_preload(
-            ["torch.distributed.fsdp", "torch._dynamo", "spmd_types", "pytest"]
+            [
+                *("torch.distributed.fsdp", "torch._dynamo", "pytest", "spmd_moe.check.signatures"),
+                *("spmd_moe.train.parallelize", "spmd_moe.train.checkpoint.save_load"),
+            ]
         )
         self.pipe, theirs = context.Pipe()
         self.process: ForkServerProcess = context.Process(
