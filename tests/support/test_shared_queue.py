@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.docs_blocks import ROOT
 from tests.support.shared_queue import RUN_MYPY, SECONDS, claimed, in_order
 
+ROOT = Path(__file__).resolve().parents[2]
 FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
 
 
