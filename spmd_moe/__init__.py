@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from spmd_moe.layer.balance_losses import z_loss as z_loss
     from spmd_moe.layer.dispatch import AllGather as AllGather
     from spmd_moe.layer.dispatch import AllToAll as AllToAll
+    from spmd_moe.layer.dispatch import DedupAllToAll as DedupAllToAll
     from spmd_moe.layer.dispatch import Dispatcher as Dispatcher
     from spmd_moe.layer.dispatch import FixedCapacity as FixedCapacity
     from spmd_moe.layer.dispatch import Local as Local
@@ -115,7 +116,7 @@ else:
         "layer.activations": "CLAMPED_SWIGLU GELU SQUARED_RELU SWIGLU Activation clamped_swiglu",
         "layer.balance_losses": "LossTerms Totals balance_loss merge_microbatches "
         "reduce_loss_terms z_loss",
-        "layer.dispatch": "AllGather AllToAll Dispatcher FixedCapacity Local",
+        "layer.dispatch": "AllGather AllToAll DedupAllToAll Dispatcher FixedCapacity Local",
         "layer.expert_load": "expert_load",
         "layer.experts": "ExpertRecompute ScoreApplication",
         "layer.grouped_matmul": "GroupedMatmul LoopedMatmul Masked TorchGroupedMM",

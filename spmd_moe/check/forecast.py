@@ -158,10 +158,12 @@ class _Forecast:
         return Batch(
             tokens_ij=[[self.tokens_r[rank] for rank in ranks_j] for ranks_j in ranks_ij],
             counts_ijE=[[self._chosen(rank) for rank in ranks_j] for ranks_j in ranks_ij],
+            reached_ijs=[[self._reached(rank) for rank in ranks_j] for ranks_j in ranks_ij],
             dim=self.config.dim,
             top_k=self.config.router.top_k,
             dtype=self.dtype,
-            score_dtype=self.score_dtype if self.early else None,
+            weight_dtype=self.score_dtype,
+            early=self.early,
         )
 
     # --- rows ---
@@ -172,6 +174,20 @@ class _Forecast:
         full, rest = divmod(self.tokens_r[rank] * self.config.router.top_k, experts)
         first = first_in_turn(rank, self.layout.world, experts)
         return [full + ((expert - first) % experts < rest) for expert in range(experts)]
+
+    def _reached(self, rank: int) -> list[int]:
+        """How many of a rank's tokens, which choose in turn, have a choice on each rank of ep."""
+        experts, top_k = self.config.router.num_experts, self.config.router.top_k
+        share = experts // self.layout.ep
+        first = first_in_turn(rank, self.layout.world, experts)
+        # Choices repeat after as many tokens as there are experts, at the latest.
+        full, rest = divmod(self.tokens_r[rank], experts)
+        reached = [0] * self.layout.ep
+        for token in range(experts):
+            start = first + token * top_k
+            for owner in {(start + k) % experts // share for k in range(top_k)}:
+                reached[owner] += full + (token < rest)
+        return reached
 
 
 def group(layout: Layout, rank: int, role: Role) -> list[int]:

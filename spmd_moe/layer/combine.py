@@ -6,11 +6,19 @@
 from __future__ import annotations
 
 from spmd_moe.core.placement import Tokens
+from spmd_moe.layer.copies import Copies, add_copies
 from spmd_moe.layer.permute import Slots, fold, take_scores
 
 
-def combine(rows_ND: Tokens, slots: Slots, scores_TK: Tokens | None = None) -> Tokens:
-    """Add each token's rows, in the order of its choices; with scores, each times its weight."""
+def combine(
+    rows_ND: Tokens, slots: Slots, scores_TK: Tokens | None = None, sums: Copies | None = None
+) -> Tokens:
+    """Add each token's rows, in the order of its choices; with scores, each times its weight.
+
+    With `sums`, the rows are weighed sums already, and copies of the tokens by this record.
+    """
+    if sums is not None:
+        return add_copies(rows_ND, sums)
     if scores_TK is not None:
         scores_N = take_scores(scores_TK, slots)
         rows_ND = (rows_ND * scores_N.unsqueeze(1)).to(rows_ND.dtype)

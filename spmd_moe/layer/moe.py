@@ -274,7 +274,7 @@ class MoE(nn.Module):
         beside_TD = None
         if self.shared is not None:  # now, while rows are on their way back
             beside_TD = self.shared(mask_rows(x_TD, mask_T), frame.shape)
-        y_TD = combine(rows_ND, slots, late_TK)
+        y_TD = combine(rows_ND, slots, late_TK, arrived.sums)
         if beside_TD is not None:  # masked again: an activation of 0 need not be 0
             y_TD = mask_rows(y_TD + beside_TD, mask_T)
 

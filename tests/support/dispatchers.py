@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.layer.dispatch import AllGather, AllToAll, Dispatcher, FixedCapacity, Local
+from spmd_moe.layer.dispatch import (
+    AllGather,
+    AllToAll,
+    DedupAllToAll,
+    Dispatcher,
+    FixedCapacity,
+    Local,
+)
 
 Make = Callable[[MoEMesh, int], Dispatcher[Any]]
 ROOM = 40  # rows for each pair of ranks: enough for the cases of the tests
@@ -14,6 +21,7 @@ ROOM = 40  # rows for each pair of ranks: enough for the cases of the tests
 DISPATCHERS: dict[str, Make] = {
     "local": lambda mesh, num_experts: Local(mesh),
     "all_to_all": AllToAll,
+    "dedup": DedupAllToAll,
     "all_gather": AllGather,
     "fixed": lambda mesh, num_experts: FixedCapacity(mesh, num_experts, ROOM),
 }

@@ -104,12 +104,13 @@ def mesh_of(lay: Layout) -> MoEMesh:
     return MoEMesh.init("cpu", dp=lay.dp, cp=lay.cp, tp=lay.tp, ep=lay.ep, etp=lay.etp)
 
 
-def routing_of(ids_TK: Tensor) -> tuple[Routing, Slots]:
+def routing_of(ids_TK: Tensor, scores_TK: Tensor | None = None) -> tuple[Routing, Slots]:
+    """Without scores, every weight is 1."""
     complete, nothing = bool((ids_TK >= 0).all()), torch.zeros(())
     fine = torch.zeros((), dtype=torch.int64)
     routing = Routing(
         expert_ids_TK=ids_TK,
-        scores_TK=nothing,
+        scores_TK=torch.ones(ids_TK.shape) if scores_TK is None else scores_TK,
         logits_TE=nothing,
         probs_TE=nothing,
         counts_E=count_choices(ids_TK, E),

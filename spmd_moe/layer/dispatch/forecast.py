@@ -4,7 +4,7 @@ A dispatcher forecasts its own, from the numbers of tokens and choices of the ra
 """
 
 # Shape letters in this file:
-#   i  ranks of ep    j  ranks of etp    E  experts
+#   i, s  ranks of ep that send and receive    j  ranks of etp    E  experts
 
 from __future__ import annotations
 
@@ -48,23 +48,42 @@ class Batch:
     Attributes:
         tokens_ij: Tokens of the rank at i on ep and j on etp.
         counts_ijE: How many of the choices of that rank's tokens fall on each expert.
+        reached_ijs: How many of that rank's tokens have a choice on each rank of ep.
         dim: Width of a token.
         top_k: Choices of each token.
         dtype: Dtype of the tokens.
-        score_dtype: Dtype of the router's weights; None if they stay with the tokens.
+        weight_dtype: Dtype of the router's weights.
+        early: The experts apply the weights, which are passed to `dispatch`.
     """
 
     tokens_ij: Sequence[Sequence[int]]
     counts_ijE: Sequence[Sequence[Sequence[int]]]
+    reached_ijs: Sequence[Sequence[Sequence[int]]]
     dim: int
     top_k: int
     dtype: torch.dtype
-    score_dtype: torch.dtype | None
+    weight_dtype: torch.dtype
+    early: bool
+
+    @property
+    def score_dtype(self) -> torch.dtype | None:
+        """The dtype of the weights that the experts apply; None if they apply none."""
+        return self.weight_dtype if self.early else None
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype in which rows are summed over ranks."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def slots_ijs(self, num_local: int) -> list[list[list[int]]]:
+        """How many choices of the rank at i, j fall on each rank of ep, of `num_local` experts."""
+        return [
+            [
+                [sum(counts_E[e : e + num_local]) for e in range(0, len(counts_E), num_local)]
+                for counts_E in of_etp
+            ]
+            for of_etp in self.counts_ijE
+        ]
 
 
 def one(

@@ -6,9 +6,10 @@
     forecast   the collectives of both, and of their backward, for given numbers of rows
 
 `collect` is the exact inverse of `dispatch`: with experts that return what they get, every slot
-gets back the row of its token. What a dispatcher has to remember in between is a `State` of its
-own, so the state of one does not type-check with another. Expert weights are sharded on ep in
-order: rank j of ep has experts j*e to (j+1)*e - 1.
+gets back the row of its token, or where rows are added before they are sent back, the sum of such
+rows. What a dispatcher has to remember in between is a `State` of its own, so the state of one does
+not type-check with another. Expert weights are sharded on ep in order: rank j of ep has experts j*e
+to (j+1)*e - 1.
 
 Rows come R on etp, since each rank of etp has a slice of every expert's hidden dim and needs all
 rows, and go back P on etp, since each then has a part of the sum over the hidden dim.
@@ -31,6 +32,7 @@ from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import Axis, MoEMesh, check_mesh
 from spmd_moe.core.placement import EP, GatheredRows, RowSums, Tokens
 from spmd_moe.core.validate import check_positive_ints, describe_value, split_evenly
+from spmd_moe.layer.copies import Copies
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.permute import Gather, Slots
 from spmd_moe.layer.router import Routing
@@ -53,6 +55,9 @@ class Arrived:
     # as zeros; as zeros `collect` has to bring their gradients, too.
     padded: bool = False
     dropped: Tokens | None = None  # int64: how many of this rank's choices found no room
+    # Set if `collect` returns sums of weighed rows: as copies of which tokens. Otherwise it returns a
+    # row for each slot, and `combine` weighs and adds them.
+    sums: Copies | None = None
 
 
 @runtime_checkable
@@ -88,11 +93,15 @@ class Dispatcher(Protocol[State]):
     ) -> tuple[Arrived, State]:
         """Rows of this rank's slots, and their scores, to the ranks that have their experts.
 
-        `scores_TK` is None where `combine` weighs; those of `routing` are not for here.
+        `scores_TK` is None where rows are weighed after the experts: by `combine`, or with those of
+        `routing` by a dispatcher that adds rows before they are sent back (`Arrived.sums`).
         """
 
     def collect(self, y_RD: RowSums, state: State, /) -> Tokens:
-        """The experts' rows back to the slots they came from: [N, D] in the order of `slots`."""
+        """The experts' rows back to the slots they came from: [N, D] in the order of `slots`.
+
+        With `Arrived.sums`, sums of them: a row for each of those copies.
+        """
 
     def forecast(self, batch: Batch, /) -> Iterable[Collective] | None:
         """The collectives of `dispatch`, `collect` and their backward on this rank, in order.

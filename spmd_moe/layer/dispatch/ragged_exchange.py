@@ -1,0 +1,156 @@
+"""Exchanges of as many rows as the routing says: numbers first, then rows, there and back.
+
+Every rank sends the ranks of its ep group the numbers of rows they will get. The host reads the
+answer, for which it waits; where all slots have experts, it waits nowhere else.
+"""
+
+# Shape letters in this file:
+#   e  experts on this rank    D  model width
+#   C  numbers told to a rank: rows for each of its experts, other numbers of rows, what is wrong
+#   S  ranks of ep; in what all ranks of etp told, ep ranks of each etp rank in turn
+#   i, s  ranks of ep that send and receive    j  ranks of etp
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from spmd_moe.core.collectives import exchange
+from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
+from spmd_moe.core.redistribute import redistribute
+from spmd_moe.core.shard_shape import ShardShape
+from spmd_moe.layer import routing_faults
+from spmd_moe.layer.dispatch.forecast import Batch, Collective, When, gather, one, scatter
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Who sends how many rows to whom."""
+
+    sends: list[int]  # rows to each rank of ep
+    receives: list[int]  # rows from each rank of ep
+    gathered: ShardShape  # rows of each rank of etp
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Rows of one exchange as a forecast knows them."""
+
+    what: str
+    numbers_ijs: Sequence[Sequence[Sequence[int]]]  # from the rank at i, j to each rank of ep
+    tail: list[int]  # shape of a row
+    dtype: torch.dtype
+    grad_dtype: torch.dtype | None  # in which its gradients are summed on etp; None: it has none
+
+
+@final
+class RaggedExchange:
+    """Sends rows to the ranks of ep, gathers them on etp, and brings sums back."""
+
+    def __init__(self, mesh: MoEMesh, num_experts: int, num_local: int) -> None:
+        self.ep, self.etp = mesh[EP], mesh[ETP]
+        self.num_experts, self.num_local = num_experts, num_local
+
+    def tell(self, numbers_SC: Tokens) -> Rows:
+        """To every rank its numbers: `[S, C]`, the last column what is wrong here."""
+        ones = [1] * self.ep.size
+        return exchange(numbers_SC, self.ep.group, receives=ones, sends=ones)
+
+    def count(self, told_SC: Rows, got_SC: Rows) -> tuple[GatheredRows, list[Traffic]]:
+        """Rows for each expert here by the rank they come from, and how many rows travel.
+
+        First those with a row for each choice, then those of each other number. One read.
+        """
+        ranks, e = self.ep.size, self.num_local
+        from_all = redistribute(got_SC, self.etp, src=S(0), dst=R)
+        others = from_all.shape[1] - e - 1  # spmd: allow unknown - only its shape is read
+        marks_S = from_all.select(1, e + others)
+        parts = [marks_S]
+        for x in (told_SC, got_SC, from_all):
+            parts.append(x.narrow(1, 0, e).sum(1))
+            parts.extend(x.select(1, e + other) for other in range(others))
+        ints, all_ranks = read_ints(torch.cat(parts)), marks_S.shape[0]
+        routing_faults.check_marks(ints[:all_ranks], (self.etp, self.ep), self.num_experts)
+        numbers, kinds = ints[all_ranks:], 1 + others
+        here, everywhere = numbers[: 2 * kinds * ranks], numbers[2 * kinds * ranks :]
+        traffics = []
+        for kind in range(kinds):
+            sends, receives = (here[(way * kinds + kind) * ranks :][:ranks] for way in (0, 1))
+            of_all = everywhere[kind * all_ranks :][:all_ranks]
+            by_peer = [sum(of_all[i : i + ranks]) for i in range(0, all_ranks, ranks)]
+            traffics.append(Traffic(sends, receives, ShardShape.ragged(by_peer)))
+        return from_all.narrow(1, 0, e), traffics
+
+    def send(self, x: Tokens, traffic: Traffic) -> Rows:
+        return exchange(x, self.ep.group, receives=traffic.receives, sends=traffic.sends)
+
+    def gather(self, x: Rows, traffic: Traffic) -> GatheredRows:
+        """The rows of all etp ranks."""
+        return redistribute(
+            x, self.etp, src=S(0), dst=R, shape=traffic.gathered, grad_dtype=sum_dtype(x)
+        )
+
+    def send_back(self, y: RowSums, traffic: Traffic) -> Tokens:
+        mine = redistribute(
+            y, self.etp, src=P, dst=S(0), shape=traffic.gathered, dtype=sum_dtype(y)
+        )
+        return exchange(mine, self.ep.group, receives=traffic.sends, sends=traffic.receives)
+
+    def forecast(
+        self, batch: Batch, numbers: int, loads: Sequence[Load], rows: Load
+    ) -> Iterator[Collective]:
+        """The collectives of a forward that sends `loads` there and `rows` back, and of backward.
+
+        `numbers` is how many are told to a rank.
+        """
+        ep, etp = self.ep, self.etp
+        what, shape = "choices of each expert", (ep.size, numbers)
+        yield from one("forward", what, "all_to_all", ep, shape, torch.int64)
+        yield from one("forward", what, "all_gather", etp, shape, torch.int64)
+        for load in loads:
+            what = f"{load.what} to their experts"
+            yield from self._exchange("forward", what, load, there=True)
+        for load in loads:
+            what = f"{load.what} to every slice of an expert"
+            at_etp = self._at_etp(load)
+            yield from gather("forward", what, etp, at_etp, load.tail, load.dtype)
+        what, at_etp = "sums over the slices of an expert", self._at_etp(rows)
+        yield from scatter("forward", what, etp, at_etp, rows.tail, batch.wide)
+        yield from self._exchange("forward", "rows back to their tokens", rows, there=False)
+
+        what = "gradient of rows, to their experts"
+        yield from self._exchange("backward", what, rows, there=True)
+        what = "gradient of rows, to every slice"
+        yield from gather("backward", what, etp, at_etp, rows.tail, rows.dtype)
+        with_gradient = [load for load in reversed(loads) if load.grad_dtype is not None]
+        for load in with_gradient:
+            what, at_etp = f"gradient of {load.what}, summed", self._at_etp(load)
+            assert load.grad_dtype is not None
+            yield from scatter("backward", what, etp, at_etp, load.tail, load.grad_dtype)
+        for load in with_gradient:
+            what = f"gradient of {load.what}, to their tokens"
+            yield from self._exchange("backward", what, load, there=False)
+
+    def _exchange(self, when: When, what: str, load: Load, *, there: bool) -> Iterator[Collective]:
+        arriving = [self._arriving(load, i, self.etp.rank) for i in range(self.ep.size)]
+        rows = arriving[self.ep.rank]
+        if there:
+            rows = sum(load.numbers_ijs[self.ep.rank][self.etp.rank])
+        even, shape = len(set(arriving)) == 1, (rows, *load.tail)
+        yield from one(when, what, "all_to_all", self.ep, shape, load.dtype, even)
+
+    def _at_etp(self, load: Load) -> ShardShape:
+        arriving = (self._arriving(load, self.ep.rank, j) for j in range(self.etp.size))
+        return ShardShape.ragged(list(arriving))
+
+    def _arriving(self, load: Load, i: int, j: int) -> int:
+        """Rows that the ranks of its ep group send to the rank at i on ep and j on etp."""
+        return sum(of_ep[j][i] for of_ep in load.numbers_ijs)
