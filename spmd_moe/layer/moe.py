@@ -20,7 +20,7 @@ from torch import nn
 from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
 from spmd_moe.core.local_tensor import is_simulating
 from spmd_moe.core.mesh import MoEMesh, check_mesh
-from spmd_moe.core.placement import DENSE, EP, ETP, TP, CallersTokens, Kind, Tokens
+from spmd_moe.core.placement import DENSE, TP, CallersTokens, Kind, Tokens
 from spmd_moe.core.torch_state import is_unchecked
 from spmd_moe.core.validate import check_instance, check_one_of, check_positive_ints, settings_of
 from spmd_moe.layer.activations import SWIGLU, Activation
@@ -33,7 +33,8 @@ from spmd_moe.layer.balance_losses import (
 from spmd_moe.layer.boundary import INSIDE, Boundary, Frame, check_boundary_kinds
 from spmd_moe.layer.check_inputs import check_inputs
 from spmd_moe.layer.combine import combine
-from spmd_moe.layer.dispatch import AllToAll, Dispatcher, Local
+from spmd_moe.layer.dispatch import Dispatcher
+from spmd_moe.layer.dispatch.default_dispatcher import default_dispatcher
 from spmd_moe.layer.dispatch.protocol import check_dispatcher, settings_of_dispatcher
 from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, check_matmul
@@ -164,7 +165,8 @@ class MoE(nn.Module):
     Args:
         config: The settings.
         mesh: The mesh.
-        dispatcher: How rows travel. Default: `Local` if a rank has all experts, else `AllToAll`.
+        dispatcher: How rows travel. Default: `Local` if a rank has all experts; `DedupAllToAll` if,
+            with all experts equally likely, it sends at most 3/4 of the rows; else `AllToAll`.
         matmul: The grouped matmul of the experts. Default: chosen by dtype and device.
 
     Raises:
@@ -216,8 +218,7 @@ class MoE(nn.Module):
             matmul=matmul,
         )
         if dispatcher is None:
-            alone = mesh[EP].size * mesh[ETP].size == 1
-            dispatcher = Local(mesh) if alone else AllToAll(mesh, num_experts)
+            dispatcher = default_dispatcher(mesh, num_experts, config.router.top_k)
         check_dispatcher(dispatcher, num_experts, mesh)
         self.dispatcher: Dispatcher[Any] = dispatcher
         self.shared: ReplicatedShared | ShardedShared | None = None

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as fn
 
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.placement import GatheredRows, RowSums, Tokens
+from spmd_moe.core.placement import GatheredRows, Rows, RowSums, Tokens
 from spmd_moe.layer.copies import Copies, add_copies, copy
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
@@ -88,9 +88,8 @@ class DedupAllToAll:
 
         # While the numbers travel: the slots rank by rank, and on each rank token by token.
         slot_N = rank_TK.flatten().argsort(stable=True)
-        if not routing.complete:  # -1 comes first
-            rows = slots.slot_N.shape[0]  # spmd: allow unknown - only its shape is read
-            slot_N = slot_N.narrow(0, slot_N.shape[0] - rows, rows)
+        rows = slots.slot_N.shape[0]  # spmd: allow unknown - only its shape is read
+        slot_N = slot_N.narrow(0, slot_N.shape[0] - rows, rows)  # -1 comes first
         token_N = torch.floor_divide(slot_N, rank_TK.shape[1])
         rank_N = rank_TK.flatten().index_select(0, slot_N)
         first_N = self._first(rank_N, token_N, rank_TK.shape[0])
@@ -100,15 +99,11 @@ class DedupAllToAll:
 
         codes = self.ragged.send(codes_N, by_slot)
         leaving = self._leaving(first_N, token_N, goes_TS, sum(by_token.sends))
-        rows_LD = self.ragged.send(copy(x_TD, leaving), by_token)
+        rows_MD = self.ragged.send(copy(x_TD, leaving), by_token)
         scores = routing.scores_TK if scores_TK is None else scores_TK
         weights = self.ragged.send(scores.flatten().index_select(0, slot_N), by_slot)
-        here, order_R = self._arriving(self.ragged.gather(codes, by_slot), by_token)
-        rows_RD = copy(self.ragged.gather(rows_LD, by_token), here)
-        weights_R = reorder(self.ragged.gather(weights, by_slot), order_R, here.row_R)
-        early_R, late_R = (None, weights_R) if scores_TK is None else (weights_R, None)
-        arrived = Arrived(rows_RD, early_R, counts_Se.sum(0), sums=leaving)
-        return arrived, Expanded(by_token, here, late_R)
+        early = scores_TK is not None
+        return self._arrive(codes, rows_MD, weights, counts_Se, (by_slot, by_token), early, leaving)
 
     def collect(self, y_RD: RowSums, state: Expanded) -> Tokens:
         dtype = y_RD.dtype
@@ -142,13 +137,33 @@ class DedupAllToAll:
         sizes_T = goes_TS.sum(1)
         return Copies(token_L, token_L.argsort(stable=True), sizes_T.cumsum(0) - sizes_T)
 
-    def _arriving(self, codes_R: GatheredRows, tokens: Traffic) -> tuple[Copies, GatheredRows]:
-        """Rows at the experts, expert-major, as copies of arrived tokens; and their order."""
-        codes_R = codes_R.to(torch.int64)
+    def _arrive(
+        self,
+        codes: Rows,
+        rows: Rows,
+        weights: Rows,
+        counts_Se: GatheredRows,
+        traffic: tuple[Traffic, Traffic],
+        early: bool,
+        leaving: Copies,
+    ) -> tuple[Arrived, Expanded]:
+        """Rows of all etp ranks, expert-major."""
+        by_slot, by_token = traffic
+        codes_R, tokens = self.ragged.gather(codes, by_slot), by_token.gathered.total
+        here, order_R, back_R = self._here(codes_R.to(torch.int64), tokens)
+        rows_RD = copy(self.ragged.gather(rows, by_token), here)
+        weights_R = reorder(self.ragged.gather(weights, by_slot), order_R, back_R)
+        early_R, late_R = (weights_R, None) if early else (None, weights_R)
+        arrived = Arrived(rows_RD, early_R, counts_Se.sum(0), sums=leaving)
+        return arrived, Expanded(by_token, here, late_R)
+
+    def _here(
+        self, codes_R: GatheredRows, tokens: int
+    ) -> tuple[Copies, GatheredRows, GatheredRows]:
+        """Rows at the experts as copies of the tokens that arrived; their order, and back."""
         order_R = torch.floor_divide(codes_R, 2).argsort(stable=True)
-        row_R = inverse(order_R)
+        back_R = inverse(order_R)
         token_R = codes_R.remainder(2).cumsum(0) - 1
-        sizes_M = codes_R.new_zeros(tokens.gathered.total)
-        sizes_M = sizes_M.scatter_add(0, token_R, torch.ones_like(token_R))
+        sizes_M = codes_R.new_zeros(tokens).scatter_add(0, token_R, torch.ones_like(token_R))
         start_M = sizes_M.cumsum(0) - sizes_M
-        return Copies(token_R.index_select(0, order_R), row_R, start_M), order_R
+        return Copies(token_R.index_select(0, order_R), back_R, start_M), order_R, back_R

@@ -55,8 +55,8 @@ class Arrived:
     # as zeros; as zeros `collect` has to bring their gradients, too.
     padded: bool = False
     dropped: Tokens | None = None  # int64: how many of this rank's choices found no room
-    # Set if `collect` returns sums of weighed rows: as copies of which tokens. Otherwise it returns a
-    # row for each slot, and `combine` weighs and adds them.
+    # Set if `collect` returns sums of weighed rows: which tokens they are copies of. Otherwise it
+    # returns a row for each slot, and `combine` weighs and adds them.
     sums: Copies | None = None
 
 

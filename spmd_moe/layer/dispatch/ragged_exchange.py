@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import TypeVar, cast, final
 
 import torch
+from torch import Tensor
 
 from spmd_moe.core.collectives import exchange
 from spmd_moe.core.dtypes import sum_dtype
@@ -27,6 +28,8 @@ from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer import routing_faults
 from spmd_moe.layer.dispatch.forecast import Batch, Collective, When, gather, one, scatter
+
+T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 
 
 @final
@@ -71,23 +74,15 @@ class RaggedExchange:
         """
         ranks, e = self.ep.size, self.num_local
         from_all = redistribute(got_SC, self.etp, src=S(0), dst=R)
-        others = from_all.shape[1] - e - 1  # spmd: allow unknown - only its shape is read
+        all_ranks, others = from_all.shape[0], from_all.shape[1] - e - 1
+        sent, got = _by_kind(told_SC, e, others), _by_kind(got_SC, e, others)
+        by_kind = torch.cat([sent, got, _by_kind(from_all, e, others)])
         marks_S = from_all.select(1, e + others)
-        parts = [marks_S]
-        for x in (told_SC, got_SC, from_all):
-            parts.append(x.narrow(1, 0, e).sum(1))
-            parts.extend(x.select(1, e + other) for other in range(others))
-        ints, all_ranks = read_ints(torch.cat(parts)), marks_S.shape[0]
+        ints = read_ints(torch.cat([marks_S, by_kind.t().flatten()]))
         routing_faults.check_marks(ints[:all_ranks], (self.etp, self.ep), self.num_experts)
-        numbers, kinds = ints[all_ranks:], 1 + others
-        here, everywhere = numbers[: 2 * kinds * ranks], numbers[2 * kinds * ranks :]
-        traffics = []
-        for kind in range(kinds):
-            sends, receives = (here[(way * kinds + kind) * ranks :][:ranks] for way in (0, 1))
-            of_all = everywhere[kind * all_ranks :][:all_ranks]
-            by_peer = [sum(of_all[i : i + ranks]) for i in range(0, all_ranks, ranks)]
-            traffics.append(Traffic(sends, receives, ShardShape.ragged(by_peer)))
-        return from_all.narrow(1, 0, e), traffics
+        step = 2 * ranks + all_ranks
+        kinds = (ints[start : start + step] for start in range(all_ranks, len(ints), step))
+        return from_all.narrow(1, 0, e), [_traffic(kind, ranks) for kind in kinds]
 
     def send(self, x: Tokens, traffic: Traffic) -> Rows:
         return exchange(x, self.ep.group, receives=traffic.receives, sends=traffic.sends)
@@ -154,3 +149,15 @@ class RaggedExchange:
     def _arriving(self, load: Load, i: int, j: int) -> int:
         """Rows that the ranks of its ep group send to the rank at i on ep and j on etp."""
         return sum(of_ep[j][i] for of_ep in load.numbers_ijs)
+
+
+def _by_kind(numbers_SC: T, num_local: int, others: int) -> T:
+    """Rows to or from each rank: as many as its choices, then the other numbers."""
+    slots = numbers_SC.narrow(1, 0, num_local).sum(1, keepdim=True)
+    return cast(T, torch.cat([slots, numbers_SC.narrow(1, num_local, others)], 1))
+
+
+def _traffic(numbers: list[int], ranks: int) -> Traffic:
+    """From those of one kind: what is sent, what is received, and that of all etp ranks."""
+    sends, receives, *by_peer = (numbers[i : i + ranks] for i in range(0, len(numbers), ranks))
+    return Traffic(sends, receives, ShardShape.ragged([sum(peer) for peer in by_peer]))
