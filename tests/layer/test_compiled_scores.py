@@ -19,7 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 
-from spmd_moe import AllToAll, Dispatcher, FixedCapacity, MoEMesh
+from spmd_moe import AllToAll, DedupAllToAll, Dispatcher, FixedCapacity, MoEMesh
 from spmd_moe.check.mirror_world import mirror_world
 from tests.support.routings import routing_of
 
@@ -27,6 +27,7 @@ T, K, D, E = 64, 2, 8, 4
 MAKE: dict[str, Callable[[MoEMesh], Dispatcher[Any]]] = {
     "fixed": lambda mesh: FixedCapacity(mesh, E, T * K),
     "all_to_all": lambda mesh: AllToAll(mesh, E),
+    "dedup": lambda mesh: DedupAllToAll(mesh, E),
 }
 pytestmark = [
     pytest.mark.usefixtures("no_graphs_of_others"),
@@ -83,7 +84,12 @@ def bits(x: Tensor) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "row_dtype"),
-    [("fixed", torch.bfloat16), ("fixed", torch.float16), ("all_to_all", torch.bfloat16)],
+    [
+        ("fixed", torch.bfloat16),
+        ("fixed", torch.float16),
+        ("all_to_all", torch.bfloat16),
+        ("dedup", torch.bfloat16),
+    ],
     ids=str,
 )
 def test_compiled_scores_and_gradients_are_those_of_eager(

@@ -19,6 +19,7 @@ from spmd_moe import (
     TP,
     AllGather,
     AllToAll,
+    DedupAllToAll,
     I,
     Kind,
     MoE,
@@ -206,6 +207,8 @@ def reads_of(dispatcher: Any, degrees: dict[str, int], changes: dict[str, Any]) 
         (AllToAll, {"dp": 2, "ep": 2}, {"balance": "sequence"}, 1 + 2),
         (AllToAll, {"tp": 2, "etp": 2}, {"src": I, "dst": I, "bias": True}, 1 + 2),
         (AllToAll, {"tp": 2, "ep": 2}, {"dst": R}, 2 + 3),
+        (DedupAllToAll, {"tp": 2, "ep": 2}, {}, 1 + 2),
+        (DedupAllToAll, {"tp": 2, "etp": 2}, {"src": I, "dst": I, "bias": True}, 1 + 2),
         # which of the gathered slots have an expert here follows from what was read at first
         (AllGather, {"dp": 2, "ep": 2}, {}, 1 + 2),
     ],

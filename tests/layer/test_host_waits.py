@@ -28,7 +28,7 @@ from tests.support.pretended_device import on_device, pretended_device, to_devic
 from tests.support.workers import run
 
 CONFIG = MoEConfig(64, 32, RouterConfig(8, top_k=2))
-WAITS = {"local": 0, "all_to_all": 1, "all_gather": 1, "fixed": 0}
+WAITS = {"local": 0, "all_to_all": 1, "dedup": 1, "all_gather": 1, "fixed": 0}
 
 
 def waits(

@@ -141,7 +141,7 @@ def test_repeats_are_equal_to_the_bit() -> None:
 REDUCED = {"sharded": 2, "whole": 5}
 # Rows back from the experts, for each axis; backward the same for rows and scores; at last the rows
 # that were gathered for the caller. A sharded shared expert adds one sum forward and one backward.
-SCATTERED = {"all_to_all": 1 + 2 + 1, "all_gather": 2 + 4 + 1}
+SCATTERED = {"all_to_all": 1 + 2 + 1, "dedup": 1 + 2 + 1, "all_gather": 2 + 4 + 1}
 
 
 def sums_over_ranks(config: MoEConfig, dispatcher: str) -> Counter[str]:

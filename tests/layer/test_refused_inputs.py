@@ -14,6 +14,7 @@ from torch import Tensor
 from spmd_moe import (
     AllGather,
     AllToAll,
+    DedupAllToAll,
     Dispatcher,
     I,
     Kind,
@@ -79,7 +80,7 @@ def in_a_dispatch(
     return [told(layer, bad, dist.get_rank() == 1) for bad in BAD]
 
 
-@pytest.mark.parametrize("dispatcher", [AllToAll, AllGather])
+@pytest.mark.parametrize("dispatcher", [AllToAll, DedupAllToAll, AllGather])
 @pytest.mark.parametrize(
     ("degrees", "who"),
     [

@@ -20,6 +20,7 @@ from spmd_moe import (
     AllGather,
     AllToAll,
     Axis,
+    DedupAllToAll,
     Dispatcher,
     I,
     Kind,
@@ -47,7 +48,11 @@ FAULTS = ["nan", "inf", "id 8", "id -2"]
 
 
 def made(
-    dispatcher: type[AllToAll] | type[AllGather], dp: int, tp: int, ep: int, etp: int
+    dispatcher: type[AllToAll] | type[DedupAllToAll] | type[AllGather],
+    dp: int,
+    tp: int,
+    ep: int,
+    etp: int,
 ) -> tuple[MoE, MoEMesh]:
     mesh = MoEMesh.init("cpu", dp=dp, tp=tp, ep=ep, etp=etp)
     chosen: Dispatcher[Any] = dispatcher(mesh, 8)
@@ -68,7 +73,9 @@ def faulty(fault: str) -> tuple[Tensor, Tensor]:
 
 
 def told(
-    dispatcher: type[AllToAll] | type[AllGather], world: tuple[int, ...], fault: str
+    dispatcher: type[AllToAll] | type[DedupAllToAll] | type[AllGather],
+    world: tuple[int, ...],
+    fault: str,
 ) -> tuple[str, bool]:
     """What this rank is told, and whether the layer computes the same after it as before."""
     layer, _ = made(dispatcher, *world)
@@ -83,9 +90,11 @@ def told(
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("world", WORLDS, ids=str)
-@pytest.mark.parametrize("dispatcher", [AllToAll, AllGather])
+@pytest.mark.parametrize("dispatcher", [AllToAll, DedupAllToAll, AllGather])
 def test_every_rank_is_told_alike(
-    dispatcher: type[AllToAll] | type[AllGather], world: tuple[int, ...], fault: str
+    dispatcher: type[AllToAll] | type[DedupAllToAll] | type[AllGather],
+    world: tuple[int, ...],
+    fault: str,
 ) -> None:
     what = "expert_ids name experts that do not exist" if "id" in fault else "scores are NaN"
     (text, usable), *others = threaded(4, told, dispatcher, world, fault)

@@ -75,7 +75,7 @@ HELD: tuple[Kind, ...] = (S(0), R, I)
 BOUNDARIES = list(product(HELD, HELD))
 FACTORS: dict[str, list[Any]] = {
     "boundary": BOUNDARIES,
-    "dispatcher": ["", "all_gather"],
+    "dispatcher": ["", "dedup", "all_gather"],
     "tokens": ["0", "1", "n-1", "n", "n+1", "2n+3"],
     "spread": ["even", "ragged", "last"],
     "batch": [1, 3],
