@@ -1,7 +1,7 @@
 """What a layout means for a model, before anything runs: rows, obligations, losses, collectives.
 
     plan = make_plan(target, Layout(dp=2, tp=4, ep=8), tokens=5)
-    print(plan)                        # four tables
+    print(plan)                        # five tables
     plan.obligations, plan.collectives # the same, to ask
 
 The model is built as one rank of a world that is not there; nothing of it runs. Numbers of rows at
@@ -20,9 +20,10 @@ from spmd_moe.check.forecast import forecast
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.check.target import Target, build
-from spmd_moe.core.placement import CP, DP, TP, Role
+from spmd_moe.core.placement import CP, DP, EP, TP, Role
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.boundary import INSIDE
+from spmd_moe.layer.dispatch.default_dispatcher import expected_ranks
 from spmd_moe.layer.dispatch.forecast import Collective
 from spmd_moe.layer.moe import MoE
 from spmd_moe.train.obligations import Obligations, obligations
@@ -57,6 +58,24 @@ class Scale:
 
 @final
 @dataclass(frozen=True, slots=True)
+class SentRows:
+    """Rows that the rank sends to experts in each direction, as two dispatchers send them.
+
+    Expected numbers, with all experts equally likely. Rows to the rank itself are included.
+    """
+
+    layer: str
+    dispatcher: str  # the one that the layer has
+    all_to_all: int
+    dedup: float
+
+    @property
+    def share(self) -> float:
+        return self.dedup / self.all_to_all if self.all_to_all else 1.0
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Plan:
     layout: Layout
     tokens: int
@@ -64,6 +83,7 @@ class Plan:
     rows: tuple[Rows, ...]
     obligations: Obligations
     scales: tuple[Scale, ...]
+    sent: tuple[SentRows, ...]
     collectives: tuple[Collective, ...]
     # Layers whose dispatcher does not forecast, with its class: their collectives are left out.
     not_forecast: tuple[tuple[str, str], ...] = ()
@@ -84,7 +104,11 @@ class Plan:
         yield from table(
             ("layer", "term", "sum over", "whole on", "divided once by"), map(_scale, self.scales)
         )
-        yield "\nCollectives that this rank issues, in order"
+        yield "\nRows that this rank sends to experts, each way, if all experts are equally likely"
+        yield from table(
+            ("layer", "dispatcher", "AllToAll", "DedupAllToAll", "share"), map(_sent, self.sent)
+        )
+        yield "\nCollectives that this rank issues, in order, if experts are chosen in turn"
         yield from table(
             ("", "axis", "collective", "gives", "bytes", "", "what"), map(_move, self.collectives)
         )
@@ -114,6 +138,7 @@ def make_plan(target: Target, layout: Layout, tokens: int, rank: int = 0) -> Pla
             tuple(Rows(name, ShardShape.even(tokens, layout.tp)) for name in layers),
             owed,
             tuple(scale for name, layer in layers.items() for scale in _scales(name, layer)),
+            tuple(_sent_rows(n, layer, tokens_r[rank]) for n, layer in layers.items()),
             tuple(_in_order([found for found in issued.values() if found is not None])),
             tuple((name, type(layers[name].dispatcher).__name__) for name in silent),
         )
@@ -125,6 +150,13 @@ def _in_order(each: Sequence[Sequence[Collective]]) -> Iterator[Collective]:
         yield from (c for c in one if c.when == "forward")
     for one in reversed(each):
         yield from (c for c in one if c.when == "backward")
+
+
+def _sent_rows(name: str, layer: MoE, tokens: int) -> SentRows:
+    router, ep = layer.config.router, layer.mesh[EP].size
+    ranks = expected_ranks(router.num_experts, router.top_k, ep)
+    kind = type(layer.dispatcher).__name__
+    return SentRows(name, kind, tokens * router.top_k, tokens * ranks)
 
 
 def _scales(name: str, layer: MoE) -> Iterator[Scale]:
@@ -161,6 +193,11 @@ def _scale(scale: Scale) -> tuple[str, ...]:
         return " ".join(map(str, some)) or "-"
 
     return scale.layer, scale.term, roles(scale.sums), roles(scale.whole), scale.divisor
+
+
+def _sent(sent: SentRows) -> tuple[str, ...]:
+    rows = str(sent.all_to_all), f"{sent.dedup:.0f}", f"{sent.share:.2f}"
+    return sent.layer, sent.dispatcher, *rows
 
 
 def _move(c: Collective) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from spmd_moe import AllToAll, ConfigError, Dispatcher, FixedCapacity, MoE, MoEMesh
+from spmd_moe import AllToAll, ConfigError, DedupAllToAll, Dispatcher, FixedCapacity, MoE, MoEMesh
 from spmd_moe.check import Case, Layout, make_plan
 from spmd_moe.check.command_line import main
 from spmd_moe.check.target import Target
@@ -67,6 +67,19 @@ def test_a_plan_of_fixed_shapes() -> None:
     assert "not forecast" not in str(plan)
 
 
+def test_a_plan_shows_what_both_exchanges_send() -> None:
+    """24 tokens on 4 ranks of tp are 6 on each; top_k is 2, and a rank of ep has 6 experts."""
+    plan = make_plan(with_dispatcher(lambda mesh: DedupAllToAll(mesh, 24)), LAYOUT, tokens=24)
+    (sent,) = plan.sent
+    both_elsewhere = (18 * 17) / (24 * 23)
+    assert (sent.dispatcher, sent.all_to_all) == ("DedupAllToAll", 12)
+    assert sent.dedup == pytest.approx(6 * 4 * (1 - both_elsewhere))
+    lines = [line.split() for line in str(plan).splitlines()]
+    assert ["layer", "DedupAllToAll", "12", "11", "0.89"] in lines
+    (empty,) = make_plan(with_dispatcher(lambda mesh: AllToAll(mesh, 24)), LAYOUT, tokens=0).sent
+    assert (empty.all_to_all, empty.dedup, empty.share) == (0, 0, 1)
+
+
 class Own:
     """A dispatcher that does not say what it will send."""
 
@@ -84,7 +97,7 @@ def test_a_dispatcher_that_forecasts_nothing_is_left_out_in_one_line() -> None:
     plan = make_plan(with_dispatcher(Own), LAYOUT, tokens=8)
     assert plan.not_forecast == (("layer", "Own"),) and plan.collectives == ()
     assert {row.divisor for row in plan.obligations} == {1} and plan.scales and plan.rows
-    (line,) = (line for line in str(plan).splitlines() if "Own" in line)
+    (line,) = (line for line in str(plan).splitlines() if "Own does" in line)
     assert line == "without those of layer: Own does not forecast its collectives"
 
 

@@ -193,7 +193,8 @@ WAITS = re.compile("wait_tensor|_wrap_tensor")  # what follows a collective, and
 def sent(ran: list[Operator]) -> list[str]:
     """The collectives, and whether they move counts or rows."""
     found = [o for o in ran if "c10d_functional" in o.name and not WAITS.search(o.name)]
-    kinds = {torch.int64: "counts", torch.float64: "rows", torch.float32: "weights"}
+    kinds = {torch.int64: "counts", torch.int32: "ids"}
+    kinds |= {torch.float64: "rows", torch.float32: "weights"}
     return [f"{o.name.split('::')[1]} of {kinds[o.dtype]}" for o in found if o.dtype is not None]
 
 
@@ -214,7 +215,9 @@ def collectives(world: World, name: str, early: bool) -> tuple[list[str], list[s
     return sent(there), sent(back), sent(backward)
 
 
-COUNTS, ROWS, WEIGHTS = (f"all_to_all_single of {what}" for what in ("counts", "rows", "weights"))
+COUNTS, IDS, ROWS, WEIGHTS = (
+    f"all_to_all_single of {what}" for what in ("counts", "ids", "rows", "weights")
+)
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -231,9 +234,18 @@ def test_all_to_all_is_one_exchange_of_counts_and_two_of_rows(
     assert runs == [([COUNTS, ROWS, *weights], [ROWS], [ROWS, *weights, ROWS])] * layout.world
 
 
-def test_all_to_all_of_one_rank_sends_nothing() -> None:
+@pytest.mark.parametrize("routing", ["uneven", "some without expert", "no tokens"])
+def test_dedup_also_sends_ids(routing: str) -> None:
+    layout = Layout(dp=4, ep=4)
+    runs = threaded(layout.world, collectives, world_of(layout, routing), "dedup", True)
+    there, backward = [COUNTS, IDS, ROWS, WEIGHTS], [ROWS, WEIGHTS, ROWS]
+    assert runs == [(there, [ROWS], backward)] * layout.world
+
+
+@pytest.mark.parametrize("name", ["all_to_all", "dedup"])
+def test_an_exchange_of_one_rank_sends_nothing(name: str) -> None:
     layout = Layout(dp=2)
-    runs = threaded(layout.world, collectives, world_of(layout, "uneven"), "all_to_all", True)
+    runs = threaded(layout.world, collectives, world_of(layout, "uneven"), name, True)
     assert runs == [([], [], [])] * 2
 
 
@@ -254,20 +266,22 @@ def test_all_gather_sends_the_same_whatever_the_routing() -> None:
 
 SNIPPET = """
 from torch import Tensor
-from spmd_moe.layer.dispatch import AllGather, AllToAll, Local
+from spmd_moe.layer.dispatch import AllGather, AllToAll, DedupAllToAll, Local
 from spmd_moe.layer.permute import Slots
 from spmd_moe.layer.router import Routing
 
-def mixed(x: Tensor, routing: Routing, slots: Slots, a: Local, b: AllToAll, c: AllGather) -> None:
+def mixed(
+    x: Tensor, routing: Routing, slots: Slots, a: Local, b: AllToAll, c: AllGather, d: DedupAllToAll
+) -> None:
 """
 
 
 def test_mypy_refuses_the_state_of_another_dispatcher(tmp_path: Path) -> None:
-    """Of all nine pairs, exactly those of one with another are refused."""
+    """Of all pairs, exactly those of one with another are refused."""
     lines, wrong = SNIPPET.lstrip().splitlines(), set()
-    for giver in "abc":
+    for giver in "abcd":
         lines.append(f"    rows_{giver}, state_{giver} = {giver}.dispatch(x, None, routing, slots)")
-    for giver, taker in product("abc", repeat=2):
+    for giver, taker in product("abcd", repeat=2):
         lines.append(f"    {taker}.collect(rows_{giver}.rows_RD, state_{giver})")
         if giver != taker:
             wrong.add(len(lines))

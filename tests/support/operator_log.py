@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Operator(NamedTuple):
     name: str
     dtype: torch.dtype | None  # of the first argument, where that is a tensor
+    shape: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -29,8 +30,10 @@ def operators() -> Iterator[list[Operator]]:
             args: tuple[object, ...] = (),
             kwargs: dict[str, object] | None = None,
         ) -> object:
-            dtype = args[0].dtype if args and isinstance(args[0], Tensor) else None
-            ran.append(Operator(func.name(), dtype))
+            if args and isinstance(args[0], Tensor):
+                ran.append(Operator(func.name(), args[0].dtype, tuple(args[0].shape)))
+            else:
+                ran.append(Operator(func.name(), None))
             return func(*args, **(kwargs or {}))
 
     with Watch():  # type: ignore[no-untyped-call]  # torch does not type its constructor
