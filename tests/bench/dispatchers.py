@@ -81,7 +81,8 @@ def main() -> None:
     print("| ranks | | `AllToAll`, ms | `DedupAllToAll`, ms | ratio | quartiles |")
     print("| --- | --- | --- | --- | --- | --- |")
     for ranks in args.ranks:
-        for backward, turns in run(ranks, on_rank, args.tokens, args.dim, args.repeats)[0].items():
+        sizes = args.tokens, args.dim, args.repeats
+        for backward, turns in run(ranks, on_rank, *sizes, timeout=600)[0].items():
             plain, dedup = (statistics.median(times) * 1e3 for times in zip(*turns, strict=True))
             low, middle, high = statistics.quantiles([b / a for a, b in turns], n=4)
             name = "training" if backward else "forward"

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,17 @@ def test_expected_ranks_is_the_mean_over_all_choices(experts: int, top_k: int, r
     share = experts // ranks
     reached = [len({e // share for e in some}) for some in combinations(range(experts), top_k)]
     assert expected_ranks(experts, top_k, ranks) == pytest.approx(sum(reached) / len(reached))
+
+
+def test_the_table_of_the_docs_is_right() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "layer.md").read_text()
+    rows = re.findall(r"^\| (\d+) experts, (\d+) for each token \|([^\n]*)\|$", text, re.M)
+    assert len(rows) == 2
+    for experts, top_k, shares in rows:
+        numbers = [share.strip() for share in shares.split("|") if share.strip()]
+        for power, share in enumerate(numbers):
+            sent = expected_ranks(int(experts), int(top_k), 2**power) / int(top_k)
+            assert f"{sent:.2f}" == share
 
 
 @pytest.mark.parametrize(
