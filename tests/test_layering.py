@@ -27,7 +27,8 @@ FOLDERS = {
     "layer": "routing_faults router_logits router_scores router permute copies "
     "dispatch.forecast dispatch.protocol dispatch.local dispatch.ragged_exchange "
     "dispatch.all_to_all dispatch.dedup_all_to_all dispatch.all_gather dispatch.fixed_capacity "
-    "dispatch.default_dispatcher dispatch activations grouped_matmul grouped_ffn experts combine "
+    "dispatch.default_dispatcher dispatch activations "
+    "grouped_mm_support grouped_matmul scaled_rows grouped_ffn experts combine "
     "shared_experts boundary balance_losses selection_bias check_inputs moe_output moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
     "parallelize checkpoint.strict_json checkpoint.safetensors_file "

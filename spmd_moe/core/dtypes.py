@@ -45,4 +45,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def _under_autocast(x: Tensor) -> bool:
     # A device's type is a string that is built in each call: as slow as two small steps.
-    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # torch refuses "meta"

@@ -33,6 +33,7 @@ from spmd_moe.core.torch_state import is_vmapped
 from spmd_moe.layer.activations import Activation
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, RowGroups
 from spmd_moe.layer.permute import Gather, fold_gathered, gather_rows
+from spmd_moe.layer.scaled_rows import scaled
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 U = TypeVar("U", bound=Tensor)
@@ -217,10 +218,7 @@ def _gather(token_R: T | None, row_TK: U | None) -> Gather | None:
 
 
 def _scaled(x_RA: T, scores_R: U | None) -> T:
-    if scores_R is None:
-        return x_RA
-    # Scores are often wider than the rows: the product is rounded, not the score.
-    return cast(T, as_dtype(x_RA * scores_R.unsqueeze(1), x_RA.dtype))
+    return x_RA if scores_R is None else scaled(x_RA, scores_R)
 
 
 def _dot(a_RA: T, b_RA: T, dtype: torch.dtype) -> T:

@@ -24,6 +24,7 @@ from torch import Tensor
 from spmd_moe.core.dtypes import as_dtype
 from spmd_moe.core.errors import ConfigError, ShapeError, explain
 from spmd_moe.core.validate import check_positive_ints, describe_value
+from spmd_moe.layer.grouped_mm_support import has_kernel, writes_empty_groups
 
 
 class GroupedMatmul(Protocol):
@@ -62,7 +63,7 @@ class RowGroups(NamedTuple):
 
     @staticmethod
     def of(matmul: GroupedMatmul, counts_e: Tensor) -> RowGroups:
-        ends_e = counts_e.cumsum(0).to(torch.int32)
+        ends_e = counts_e.cumsum(0, dtype=torch.int32)
         on_host = isinstance(matmul, LoopedMatmul)  # one read for all matmuls of its loop
         return RowGroups(matmul, ends_e, ends_e.cpu() if on_host else ends_e)
 
@@ -90,7 +91,8 @@ class RowGroups(NamedTuple):
         if isinstance(self.matmul, LoopedMatmul):
             return self.matmul.outer(dy_RB, x_RA, self.matmul_ends_e, dtype)
         dw_eBA = as_dtype(self.matmul.outer(dy_RB, x_RA, self.ends_e), dtype)
-        # torch's kernel leaves anything there on Blackwell (pytorch issue 172439).
+        if isinstance(self.matmul, TorchGroupedMM) and writes_empty_groups(dw_eBA):
+            return dw_eBA
         empty_e = self.ends_e.diff(prepend=self.ends_e.new_zeros(1)) == 0
         return dw_eBA.masked_fill_(empty_e.view(-1, 1, 1), 0)
 
@@ -369,7 +371,6 @@ def check_matmul(where: str, matmul: object) -> None:
 # Made once: every call of the layer chooses.
 _CPU = torch.device("cpu")
 _AS_THEY_ARE, _IN_FLOAT32 = LoopedMatmul(), LoopedMatmul(compute=torch.float32)
-_GROUPED_MM_CAPABILITIES = (9, 10)  # major; on others torch's grouped_mm is a loop that waits
 
 
 def choose_matmul(
@@ -378,9 +379,7 @@ def choose_matmul(
     """The matmul for a dtype, a device and row widths; with `fixed` the host must not wait."""
     # Only of other devices than the usual: their type is a string, made again at each read.
     if device != _CPU and device.type == "cuda":
-        aligned = all(width * dtype.itemsize % 16 == 0 for width in widths)
-        major = torch.cuda.get_device_capability(device)[0]
-        if dtype is torch.bfloat16 and aligned and major in _GROUPED_MM_CAPABILITIES:
+        if has_kernel(dtype, device, widths):
             return TorchGroupedMM()
     elif not fixed and dtype in _WIDENED_ON_THIS_CPU and device.type == "cpu":
         return _IN_FLOAT32

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype, sum_dtype
 from spmd_moe.core.host_reads import read_ints
 from spmd_moe.core.placement import GatheredRows, Tokens
 from spmd_moe.core.spmd_types_compat import rules
@@ -204,7 +203,7 @@ def _every_slot(gather: Gather) -> bool:
 
 def take_scores(scores_TK: T, slots: Slots) -> T:
     """The weight of each row."""
-    return cast(T, scores_TK.flatten().index_select(0, slots.slot_N))
+    return from_slots(cast(T, scores_TK.flatten()), slots)
 
 
 def to_slots(x_ND: T, slots: Slots) -> T:
@@ -242,14 +241,11 @@ def add_rows(x_ND: Tensor, row_TK: Tensor, every_slot: bool) -> Tensor:
     """The sum of each token's rows, choice by choice: the same bits on every run."""
     if not every_slot:
         x_ND = _with_zeros(x_ND)
-    columns = row_TK.unbind(1)
-    y_TD = x_ND.index_select(0, columns[0])
-    if len(columns) == 1:
-        return y_TD
-    y_TD = as_dtype(y_TD, sum_dtype(x_ND))  # a sum, so not in bf16
-    for column in columns[1:]:  # not in place: a checkpoint may have kept what an operator gave
-        y_TD = y_TD + x_ND.index_select(0, column)
-    return as_dtype(y_TD, x_ND.dtype)
+    x_ND = x_ND.index_select(0, row_TK.flatten())
+    if row_TK.shape[1] == 1:
+        return x_ND
+    # torch adds bfloat16 and float16 up in float32, and rounds once.
+    return x_ND.view(*row_TK.shape, x_ND.shape[1]).sum(1)
 
 
 def _with_zeros(x: Tensor) -> Tensor:
