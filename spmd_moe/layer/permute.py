@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
+from spmd_moe.core.dtypes import as_dtype, sum_dtype
 from spmd_moe.core.host_reads import read_ints
 from spmd_moe.core.placement import GatheredRows, Tokens
 from spmd_moe.core.spmd_types_compat import rules
@@ -241,11 +242,12 @@ def add_rows(x_ND: Tensor, row_TK: Tensor, every_slot: bool) -> Tensor:
     """The sum of each token's rows, choice by choice: the same bits on every run."""
     if not every_slot:
         x_ND = _with_zeros(x_ND)
-    x_ND = x_ND.index_select(0, row_TK.flatten())
     if row_TK.shape[1] == 1:
-        return x_ND
-    # torch adds bfloat16 and float16 up in float32, and rounds once.
-    return x_ND.view(*row_TK.shape, x_ND.shape[1]).sum(1)
+        return x_ND.index_select(0, row_TK.flatten())
+    # It adds in the order of the choices, bfloat16 and float16 in float32, and rounds once. On CPUs
+    # it would round halves of bfloat16 away from zero, so there the cast is a step of its own.
+    wide_ND = as_dtype(x_ND, sum_dtype(x_ND)) if x_ND.is_cpu else x_ND
+    return as_dtype(fn.embedding_bag(row_TK, wide_ND, mode="sum"), x_ND.dtype)
 
 
 def _with_zeros(x: Tensor) -> Tensor:

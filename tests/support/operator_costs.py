@@ -23,8 +23,19 @@ from torch.utils._pytree import tree_leaves
 
 # They allocate, or return their argument: no kernel runs.
 _FREE = frozenset(
-    "empty empty_like empty_strided new_empty new_empty_strided detach alias _unsafe_view "
-    "lift_fresh promote_types result_type".split()
+    [
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "detach",
+        "alias",
+        "_unsafe_view",
+        "lift_fresh",
+        "promote_types",
+        "result_type",
+    ]
 )
 
 

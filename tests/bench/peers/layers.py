@@ -9,7 +9,7 @@ A peer that is not installed is left out, and the reason is told.
 """
 
 # Shape letters in this file:
-#   T  tokens    D  model width    F  hidden width of an expert    E  experts    K  experts per token
+#   T  tokens    D  model width
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def torchtitan_layer(sizes: Sizes, mine: nn.Module, dtype: torch.dtype) -> Layer
         with (
             mock.patch.object(titan, "indices_padding_wrapper", lambda run: run),
             mock.patch.object(titan, "_run_experts_grouped_mm", _without_casts),
-            mock.patch.object(torch, "histc", _counts),
+            mock.patch.object(torch, "histc", counts_of_ids),
         ):
             y: Tensor = layer(x.unsqueeze(0)).squeeze(0)
             return y
@@ -132,9 +132,11 @@ def _without_casts(w1: Tensor, w2: Tensor, w3: Tensor, x: Tensor, counts: Tensor
 _HISTC = torch.histc
 
 
-def _counts(ids: Tensor, *, bins: int, min: int, max: int) -> Tensor:
-    """One operator for one: a CPU has no `histc` of integers."""
-    return torch.bincount(ids, minlength=bins) if ids.is_cpu else _HISTC(ids, bins, min, max)
+def counts_of_ids(ids: Tensor, *, bins: int, min: int, max: int) -> Tensor:
+    """One operator for one: a CPU has no `histc` of integers, nor has a pretended GPU."""
+    if type(ids) is Tensor and not ids.is_cpu:
+        return _HISTC(ids, bins, min, max)
+    return torch.bincount(ids, minlength=bins)
 
 
 PEERS = {"transformers": transformers_layer, "torchtitan": torchtitan_layer}

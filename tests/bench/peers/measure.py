@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from tests.bench.peers.layers import Layer, Sizes, layers
+from tests.bench.peers.layers import Layer, Sizes, counts_of_ids, layers
 from tests.support.operator_costs import counted, kept_bytes
 from tests.support.pretended_device import on_device, pretended_device, to_device
 
@@ -74,7 +75,7 @@ def waits(sizes: Sizes) -> dict[str, int]:
     """Waits of the host in forward and backward, on a pretended GPU."""
     made = dict[str, int]()
     for layer in layers(sizes, torch.bfloat16)[0]:
-        with pretended_device() as log:
+        with pretended_device() as log, mock.patch.object(torch, "histc", counts_of_ids):
             to_device(layer.module)
             x = on_device(tokens(sizes, 8, torch.bfloat16), requires_grad=True)
             y = layer.call(x)
