@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from spmd_moe.layer.moe import MoEConfig as MoEConfig
     from spmd_moe.layer.moe import SharedConfig as SharedConfig
     from spmd_moe.layer.moe_output import MoEOutput as MoEOutput
-    from spmd_moe.layer.router import RouterConfig as RouterConfig
     from spmd_moe.layer.router import Routing as Routing
+    from spmd_moe.layer.router_config import RouterConfig as RouterConfig
     from spmd_moe.layer.selection_bias import update_selection_bias as update_selection_bias
     from spmd_moe.sanitize.watch_job import sanitize as sanitize
     from spmd_moe.train.checkpoint.save_load import latest_checkpoint as latest_checkpoint
@@ -122,7 +122,8 @@ else:
         "layer.grouped_matmul": "GroupedMatmul LoopedMatmul Masked TorchGroupedMM",
         "layer.moe": "MoE MoEConfig SharedConfig",
         "layer.moe_output": "MoEOutput",
-        "layer.router": "RouterConfig Routing",
+        "layer.router": "Routing",
+        "layer.router_config": "RouterConfig",
         "layer.selection_bias": "update_selection_bias",
         "sanitize.watch_job": "sanitize",
         "train.checkpoint.save_load": "latest_checkpoint load_checkpoint save_checkpoint",

@@ -43,7 +43,7 @@ from spmd_moe.layer.expert_load import expert_load
 from spmd_moe.layer.experts import ExpertRecompute, Experts
 from spmd_moe.layer.grouped_matmul import LoopedMatmul
 from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
-from spmd_moe.layer.router import RouterConfig
+from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.selection_bias import update_selection_bias
 from spmd_moe.train.init_weights import init_weights
 from tests.support.messages import PACKAGE, Site, normal, sites_passed

@@ -24,7 +24,7 @@ FOLDERS = {
     "core": "messages errors spmd_types_compat placement declare_placements shard_shape validate "
     "mesh_degrees host_reads torch_state dtypes local_tensor ranks_agree mesh_binding mesh moves "
     "collectives redistribute",
-    "layer": "routing_faults router_logits router_scores router permute copies "
+    "layer": "routing_faults router_logits router_scores router_config router permute copies "
     "dispatch.forecast dispatch.protocol dispatch.local dispatch.ragged_exchange "
     "dispatch.all_to_all dispatch.dedup_all_to_all dispatch.all_gather dispatch.fixed_capacity "
     "dispatch.default_dispatcher dispatch activations "

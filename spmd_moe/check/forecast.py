@@ -104,9 +104,12 @@ class _Forecast:
             )
 
     def _gate_back(self) -> Iterator[Collective]:
-        shape = (self.config.router.num_experts, self.config.dim)
-        what = "gradient of the router's weight"
-        yield from one("backward", what, "all_reduce", self.tp, shape, self.wide)
+        router = self.config.router
+        shapes = [] if router.given else [(router.num_choices, router.input_dim or self.config.dim)]
+        of_experts = [(router.num_choices,)]
+        for shape in of_experts * router.expert_scale + of_experts * router.bias + shapes:
+            what = "gradient of the router's weight"
+            yield from one("backward", what, "all_reduce", self.tp, shape, self.wide)
 
     def _losses(self) -> Iterator[Collective]:
         if self.config.balance is None or not self.whole:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from spmd_moe.hf.file_tensors import WHICH
 from spmd_moe.layer.activations import SQUARED_RELU, SWIGLU, Activation
 from spmd_moe.layer.moe import SharedConfig
-from spmd_moe.layer.router import RouterConfig, ScoreName
+from spmd_moe.layer.router_config import RouterConfig
+from spmd_moe.layer.router_scores import ScoreName
 
 Dims: TypeAlias = tuple[tuple[int, ...], ...]
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,16 @@ from spmd_moe.layer.experts import Experts
 from spmd_moe.layer.router import Router
 
 
-def check_inputs(
-    x: Tensor,
-    mask: Tensor | None,
-    expert_ids: Tensor | None,
-    dim: int,
-    router: Router,
-    experts: Experts,
-) -> None:
+class Beside(NamedTuple):
+    """What may go with the tokens in a call."""
+
+    mask: Tensor | None
+    expert_ids: Tensor | None
+    expert_weights: Tensor | None
+    router_input: Tensor | None
+
+
+def check_inputs(x: Tensor, beside: Beside, dim: int, router: Router, experts: Experts) -> None:
     """Where all is well, a few comparisons."""
     check_instance("MoE.forward", "x", x, Tensor, "torch.as_tensor(x)   # [B, L, D] or [T, D]")
     transform = function_transform(chain((x,), router.parameters(), experts.parameters()))
@@ -51,22 +54,53 @@ def check_inputs(
             f"MoEConfig(dim={x.shape[-1]}, ...)   # a layer for such tokens",
             f"nn.Linear({x.shape[-1]}, {dim})(x)   # tokens for this layer",
         )
-    lead = x.shape[:-1]
-    if mask is not None:
-        _check_beside("mask", mask, x, lead, torch.bool, "it says True or False of each token")
-    if expert_ids is not None:
-        top_k = router.config.top_k
-        why = f"each token has {top_k} ids"
-        _check_beside("expert_ids", expert_ids, x, (*lead, top_k), torch.int64, why)
-    if x.device != router.weight_ED.device:
+    _check_all_beside(beside, x, router)
+    device = experts.w1_eFD.device
+    if x.device != device:
         _refuse(
-            f"x is on {x.device} and the layer on {router.weight_ED.device}",
+            f"x is on {x.device} and the layer on {device}",
             "they meet in a product",
-            f"x.to({str(router.weight_ED.device)!r})",
+            f"x.to({str(device)!r})",
             f"layer.to({str(x.device)!r})",
         )
     if not dtypes_match(x, experts.w1_eFD):
         _refuse_dtype(x, experts)
+
+
+def _check_all_beside(beside: Beside, x: Tensor, router: Router) -> None:
+    config, lead = router.config, x.shape[:-1]
+    if beside.mask is not None:
+        why = "it says True or False of each token"
+        _check_beside("mask", beside.mask, x, lead, torch.bool, why)
+    if beside.expert_ids is not None:
+        why = f"each token has {config.top_k} ids"
+        _check_beside("expert_ids", beside.expert_ids, x, (*lead, config.top_k), torch.int64, why)
+    asked = {"expert_ids": config.given, "expert_weights": config.given}
+    asked["router_input"] = config.input_dim is not None
+    for name, wanted in asked.items():
+        if wanted and getattr(beside, name) is None:
+            setting = f"input_dim={config.input_dim}" if name == "router_input" else "given=True"
+            _refuse(
+                f"{name} is not given",
+                f"the layer has RouterConfig({setting}, ...)",
+                f"layer(x, {name}={name})",
+            )
+    for name in ("expert_weights", "router_input"):
+        if getattr(beside, name) is not None and not asked[name]:
+            setting = "given=True" if name == "expert_weights" else f"input_dim={x.shape[-1]}"
+            _refuse(
+                f"{name} is given, but the layer's router does not read it",
+                "whether a router has parameters, and of which width, is a setting of the layer",
+                f"RouterConfig({setting}, ...)",
+            )
+    if beside.expert_weights is not None:
+        given, why = beside.expert_weights, f"each token has {config.top_k} weights"
+        dtype = given.dtype if isinstance(given, Tensor) else x.dtype
+        dtype = dtype if dtype.is_floating_point else x.dtype
+        _check_beside("expert_weights", given, x, (*lead, config.top_k), dtype, why)
+    if beside.router_input is not None and config.input_dim is not None:
+        why, shape = "the router reads it in the place of x", (*lead, config.input_dim)
+        _check_beside("router_input", beside.router_input, x, shape, x.dtype, why)
 
 
 def _transformed(transform: str) -> GradientError:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
-from spmd_moe.core.dtypes import dtypes_match, matmul_dtype
+from spmd_moe.core.dtypes import as_dtype, dtypes_match, matmul_dtype
 from spmd_moe.core.errors import DtypeError, ShapeError, describe, explain, plural
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import (
@@ -43,7 +43,7 @@ from spmd_moe.core.validate import split_evenly
 from spmd_moe.layer.activations import Activation
 from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, choose_matmul
-from spmd_moe.layer.permute import Gather
+from spmd_moe.layer.permute import Gather, gather_rows
 from spmd_moe.layer.routing_faults import nan_parameter
 
 
@@ -52,6 +52,7 @@ class ScoreApplication(Enum):
 
     `BEFORE_SECOND_MATMUL`: the output of the experts need not be saved for backward.
     `IN_COMBINE`: required by some checkpoints; the output is saved.
+    `ON_INPUT`: the input of the expert is multiplied, as in Llama 4; the product is saved.
 
     Example:
         >>> from spmd_moe import MoEConfig, RouterConfig, ScoreApplication
@@ -63,6 +64,8 @@ class ScoreApplication(Enum):
     """The row's output is never needed again, so it is not kept for backward."""
     IN_COMBINE = "in combine"
     """As some checkpoints demand; keeps the output for the weights' gradient."""
+    ON_INPUT = "on input"
+    """The row that an expert reads is multiplied, as in Llama 4; the product is kept."""
 
 
 class ExpertRecompute(Enum):
@@ -109,8 +112,10 @@ class Experts(nn.Module):
         bias: bool,
         recompute: ExpertRecompute,
         matmul: GroupedMatmul | None = None,
+        weigh_input: bool = False,
     ) -> None:
         super().__init__()
+        self.weigh_input = weigh_input
         self.etp, self.activation, self.recompute, self.matmul = (
             mesh[ETP],
             activation,
@@ -138,6 +143,8 @@ class Experts(nn.Module):
 
         `padded`: shapes are fixed, and rows past the counts' sum are no expert's; they become 0.
         """
+        if self.weigh_input and scores_R is not None:
+            x, scores_R, gather = _weighed(x, counts_e, scores_R, gather, padded), None, None
         w = Weights(self.w1_eFD, self.w2_eDF, self.w3_eFD, self.b1_eF, self.b3_eF)
         activation, matmul = self.activation, self.matmul
         part_RD: Rows = experts_ffn(
@@ -153,6 +160,21 @@ class Experts(nn.Module):
         if scores_R is not None:  # not a product: where there is padding, scores may be NaN
             one_Re = torch.where(mine_Re, scores_R.unsqueeze(1), 0.0).to(b2_eD.dtype)
         return y_RD + one_Re @ b2_eD
+
+
+def _weighed(
+    x: GatheredRows,
+    counts_e: GatheredRows,
+    scores_R: GatheredRows,
+    gather: Gather | None,
+    padded: bool,
+) -> GatheredRows:
+    """The rows that experts read, each times its weight."""
+    x_RD = gather_rows(x, gather)
+    if padded:  # there, scores may be NaN
+        row_R = torch.arange(scores_R.shape[0], device=counts_e.device)
+        scores_R = torch.where(row_R < counts_e.sum(), scores_R, 0.0)
+    return as_dtype(x_RD * scores_R.unsqueeze(1), x_RD.dtype)
 
 
 def _members(counts_e: GatheredRows, rows: int) -> GatheredRows:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, final
 import torch
 from torch import nn
 
+from spmd_moe.core.dtypes import as_dtype
 from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
 from spmd_moe.core.local_tensor import is_simulating
 from spmd_moe.core.mesh import MoEMesh, check_mesh
@@ -31,7 +32,7 @@ from spmd_moe.layer.balance_losses import (
     reduce_on_tp,
 )
 from spmd_moe.layer.boundary import INSIDE, Boundary, Frame, check_boundary_kinds
-from spmd_moe.layer.check_inputs import check_inputs
+from spmd_moe.layer.check_inputs import Beside, check_inputs
 from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import Dispatcher
 from spmd_moe.layer.dispatch.default_dispatcher import default_dispatcher
@@ -40,7 +41,8 @@ from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, check_matmul
 from spmd_moe.layer.moe_output import MoEOutput
 from spmd_moe.layer.permute import sort_by_expert
-from spmd_moe.layer.router import Router, RouterConfig, Routing
+from spmd_moe.layer.router import Router, Routing
+from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.router_logits import mask_rows
 from spmd_moe.layer.selection_bias import count_in_backward
 from spmd_moe.layer.shared_experts import ReplicatedShared, ShardedShared
@@ -142,6 +144,16 @@ class MoEConfig:
             fix = f"shared=SharedConfig({self.hidden_dim})"
             check_instance(where, "shared", self.shared, SharedConfig, fix)
         check_one_of(where, "balance", self.balance, ("batch", "sequence", None))
+        if self.balance is not None and (self.router.given or self.router.num_zero_experts):
+            router = "given=True" if self.router.given else "num_zero_experts"
+            raise ConfigError(
+                explain(
+                    where,
+                    f"balance is {self.balance!r}, with a router of {router}",
+                    why="the loss is of logits of all experts, and of choices of experts alone",
+                    fixes=["balance=None   # update_selection_bias balances without a loss"],
+                )
+            )
         check_boundary_kinds(where, src=self.src, dst=self.dst)
 
 
@@ -151,6 +163,9 @@ class _Call(Protocol):
         x: CallersTokens,
         mask: CallersTokens | None = None,
         expert_ids: CallersTokens | None = None,
+        *,
+        expert_weights: CallersTokens | None = None,
+        router_input: CallersTokens | None = None,
     ) -> MoEOutput: ...
 
 
@@ -216,6 +231,7 @@ class MoE(nn.Module):
             bias=config.bias,
             recompute=config.recompute,
             matmul=matmul,
+            weigh_input=config.score_application is ScoreApplication.ON_INPUT,
         )
         if dispatcher is None:
             dispatcher = default_dispatcher(mesh, num_experts, config.router.top_k)
@@ -251,18 +267,20 @@ class MoE(nn.Module):
         x: CallersTokens,
         mask: CallersTokens | None = None,
         expert_ids: CallersTokens | None = None,
+        *,
+        expert_weights: CallersTokens | None = None,
+        router_input: CallersTokens | None = None,
     ) -> MoEOutput:
-        """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and `expert_ids` go with it."""
+        """`x` is `[B, L, D]` or `[T, D]`. `mask` (True: a token) and the others go with it."""
+        beside = Beside(mask, expert_ids, expert_weights, router_input)
         try:
-            check_inputs(x, mask, expert_ids, self.config.dim, self.router, self.experts)
+            check_inputs(x, beside, self.config.dim, self.router, self.experts)
         except SpmdMoeError:
             self._tell_refused(x)
             raise
         x_TD, frame = self.boundary.enter(x)
         mask_T = None if mask is None else self.boundary.own_rows(mask, frame)
-        if expert_ids is not None:
-            expert_ids = self.boundary.own_rows(expert_ids, frame, 1)
-        routing = self.router(x_TD, mask_T, expert_ids)
+        routing = self._route(x_TD, mask_T, beside, frame)
         scores_TK = routing.scores_TK
         early_TK, late_TK = (None, scores_TK) if self.weigh_in_combine else (scores_TK, None)
         # With fixed shapes every slot has a row, also one without an expert; that row is zeros.
@@ -278,16 +296,31 @@ class MoE(nn.Module):
         y_TD = combine(rows_ND, slots, late_TK, arrived.sums)
         if beside_TD is not None:  # masked again: an activation of 0 need not be 0
             y_TD = mask_rows(y_TD + beside_TD, mask_T)
+        counts_E = routing.counts_E
+        if routing.identity is not None:
+            counts_E, weights_T = routing.identity.counts_E, routing.identity.weights_T
+            own_TD = mask_rows(x_TD, mask_T) * weights_T.unsqueeze(1)
+            y_TD = y_TD + as_dtype(own_TD, y_TD.dtype)
 
         if self.training:
-            y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)
+            y_TD = count_in_backward(y_TD, counts_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
         lost = routing.dropped
         if arrived.dropped is not None:
             lost = lost + arrived.dropped
         # spmd: allow unknown - which axes is data
-        counts_E, dropped = (declare_sums(n, self.data_axes) for n in (routing.counts_E, lost))
+        counts_E, dropped = (declare_sums(n, self.data_axes) for n in (counts_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
+
+    def _route(self, x_TD: Tokens, mask_T: Tokens | None, beside: Beside, frame: Frame) -> Routing:
+        """Route this rank's tokens, with what else the caller gives of them."""
+        _, ids, weights, router_input = beside
+        own = self.boundary.own_rows
+        seen_TD = x_TD if router_input is None else own(router_input, frame, 1)
+        ids_TK = None if ids is None else own(ids, frame, 1)
+        weights_TK = None if weights is None else own(weights, frame, 1)
+        routing: Routing = self.router(seen_TD, mask_T, ids_TK, weights_TK)
+        return routing
 
     def extra_repr(self) -> str:
         config, by = self.config, type(self.dispatcher).__name__
@@ -306,7 +339,8 @@ class MoE(nn.Module):
             if not is_unchecked():  # a checker wants it of the kinds that x has
                 none_0D = x.reshape(-1).narrow(0, 0, 0).to(like.dtype).view(0, dim)
             x_0D, _ = self.boundary.enter(none_0D)
-            routing = self.router(x_0D, refused=True)
+            seen_0D = x_0D.view(0, self.config.router.input_dim or dim)
+            routing = self.router(seen_0D, refused=True)
             early_0K = None if self.weigh_in_combine else routing.scores_TK
             slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
             self.dispatcher.dispatch(x_0D, early_0K, routing, slots)

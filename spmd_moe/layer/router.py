@@ -4,28 +4,26 @@ Weights come from the live scores, so gradients reach the router; a selection bi
 """
 
 # Shape letters in this file:
-#   T  tokens    D  model width    E  experts    K  experts per token
+#   T  tokens    D  width of the router's input    E  experts    K  experts per token
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar, cast, final
+from typing import TypeAlias, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from spmd_moe.core.dtypes import as_dtype, sum_dtype
-from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.host_reads import draw_seed
 from spmd_moe.core.mesh import Axis, MoEMesh
 from spmd_moe.core.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.core.redistribute import redistribute
-from spmd_moe.core.validate import check_instance, check_number, check_one_of, check_positive_ints
 from spmd_moe.layer import routing_faults
+from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.router_logits import mask_rows, router_logits
-from spmd_moe.layer.router_scores import LOG_OF_NONE, SCORES, ScoreName
+from spmd_moe.layer.router_scores import LOG_OF_NONE, RANKS, SCORES
 from spmd_moe.layer.routing_faults import nan_parameter
 
 T = TypeVar("T", bound=Tensor)
@@ -33,122 +31,26 @@ T = TypeVar("T", bound=Tensor)
 
 @final
 @dataclass(frozen=True, slots=True)
-class RouterConfig:
-    """How tokens choose experts.
+class IdentityChoices:
+    """What the identity experts add: each token's own input, times a weight.
 
-    Args:
-        num_experts: The number of experts of the layer.
-        top_k: The number of experts of each token.
-        score_func: `"softmax"` over all experts, `"softmax_chosen"` over the chosen ones,
-            `"sigmoid"`, or `"sqrt_softplus"`.
-        route_norm: Whether the chosen scores are normalized to a sum of 1.
-        route_scale: A factor on the weights.
-        num_expert_groups: The number of groups of experts, for group-limited routing.
-        num_limited_groups: The number of groups that a token may use.
-        group_score_top_k: How many of the best scores in a group are summed to rank it.
-        dtype: Dtype of the router's matmul and of the loss terms.
-        jitter: Multiplicative noise on the input during training, from 1 - jitter to 1 + jitter.
-        force_balance: Ignore the scores and assign experts round-robin, with a different first
-            expert on each rank (benchmarks only).
-        bias: Whether a learned bias is added to the logits.
-
-    Raises:
-        ConfigError: Values contradict each other, with the nearest legal value.
+    Attributes:
+        weights_T: The sum of the weights of each token's choices of identity experts.
+        counts_E: int64, choices of each expert, and behind them of each identity expert.
 
     Example:
-        >>> from spmd_moe import RouterConfig
-        >>> config = RouterConfig(num_experts=8, top_k=2, score_func="sigmoid", route_norm=True)
+        >>> import torch
+        >>> from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+        >>> router = RouterConfig(4, top_k=2, num_zero_experts=2)
+        >>> mesh = MoEMesh.single()
+        >>> layer = MoE(MoEConfig(8, 16, router), mesh)
+        >>> init_weights(layer, mesh, seed=0)
+        >>> tuple(layer(torch.ones(3, 8)).counts_E.shape)
+        (6,)
     """
 
-    num_experts: int
-    top_k: int
-    score_func: ScoreName = "softmax"
-    route_norm: bool = False
-    route_scale: float = 1.0
-    num_expert_groups: int = 1
-    num_limited_groups: int = 1
-    group_score_top_k: Literal[1, 2] = 2
-    dtype: torch.dtype = torch.float32
-    jitter: float = 0.0
-    force_balance: bool = False
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        e, k, g, kept = (
-            self.num_experts,
-            self.top_k,
-            self.num_expert_groups,
-            self.num_limited_groups,
-        )
-        where, best = "RouterConfig", self.group_score_top_k
-        check_positive_ints(
-            where,
-            num_experts=e,
-            top_k=k,
-            num_expert_groups=g,
-            num_limited_groups=kept,
-            group_score_top_k=best,
-        )
-        check_one_of(where, "score_func", self.score_func, SCORES)
-        for name in ("route_norm", "force_balance", "bias"):
-            check_instance(where, name, getattr(self, name), bool, f"{name}=True")
-        if k > e:
-            _refuse(
-                f"top_k is {k}, of {e} experts",
-                "a token chooses at least one and at most all of them",
-                f"top_k={e}",
-            )
-        if k == 1 and (self.route_norm or self.score_func == "softmax_chosen"):
-            _refuse(
-                f"top_k is 1, score_func {self.score_func!r}, route_norm {self.route_norm}",
-                "one weight, normalized, is always 1, so no gradient would reach the router",
-                "score_func='softmax', route_norm=False",
-            )
-        if e % g:
-            divisors = (d for d in range(1, e + 1) if e % d == 0)
-            _refuse(
-                f"{e} experts are in {g} groups",
-                "groups are equal in size",
-                f"num_expert_groups={min(divisors, key=lambda d: abs(d - g))}",
-            )
-        two = "a group is as good as its best expert or its best two"
-        check_one_of(where, "group_score_top_k", best, (2, 1), two)
-        if kept > g:
-            _refuse(
-                f"num_limited_groups is {kept}, of {g} groups",
-                "a token keeps at least one and at most all of them",
-                f"num_limited_groups={g}",
-            )
-        if k > kept * (e // g):
-            _refuse(
-                f"top_k is {k}, but {kept} of {g} groups have {kept * (e // g)} experts",
-                "a token chooses among the experts of the groups it keeps",
-                f"num_limited_groups={math.ceil(k / (e // g))}",
-            )
-        if self.dtype not in (torch.float32, torch.float64):
-            _refuse(f"dtype is {self.dtype}", "a gate is exponentials", "dtype=torch.float32")
-        check_number(
-            where,
-            "route_scale",
-            self.route_scale,
-            lambda scale: 0.0 < scale < math.inf,
-            need="a finite number above 0",
-            why="all weights are multiplied by it",
-            fix="route_scale=1.0",
-        )
-        check_number(
-            where,
-            "jitter",
-            self.jitter,
-            lambda jitter: 0.0 <= jitter < 1.0,
-            need="a number from 0 to below 1",
-            why="inputs are scaled by 1 -+ jitter",
-            fix="jitter=0.01",
-        )
-
-
-def _refuse(what: str, why: str, fix: str) -> None:
-    raise ConfigError(explain("RouterConfig", what, why=why, fixes=[fix]))
+    weights_T: Tokens
+    counts_E: Tokens
 
 
 @final
@@ -159,12 +61,13 @@ class Routing:
     Attributes:
         expert_ids_TK: int64, the chosen experts of each token; -1 for none.
         scores_TK: The weights of the choices.
-        logits_TE: The logits.
-        probs_TE: The probabilities that the balance loss uses.
+        logits_TE: The logits; of no expert, `[T, 0]`, if the router is given ids and weights.
+        probs_TE: The probabilities that the balance loss uses; `[T, 0]` as well.
         counts_E: int64, choices of each expert.
         dropped: int64, choices of no expert, except those of masked tokens.
         fault: A mark of what is wrong with this rank's scores or ids; it travels with the counts.
         complete: Whether every choice has an expert.
+        identity: The choices of identity experts, if the layer has these.
 
     Example:
         >>> import torch
@@ -187,14 +90,16 @@ class Routing:
     dropped: Tokens  # int64: how many, of tokens that are not masked, fell on none
     fault: Tokens  # int64: not 0 where scores or ids are unusable; see routing_faults.py
     complete: bool  # every choice has an expert
+    identity: IdentityChoices | None = None
 
 
 @final
 class Router(nn.Module):
     """The gate, and how its scores become choices and weights."""
 
-    weight_ED: RouterWeight
+    weight_ED: RouterWeight  # None, and not read, in a router that is given ids and weights
     b_E: RouterWeight | None  # learned, a part of the logits
+    scale_E: RouterWeight | None  # learned, a factor of the weights
     bias_E: Whole  # steers the choice, not the weight; see losses.update_selection_bias
     seen_E: TokenSums  # choices of this rank's tokens since the bias was last updated
 
@@ -206,13 +111,15 @@ class Router(nn.Module):
         self.config, self.tp, self.tell = config, mesh[TP], list(tell)
         self.score = SCORES[config.score_func]
         place, places = _place(mesh)
-        first = first_in_turn(place, places, config.num_experts)
+        first, choices = first_in_turn(place, places, config.num_experts), config.num_choices
         self.choose: Choose = _InTurn(first) if config.force_balance else _best
         self.jitter = _Jitter(config.jitter, place)
-        self.weight_ED = nan_parameter(config.num_experts, dim)
-        self.b_E = nan_parameter(config.num_experts) if config.bias else None
-        self.register_buffer("bias_E", torch.zeros(config.num_experts, dtype=torch.float32))
-        self.register_buffer("seen_E", torch.zeros(config.num_experts, dtype=torch.int64))
+        own = None if config.given else nan_parameter(choices, config.input_dim or dim)
+        self.register_parameter("weight_ED", own)
+        self.b_E = nan_parameter(choices) if config.bias else None
+        self.scale_E = nan_parameter(choices) if config.expert_scale else None
+        self.register_buffer("bias_E", torch.zeros(choices, dtype=torch.float32))
+        self.register_buffer("seen_E", torch.zeros(choices, dtype=torch.int64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """A cast of the model leaves the selection bias alone: small steps are lost in bfloat16."""
@@ -227,6 +134,7 @@ class Router(nn.Module):
         x_TD: Tokens,
         mask_T: Tokens | None = None,
         expert_ids_TK: Tokens | None = None,
+        expert_weights_TK: Tokens | None = None,
         *,
         refused: bool = False,
     ) -> Routing:
@@ -235,6 +143,8 @@ class Router(nn.Module):
         `refused`: this rank was given what the layer cannot take, and stands here with no tokens.
         """
         config = self.config
+        if config.given:
+            return self._as_given(x_TD, mask_T, expert_ids_TK, expert_weights_TK, refused)
         weight_ED: Whole = redistribute(
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=sum_dtype(self.weight_ED)
         )
@@ -242,35 +152,85 @@ class Router(nn.Module):
         logits_TE = router_logits(x_TD, weight_ED, mask_T, config.dtype)
         if self.b_E is not None:
             logits_TE = self._add_bias(logits_TE, self.b_E, mask_T)
+        if config.logit_softcap is not None:
+            logits_TE = torch.tanh(logits_TE / config.logit_softcap) * config.logit_softcap
         scores_TE = self.score.of_logits(logits_TE)
         complete = mask_T is None and expert_ids_TK is None
         if expert_ids_TK is None:
-            marked = routing_faults.mark_faults(logits_TE, None)
-            ids_TK = _of_tokens(self.choose(scores_TE, self.bias_E, config, mask_T), mask_T)
+            marked = routing_faults.mark_faults(logits_TE, None, config.num_choices)
+            rank_TE = scores_TE if config.choose_by is None else RANKS[config.choose_by](logits_TE)
+            ids_TK = _of_tokens(self.choose(rank_TE, self.bias_E, config, mask_T), mask_T)
             dropped = torch.zeros_like(marked)
         else:
             given_TK = _of_tokens(expert_ids_TK, mask_T)
-            marked = routing_faults.mark_faults(logits_TE, given_TK)
-            ids_TK, dropped = _given(given_TK, mask_T, config.num_experts)
+            marked = routing_faults.mark_faults(logits_TE, given_TK, config.num_choices)
+            ids_TK, dropped = _given(given_TK, mask_T, config.num_choices)
+        none_TK = None if complete else ids_TK < 0
+        weights_TK = self._weights(scores_TE, logits_TE, ids_TK, none_TK)
+        counts_E, identity = count_choices(ids_TK, config.num_choices, complete), None
+        if config.num_zero_experts:
+            # To dispatchers and experts, a choice of an identity expert is one of no expert.
+            identity_TK, complete = ids_TK >= config.num_experts, False
+            weights_T = weights_TK.masked_fill(~identity_TK, 0.0).sum(1)
+            identity = IdentityChoices(weights_T, counts_E)
+            ids_TK = ids_TK.masked_fill(identity_TK, -1)
+            weights_TK = weights_TK.masked_fill(identity_TK, 0.0)
+            counts_E = counts_E.narrow(0, 0, config.num_experts).contiguous()
+        return Routing(
+            expert_ids_TK=ids_TK,
+            scores_TK=weights_TK,
+            logits_TE=logits_TE,
+            probs_TE=self._probs(scores_TE, logits_TE),
+            counts_E=counts_E,
+            dropped=dropped,
+            fault=self._told(marked, refused),
+            complete=complete,
+            identity=identity,
+        )
+
+    def _as_given(
+        self,
+        x_TD: Tokens,
+        mask_T: Tokens | None,
+        expert_ids_TK: Tokens | None,
+        expert_weights_TK: Tokens | None,
+        refused: bool,
+    ) -> Routing:
+        """The choices and weights of the caller."""
+        config = self.config
+        if expert_ids_TK is None or expert_weights_TK is None:  # refused: there are no tokens
+            expert_weights_TK = x_TD.narrow(1, 0, 1).expand(-1, config.top_k)
+            expert_ids_TK = expert_weights_TK.to(torch.int64)
+        given_TK = _of_tokens(expert_ids_TK, mask_T)
+        weights_TK = as_dtype(mask_rows(expert_weights_TK, mask_T), config.dtype)
+        marked = routing_faults.mark_faults(weights_TK, given_TK, config.num_experts)
+        ids_TK, dropped = _given(given_TK, mask_T, config.num_experts)
+        none_TE = weights_TK.narrow(1, 0, 0)
+        return Routing(
+            expert_ids_TK=ids_TK,
+            scores_TK=weights_TK.masked_fill(ids_TK < 0, 0.0),
+            logits_TE=none_TE,
+            probs_TE=none_TE,
+            counts_E=count_choices(ids_TK, config.num_experts),
+            dropped=dropped,
+            fault=self._told(marked, refused),
+            complete=False,
+        )
+
+    def _told(self, marked: Tokens, refused: bool) -> Tokens:
+        """What is wrong here, or on a rank of the axes that tell each other."""
         if refused:
             marked = marked + routing_faults.REFUSED
         for axis in self.tell:
             marked = routing_faults.sum_marks(marked, axis)
-        none_TK = None if complete else ids_TK < 0
-        return Routing(
-            expert_ids_TK=ids_TK,
-            scores_TK=self._weights(scores_TE, logits_TE, ids_TK, none_TK),
-            logits_TE=logits_TE,
-            probs_TE=self._probs(scores_TE, logits_TE),
-            counts_E=count_choices(ids_TK, config.num_experts, complete),
-            dropped=dropped,
-            fault=marked,
-            complete=complete,
-        )
+        return marked
 
     def _add_bias(self, logits_TE: Tokens, b_E: RouterWeight, mask_T: Tokens | None) -> Tokens:
-        whole_E: Whole = redistribute(b_E, self.tp, src=I, dst=R, grad_dtype=sum_dtype(b_E))
-        return mask_rows(logits_TE + as_dtype(whole_E, self.config.dtype), mask_T)
+        return mask_rows(logits_TE + self._whole(b_E), mask_T)
+
+    def _whole(self, x_E: RouterWeight) -> Whole:
+        whole_E: Whole = redistribute(x_E, self.tp, src=I, dst=R, grad_dtype=sum_dtype(x_E))
+        return as_dtype(whole_E, self.config.dtype)
 
     def _weights(
         self, scores_TE: Tokens, logits_TE: Tokens, ids_TK: Tokens, none_TK: Tokens | None
@@ -278,13 +238,21 @@ class Router(nn.Module):
         """The weights of the choices; 0 where there is no expert, in values and gradients."""
         config, score = self.config, self.score
         real_TK = ids_TK if none_TK is None else ids_TK.clamp(min=0)
-        if config.route_norm or score.normalized:
+        if config.norm_eps:
+            weights_TK = scores_TE.gather(1, real_TK)
+            if none_TK is not None:
+                weights_TK = weights_TK.masked_fill(none_TK, 0.0)
+            weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + config.norm_eps)
+        elif config.route_norm or score.normalized:
             logs_TK = score.log(logits_TE.gather(1, real_TK))
             if none_TK is not None:
                 logs_TK = logs_TK.masked_fill(none_TK, LOG_OF_NONE)
             weights_TK = logs_TK.softmax(1)
         else:
             weights_TK = scores_TE.gather(1, real_TK)
+        if self.scale_E is not None:
+            scale_E = self._whole(self.scale_E)
+            weights_TK = weights_TK * (torch.ones_like(scores_TE) * scale_E).gather(1, real_TK)
         if none_TK is not None:
             weights_TK = weights_TK.masked_fill(none_TK, 0.0)
         return weights_TK if config.route_scale == 1.0 else weights_TK * config.route_scale
@@ -342,13 +310,13 @@ def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig, mask_T: Tokens
 
 
 def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
-    """-inf for the experts of every group that a token does not keep."""
+    """A score that excludes, for the experts of every group that a token does not keep."""
     per_group = config.num_experts // config.num_expert_groups
     grouped: Tokens = rank_TE.unflatten(1, (config.num_expert_groups, per_group))
     best = grouped.topk(min(config.group_score_top_k, per_group), dim=2).values.sum(2)
     kept = best.topk(config.num_limited_groups, dim=1).indices
     dropped = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
-    return grouped.masked_fill(dropped.unsqueeze(2), -math.inf).flatten(1)
+    return grouped.masked_fill(dropped.unsqueeze(2), config.excluded_score).flatten(1)
 
 
 @final

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from spmd_moe.core.placement import Tokens
 
 ScoreName: TypeAlias = Literal["softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"]
+RankName: TypeAlias = Literal["logits", "softmax", "sigmoid", "sqrt_softplus"]
 
 LOG_OF_NONE = torch.finfo(torch.float32).min  # of the score of no expert
 
@@ -68,4 +69,12 @@ SCORES: dict[str, Score] = {
     "softmax_chosen": Score(_same, _same, normalized=True),
     "sigmoid": Score(torch.sigmoid, F.logsigmoid),
     "sqrt_softplus": Score(_sqrt_softplus, _log_sqrt_softplus),
+}
+
+# What experts can be ranked by, if not by the scores that weigh them.
+RANKS: dict[str, Callable[[Tokens], Tokens]] = {
+    "logits": _same,
+    "softmax": _softmax,
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": _sqrt_softplus,
 }

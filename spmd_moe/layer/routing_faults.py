@@ -38,13 +38,13 @@ def nan_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, torch.nan))
 
 
-def mark_faults(logits_TE: Tokens, expert_ids_TK: Tokens | None) -> Tokens:
-    """0 where all is well; it stays on the device."""
+def mark_faults(scores_T: Tokens, expert_ids_TK: Tokens | None, num_experts: int) -> Tokens:
+    """0 where all is well; it stays on the device. Scores: logits, or weights that are given."""
     # Only NaN and infinity less themselves are not 0; times 0, a compiler takes them for 0 too.
-    found = (logits_TE - logits_TE).count_nonzero()
+    found = (scores_T - scores_T).count_nonzero()
     if expert_ids_TK is None:
         return found
-    wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= logits_TE.shape[1])
+    wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= num_experts)
     return found + wrong_TK.any() * _WRONG_ID
 
 
@@ -54,7 +54,7 @@ def sum_marks(marked: Tokens, axis: Axis) -> Tokens:
     return redistribute(sums, axis, src=P, dst=S(0)).select(0, 0)
 
 
-def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
+def check_alone(marked: Tokens, logits_TE: Tokens, num_experts: int) -> None:
     """For a rank that exchanges nothing. Left out where the read would be the only one: it would
     wait for a device, or break a compiled graph in two."""
     if marked.is_cpu and not torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ def check_alone(marked: Tokens, logits_TE: Tokens) -> None:
         (found,) = read_ints(max_over_ranks(marked).view(1))
         if found:
             all_scores = found % _WRONG_ID == logits_TE.numel()
-            raise _error([found], [], logits_TE.shape[1], may_be_unset=all_scores)
+            raise _error([found], [], num_experts, may_be_unset=all_scores)
 
 
 def check_marks(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) -> None:

@@ -80,7 +80,7 @@ def init_weights(layer: nn.Module, mesh: MoEMesh, seed: int, std: float = 0.02) 
         for name, parameter in module.named_parameters(recurse=False):
             if _BIAS.search(name):
                 parameter.zero_()
-            elif isinstance(module, _NORMS):
+            elif isinstance(module, _NORMS) or name == "scale_E":
                 parameter.fill_(1)
             else:
                 _draw(parameter, f"{seed}/{prefix}.{name}", placements[name], mesh, std)

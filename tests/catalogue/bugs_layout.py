@@ -256,8 +256,8 @@ LAYOUTS = [
         "padding is counted as tokens",
         edit(
             "layer.router",
-            "_of_tokens(self.choose(scores_TE, self.bias_E, config, mask_T), mask_T)",
-            "self.choose(scores_TE, self.bias_E, config, mask_T)",
+            "_of_tokens(self.choose(rank_TE, self.bias_E, config, mask_T), mask_T)",
+            "self.choose(rank_TE, self.bias_E, config, mask_T)",
         ),
         target="masked",
         layout=TP_2,

@@ -27,7 +27,7 @@ from spmd_moe.layer.balance_losses import (
     z_loss,
 )
 from spmd_moe.layer.moe import MoE, MoEConfig
-from spmd_moe.layer.router import RouterConfig
+from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.support import layer_oracle as oracle
 from tests.support.layer_layouts import Layout, meaning
@@ -87,8 +87,8 @@ def balance_of(tokens: Sequence[Tensor], weight: Tensor, config: RouterConfig) -
     """What the module's docstring says, of tokens that are balanced together."""
     counts, probs = [0] * config.num_experts, [torch.zeros((), dtype=torch.float64)] * EXPERTS
     for x in tokens:
-        scores = oracle.scores_of(weight @ x, config)
-        for e in oracle.choose(scores, torch.zeros(EXPERTS), config):
+        scores = oracle.scores_of(weight @ x, config.score_func)
+        for e in oracle.choose(weight @ x, torch.zeros(EXPERTS), config):
             counts[e] += 1
         shares = scores / scores.sum()
         probs = [p + shares[e] for e, p in enumerate(probs)]

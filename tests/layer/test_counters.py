@@ -22,7 +22,8 @@ from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.layer.dispatch import AllToAll, Dispatcher, Local
 from spmd_moe.layer.moe import MoE, MoEConfig, MoEOutput
-from spmd_moe.layer.router import Router, RouterConfig
+from spmd_moe.layer.router import Router
+from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.selection_bias import update_selection_bias
 from spmd_moe.train.init_weights import init_weights
 from tests.support.layer_layouts import Layout

@@ -21,7 +21,7 @@ from spmd_moe.layer.activations import CLAMPED_SWIGLU, GELU, SQUARED_RELU, SWIGL
 from spmd_moe.layer.experts import ExpertRecompute, Experts, Gather, ScoreApplication
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, TorchGroupedMM
 from spmd_moe.layer.moe import MoE, MoEConfig
-from spmd_moe.layer.router import RouterConfig
+from spmd_moe.layer.router_config import RouterConfig
 from tests.support.experts_oracle import Case
 
 E, K, T = 8, 4, 16

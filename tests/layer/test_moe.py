@@ -16,7 +16,7 @@ from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import R
 from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
-from spmd_moe.layer.router import RouterConfig
+from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.support.dispatchers import make_dispatcher
 from tests.support.layer_cases import EXPERTS, FACTORS, WIDE, WORLDS, case, choices, layouts

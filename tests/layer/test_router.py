@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from spmd_moe import MoEMesh
-from spmd_moe.layer.router import SCORES, Router, RouterConfig, Routing, ScoreName
+from spmd_moe.layer.router import Router, Routing
+from spmd_moe.layer.router_config import RouterConfig
+from spmd_moe.layer.router_scores import SCORES, ScoreName
 
 WIDTH, TOKENS = 3, 7
 NAMES: list[ScoreName] = ["softmax", "softmax_chosen", "sigmoid", "sqrt_softplus"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spmd_moe import ConfigError, RouterConfig
-from spmd_moe.layer.router import SCORES
+from spmd_moe.layer.router_scores import SCORES
 
 WHOLE = "; it must be an integer of 1 or more."
 REFUSED: list[tuple[dict[str, Any], str, str]] = [

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from spmd_moe import MoE, MoEConfig, MoEMesh, init_weights
-from spmd_moe.layer.router import Router, RouterConfig
+from spmd_moe.layer.router import Router
+from spmd_moe.layer.router_config import RouterConfig
 from tests.layer.test_router import TOKENS, WIDTH, draw, in_float64, router_of
 from tests.support.simulated_ranks import fake_world
 

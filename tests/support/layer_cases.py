@@ -18,7 +18,7 @@ from spmd_moe.core.placement import I, Kind, R, S
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.experts import ExpertRecompute, ScoreApplication
 from spmd_moe.layer.moe import MoEConfig, SharedConfig
-from spmd_moe.layer.router import RouterConfig
+from spmd_moe.layer.router_config import RouterConfig
 from tests.support.layer_layouts import Case, Layout
 
 WORLDS = (1, 2, 3, 4, 6, 8)
@@ -66,6 +66,55 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "masked, late, biases": (
         {"score_application": ScoreApplication.IN_COMBINE, "bias": True},
         {"masked": True},
+    ),
+    "weighed input": (
+        {"score_application": ScoreApplication.ON_INPUT, "bias": True},
+        {"steer": "some none"},
+    ),
+    "two scores": (
+        {
+            "router": replace(
+                PLAIN,
+                score_func="sigmoid",
+                choose_by="logits",
+                logit_softcap=1.5,
+                route_norm=True,
+                norm_eps=0.5,
+                expert_scale=True,
+            ),
+            "score_application": ScoreApplication.ON_INPUT,
+        },
+        {"masked": True},
+    ),
+    "excluded by 0": (
+        {
+            "router": replace(
+                PLAIN,
+                choose_by="logits",
+                num_expert_groups=EXPERTS,  # of one each, as scores of 0 are all alike
+                num_limited_groups=EXPERTS - 1,
+                group_score_top_k=1,
+                excluded_score=0.0,
+                top_k=20,
+            )
+        },
+        {},
+    ),
+    "identity experts": (
+        {"router": replace(PLAIN, num_zero_experts=12, top_k=3), "shared": SharedConfig(4)},
+        {"masked": True},
+    ),
+    "router input": ({"router": replace(PLAIN, input_dim=5)}, {"masked": True}),
+    "given": (
+        {"router": RouterConfig(EXPERTS, 2, dtype=torch.float64, given=True)},
+        {"steer": "some none"},
+    ),
+    "given, masked, late": (
+        {
+            "router": RouterConfig(EXPERTS, 2, dtype=torch.float64, given=True),
+            "score_application": ScoreApplication.IN_COMBINE,
+        },
+        {"steer": "next rank", "masked": True},
     ),
     "one expert": ({"recompute": ExpertRecompute.FIRST_MATMULS}, {"steer": "one expert"}),
     "next rank": ({"shared": SharedConfig(4)}, {"steer": "next rank", "masked": True}),

@@ -136,8 +136,12 @@ class Case:
         )
 
     def rows(self, what: str, rank: int) -> Tensor:
-        """This rank's tokens, [T, D], or gradients of them."""
-        return self.draw(what, rank, self.tokens[rank], self.config.dim)
+        """This rank's tokens, [T, D], or gradients of them, or what else is of tokens."""
+        router, width = self.config.router, self.config.dim
+        width = {"router_input": router.input_dim or 0, "expert_weights": router.top_k}.get(
+            what, width
+        )
+        return self.draw(what, rank, self.tokens[rank], width)
 
     def cell_rows(self, what: str, rank: int) -> Tensor:
         return torch.cat([self.rows(what, r) for r in self.cell(rank)])
@@ -152,6 +156,19 @@ class Case:
 
     def x(self, rank: int) -> Tensor:
         return self._as_x(lambda r: self.rows("x", r), rank)
+
+    def beside(self, rank: int) -> dict[str, Tensor]:
+        """Further inputs, with gradients of their own, by their names in the layer's forward."""
+        return {
+            name: self._as_x(lambda r, name=name: self.rows(name, r), rank)  # type: ignore[misc]  # mypy does not take defaults
+            for name in self.more
+        }
+
+    @property
+    def more(self) -> list[str]:
+        router = self.config.router
+        asked = {"router_input": router.input_dim is not None, "expert_weights": router.given}
+        return [name for name, wanted in asked.items() if wanted]
 
     def token_mask(self, rank: int) -> Tensor:
         return torch.arange(self.tokens[rank]) % 3 != 1 if self.masked else _ones(self.tokens[rank])
@@ -211,14 +228,18 @@ class Case:
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters and buffers of the whole layer."""
-        c, e = self.config, self.config.router.num_experts
+        c, e, choices = self.config, self.config.router.num_experts, self.config.router.num_choices
         shapes: dict[str, tuple[int, ...]] = {
-            "router.weight_ED": (e, c.dim),
-            "router.bias_E": (e,),
+            "router.weight_ED": (choices, c.router.input_dim or c.dim),
+            "router.bias_E": (choices,),
             "experts.w1_eFD": (e, c.hidden_dim, c.dim),
             "experts.w3_eFD": (e, c.hidden_dim, c.dim),
             "experts.w2_eDF": (e, c.dim, c.hidden_dim),
         }
+        if c.router.given:
+            del shapes["router.weight_ED"]
+        if c.router.expert_scale:
+            shapes["router.scale_E"] = (choices,)
         if c.bias:
             shapes |= {"experts.b1_eF": (e, c.hidden_dim), "experts.b3_eF": (e, c.hidden_dim)}
             shapes["experts.b2_eD"] = (e, c.dim)

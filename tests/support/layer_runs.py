@@ -45,10 +45,12 @@ def run_rank(case: Case, typed: bool = False) -> dict[str, Tensor]:
     """What this rank gets: its output, its counts, and every gradient."""
     rank, layer = dist.get_rank(), build(case)
     x, mask, ids = case.x(rank).requires_grad_(), case.mask(rank), case.expert_ids(rank)
-    out = (forward_typed if typed else forward)(case, layer, x, mask, ids)
+    more = {name: given.requires_grad_() for name, given in case.beside(rank).items()}
+    out = (forward_typed if typed else forward)(case, layer, more, x, mask, ids)
     out.hidden.backward(case.upstream(rank).view_as(out.hidden))
     assert torch.equal(layer.router.seen_E, out.counts_E)
-    gradients = {name: leaf.grad for name, leaf in [("x", x), *layer.named_parameters()]}
+    leaves = [("x", x), *more.items(), *layer.named_parameters()]
+    gradients = {name: leaf.grad for name, leaf in leaves}
     found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     assert found.keys() == gradients.keys(), f"no gradient for {gradients.keys() - found.keys()}"
     assert all(type(gradient) is Tensor for gradient in found.values()), "not yet waited for"
@@ -61,15 +63,19 @@ def run_typed(case: Case) -> dict[str, Tensor]:
         return run_rank(case, typed=True)
 
 
-def forward(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> MoEOutput:
-    return layer(x, *more)
+def forward(
+    case: Case, layer: MoE, more: dict[str, Tensor], x: Tensor, *masks: Tensor | None
+) -> MoEOutput:
+    return layer(x, *masks, **more)
 
 
-def forward_typed(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> MoEOutput:
+def forward_typed(
+    case: Case, layer: MoE, more: dict[str, Tensor], x: Tensor, *masks: Tensor | None
+) -> MoEOutput:
     """The forward under the strict checker, every signature checked, and the output's type too."""
-    declare_all(layer, (x, *more))
+    declare_all(layer, (x, *masks, *more.values()))
     with checked(layer.mesh):
-        out = forward(case, layer, x, *more)
+        out = forward(case, layer, more, x, *masks)
     assert {"Experts.forward", "combine"} <= what_ran()
     if case.layout.tp > 1:
         have = get_local_type(out.hidden)[MeshAxis.of(layer.mesh[TP].group)]
@@ -80,10 +86,14 @@ def forward_typed(case: Case, layer: MoE, x: Tensor, *more: Tensor | None) -> Mo
 def wanted(case: Case) -> dict[str, Tensor]:
     """What one process computes: output, counts, gradients of the input and of every weight."""
     weights = {name: t.requires_grad_() for name, t in case.weights().items()}
-    x = torch.cat([case.rows("x", r) for r in range(case.layout.world)]).requires_grad_()
-    y, counts = oracle.moe(x, weights, case.config.router, case.whole_mask(), case.whole_ids())
+    tokens = {
+        name: torch.cat([case.rows(name, r) for r in range(case.layout.world)]).requires_grad_()
+        for name in ("x", *case.more)
+    }
+    mask, ids = case.whole_mask(), case.whole_ids()
+    y, counts = oracle.moe(tokens, weights, case.config, mask, ids)
     g = torch.cat([case.rows("g", r) for r in range(case.layout.world)])
-    inputs = {"x": x, **weights}
+    inputs = {**tokens, **weights}
     gradients = torch.autograd.grad(
         y, list(inputs.values()), g, allow_unused=True, materialize_grads=True
     )
@@ -93,7 +103,7 @@ def wanted(case: Case) -> dict[str, Tensor]:
 def compare(case: Case, by_rank: list[dict[str, Tensor]]) -> None:
     """Every rank's results against the oracle."""
     want = wanted(case)
-    compare_rows(case, by_rank, want["out"], want["x"])
+    compare_rows(case, by_rank, want["out"], {name: want[name] for name in ("x", *case.more)})
     counts = sum((b["counts"] for b in by_rank), torch.zeros_like(want["counts"]))
     assert torch.equal(counts, want["counts"])
     declared = placements(MoE(case.config, MoEMesh.single()))
@@ -125,7 +135,9 @@ def name_axes(mesh: MoEMesh) -> None:
 _NAMING = threading.Lock()
 
 
-def compare_rows(case: Case, by_rank: list[dict[str, Tensor]], y: Tensor, dx: Tensor) -> None:
+def compare_rows(
+    case: Case, by_rank: list[dict[str, Tensor]], y: Tensor, wanted_grads: dict[str, Tensor]
+) -> None:
     """What belongs to tokens: outputs, and gradients of inputs."""
     ends = torch.tensor(case.tokens).cumsum(0).tolist()
     for rank, got in enumerate(by_rank):
@@ -133,10 +145,13 @@ def compare_rows(case: Case, by_rank: list[dict[str, Tensor]], y: Tensor, dx: Te
         rows = slice(ends[cell[0]] - case.tokens[cell[0]], ends[cell[-1]])
         want_y = y[rows] if case.whole_out else case.out_rows(y[rows], rank)
         close(got["out"].flatten(0, -2), want_y, f"output of rank {rank}")
-        got_dx, want_dx = got["x"], dx[rows] if case.whole_in else case.out_rows(dx[rows], rank)
-        if case.config.src.backward_type() is P:
-            got_dx = sum((by_rank[other]["x"] for other in cell), torch.zeros_like(got_dx))
-        close(got_dx.flatten(0, -2), want_dx, f"gradient of the input of rank {rank}")
+        for name, dx in wanted_grads.items():
+            got_dx, want_dx = got[name], dx[rows]
+            if not case.whole_in:
+                want_dx = case.out_rows(want_dx, rank)
+            if case.config.src.backward_type() is P:
+                got_dx = sum((by_rank[other][name] for other in cell), torch.zeros_like(got_dx))
+            close(got_dx.flatten(0, -2), want_dx, f"gradient of {name} of rank {rank}")
 
 
 def close(got: Tensor, want: Tensor, what: str) -> None:
