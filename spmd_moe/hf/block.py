@@ -7,11 +7,32 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from spmd_moe.hf.family import Family
+from spmd_moe.hf.family import Family, attribute
 from spmd_moe.layer.moe import MoE
 from spmd_moe.layer.router import Routing
 
 LAYER = "moe"  # the name of the layer in a block
+
+
+def block_of(moe: MoE, family: Family, theirs: nn.Module) -> nn.Module:
+    """What stands in the place of `theirs`."""
+    if family.routed is not None:
+        return ExpertsBlock(moe)
+    after = {name: theirs.get_submodule(name) for name in family.after}
+    return Block(moe, family, after, type(attribute(theirs, family.gate)))
+
+
+@final
+class ExpertsBlock(nn.Module):
+    """The layer in the place of transformers' experts, which are given what its router says."""
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = self.moe(hidden_states, expert_ids=top_k_index, expert_weights=top_k_weights)
+        return out.hidden
 
 
 @final

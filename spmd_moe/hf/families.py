@@ -5,285 +5,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from torch import nn
-
-from spmd_moe.hf.family import (
-    INTERLEAVED,
-    STACKED_ROWS,
-    TRANSPOSED,
-    TRANSPOSED_BIASED,
-    UNGATED,
-    Family,
-    Groups,
-    Need,
-    attribute,
-    clamped_silu_glu,
-    silu_glu_clamped_after,
-)
-from spmd_moe.layer.activations import Activation, clamped_swiglu
-
-_JITTER = Need("jitter_noise", (0, 0.0, None), "jitter of the experts' input")
-_BIAS = "gate.e_score_correction_bias"
-_GROUPS = Groups("gate.num_group", "gate.topk_group", 2)
-
-# --- softmax over all experts -------------------------------------------------------------------
-
-QWEN3 = Family("qwen3_moe", "Qwen3MoeSparseMoeBlock", "softmax", norm="gate.norm_topk_prob")
-QWEN2 = replace(
-    QWEN3,
-    name="qwen2_moe",
-    block="Qwen2MoeSparseMoeBlock",
-    shared="shared_expert",
-    shared_gate="shared_expert_gate",
-)
-QWEN35 = replace(QWEN2, name="qwen3_5_moe", block="Qwen3_5MoeSparseMoeBlock", norm=True)
-MIXTRAL = Family("mixtral", "MixtralSparseMoeBlock", "softmax", needs=(_JITTER,))
-JAMBA = Family(
-    "jamba",
-    "JambaSparseMoeBlock",
-    "softmax",
-    norm=False,
-    gate="router",
-    weight="router.weight",
-    top_k="router.top_k",
-)
-GRANITE = replace(JAMBA, name="granitemoe", block="GraniteMoeMoE", score="softmax_chosen")
-ERNIE = Family(
-    "ernie4_5_moe",
-    "Ernie4_5_MoeSparseMoeBlock",
-    "softmax",
-    bias="gate.moe_statics.e_score_correction_bias",
-    shared="shared_experts",
-    needs=(Need("gate.norm_min", (1e-12,), "a bound of its own of the normalization's divisor"),),
-)
-HUNYUAN = Family(
-    "hunyuan_v1_moe",
-    "HunYuanMoEV1Moe",
-    "softmax",
-    weight="gate.wg.weight",
-    shared="shared_mlp",
-)
-DBRX = Family(
-    "dbrx",
-    "DbrxFFN",
-    "softmax",
-    norm="moe_normalize_expert_weights",
-    top_k="top_k",
-    gate="router",
-    weight="router.layer.weight",
-    layout=STACKED_ROWS,
-    needs=(
-        Need("moe_normalize_expert_weights", (None, 1, 1.0), "division by another norm than 1"),
-        Need("router.moe_jitter_eps", (None, 0, 0.0), "jitter of the experts' input"),
-    ),
-)
-LONGCAT = Family(
-    "longcat_flash",
-    "LongcatFlashMoE",
-    "softmax",
-    norm=False,
-    scale=("router.routed_scaling_factor",),
-    top_k="router.top_k",
-    gate="router",
-    weight="router.classifier.weight",
-    bias="router.e_score_correction_bias",
-    needs=(Need("config.zero_expert_num", (None, 0), "experts that return their input"),),
-)
-DEEPSEEK_V2 = Family(
-    "deepseek_v2",
-    "DeepseekV2Moe",
-    "softmax",
-    norm=False,
-    scale=("gate.routed_scaling_factor",),
-    groups=Groups(
-        "gate.num_group", "gate.topk_group", 1, when=("gate.topk_method", "group_limited_greedy")
-    ),
-    shared="shared_experts",
-    needs=(Need("gate.topk_method", ("greedy", "group_limited_greedy"), "another way to choose"),),
-)
-MISTRAL4 = Family(
-    "mistral4",
-    "Mistral4MoE",
-    "softmax",
-    norm="gate.norm_topk_prob",
-    scale=("gate.routed_scaling_factor",),
-    groups=_GROUPS,
-    shared="shared_experts",
-)
-
-# --- softmax over the chosen experts ------------------------------------------------------------
-
-ARIA = Family(
-    "aria",
-    "AriaTextMoELayer",
-    "softmax_chosen",
-    norm=False,
-    gate="router",
-    weight="router.weight",
-    top_k="router.top_k",
-    layout=TRANSPOSED,
-    shared="shared_experts",
-)
-COHERE = Family(
-    "cohere2_moe",
-    "Cohere2MoeSparseMoeBlock",
-    "gate.expert_selection_fn",
-    norm="gate.norm_topk_prob",
-    shared="shared_experts",
-    needs=(
-        Need("shared_expert_combination_strategy", ("sum",), "a mean of routed and shared output"),
-    ),
-)
-GPT_OSS = Family(
-    "gpt_oss",
-    "GptOssMLP",
-    "softmax_chosen",
-    norm=False,
-    gate="router",
-    weight="router.weight",
-    weight_bias="router.bias",
-    top_k="router.top_k",
-    layout=INTERLEAVED,
-    activation=lambda block: clamped_swiglu(
-        attribute(block, "experts.limit"), attribute(block, "experts.alpha")
-    ),
-    returns="pair",
-)
-
-# --- sigmoid ------------------------------------------------------------------------------------
-
-DEEPSEEK_V3 = Family(
-    "deepseek_v3",
-    "DeepseekV3MoE",
-    "sigmoid",
-    norm="gate.norm_topk_prob",
-    scale=("gate.routed_scaling_factor",),
-    groups=_GROUPS,
-    bias=_BIAS,
-    shared="shared_experts",
-)
-BEAM = replace(
-    DEEPSEEK_V3, name="beam", block="BeamMoE", scale=("routed_scaling_factor",), shared=None
-)
-AFMOE = Family(
-    "afmoe",
-    "AfmoeSparseMoeBlock",
-    "sigmoid",
-    scale=("router.route_scale",),
-    top_k="router.top_k",
-    gate="router",
-    weight="router.gate.weight",
-    bias="expert_bias",
-    shared="shared_experts",
-)
-HY_V3 = Family(
-    "hy_v3",
-    "HYV3MoE",
-    "sigmoid",
-    scale=("gate.router_scaling_factor",),
-    bias="e_score_correction_bias",
-    shared="shared_experts",
-)
-MINIMAX_M2 = Family(
-    "minimax_m2",
-    "MiniMaxM2SparseMoeBlock",
-    "sigmoid",
-    bias="e_score_correction_bias",
-    needs=(_JITTER,),
-)
-FLINT = Family(
-    "flint",
-    "FlintSparseMoeBlock",
-    "sigmoid",
-    norm="gate.norm_topk_prob",
-    shared="shared_expert",
-)
-LAGUNA = Family(
-    "laguna",
-    "LagunaSparseMoeBlock",
-    "sigmoid",
-    scale=("routed_scaling_factor",),
-    bias=_BIAS,
-    shared="shared_experts",
-    needs=(Need("gate.router_logit_softcapping", (0, 0.0), "a soft cap of the logits"),),
-)
-LFM2 = Family(
-    "lfm2_moe",
-    "Lfm2MoeSparseMoeBlock",
-    "sigmoid",
-    norm=False,
-    scale=("gate.routed_scaling_factor",),
-    bias="expert_bias",
-    needs=(
-        Need("gate.norm_topk_prob", (False,), "an epsilon of its own in the normalization"),
-        Need("use_expert_bias", (True,), "a block without the bias"),
-    ),
-)
-
-
-Reader = Callable[[nn.Module], Activation]
-
-
-def _clamped(limit: str, clamp: Callable[[float], Activation] = clamped_silu_glu) -> Reader:
-    """The activation with the limit that an attribute of the block says."""
-    return lambda block: clamp(attribute(block, limit))
-
-
-def _m3(owner: str) -> Reader:
-    def activation(block: nn.Module) -> Activation:
-        where = attribute(block, owner)
-        return clamped_swiglu(where.swiglu_limit, where.swiglu_alpha)
-
-    return activation
-
-
-HY_V4 = replace(
-    DEEPSEEK_V3, name="hy_v4", block="HYV4MoE", activation=_clamped("experts.swiglu_limit")
-)
-GLM5 = replace(
-    HY_V4,
-    name="glm5_next",
-    block="Glm5NextTextMoE",
-    shared_activation=_clamped("shared_experts.swiglu_limit"),
-)
-DEEPSEEK_V4 = Family(
-    "deepseek_v4",
-    "DeepseekV4SparseMoeBlock",
-    "gate.score_fn",
-    scale=("gate.routed_scaling_factor",),
-    bias=_BIAS,
-    activation=_clamped("experts.limit"),
-    shared="shared_experts",
-    shared_activation=_clamped("shared_experts.limit"),
-    needs=(Need("is_hash", (False,), "experts by a table of token ids"),),
-)
-STEP = Family(
-    "step3p7",
-    "Step3p7SparseMoeBlock",
-    "sigmoid",
-    scale=("routed_scaling_factor",),
-    bias=_BIAS,
-    activation=_clamped("experts.limit", silu_glu_clamped_after),
-    shared="shared_experts",
-    shared_activation=_clamped("shared_experts.limit", silu_glu_clamped_after),
-)
-MINIMAX_M3 = replace(
-    STEP,
-    name="minimax_m3_vl",
-    block="MiniMaxM3VLSparseMoeBlock",
-    activation=_m3("experts"),
-    shared_activation=_m3("shared_experts"),
-)
-NEMOTRON = replace(
+from spmd_moe.hf.families_sigmoid import (
+    AFMOE,
+    AXK2,
+    BEAM,
     DEEPSEEK_V3,
-    name="nemotron_h",
-    block="NemotronHMoE",
-    layout=UNGATED,
-    needs=(Need("config.moe_latent_size", (None,), "experts narrower than the router's input"),),
+    DEEPSEEK_V4,
+    FLINT,
+    GLM5,
+    HY_V3,
+    HY_V4,
+    INKLING2,
+    KOLIBRI,
+    LAGUNA,
+    LFM2,
+    LLAMA4,
+    MINIMAX_M2,
+    MINIMAX_M3,
+    NEMOTRON,
+    STEP,
 )
+from spmd_moe.hf.families_softmax import (
+    ARIA,
+    COHERE,
+    DBRX,
+    DEEPSEEK_V2,
+    ERNIE,
+    GPT_OSS,
+    GRANITE,
+    HUNYUAN,
+    JAMBA,
+    LONGCAT,
+    MISTRAL4,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN35,
+)
+from spmd_moe.hf.family import EXPERTS, TRANSPOSED_BIASED, Family
+
+# --- experts behind a router of transformers ----------------------------------------------------
+
+GEMMA4 = Family(
+    "gemma4",
+    "Gemma4TextExperts",
+    "given",
+    weight="gate_up_proj",
+    layout=EXPERTS,
+    routed="router.config.top_k_experts",
+)
+PHIMOE = replace(GEMMA4, name="phimoe", block="PhimoeExperts", routed="top_k")
+ZAYA = replace(GEMMA4, name="zaya", block="ZayaExperts", routed="gate.top_k")
 
 
 def _like(family: Family, **blocks: str) -> list[Family]:
@@ -369,28 +143,28 @@ RECORDS = [
     STEP,
     MINIMAX_M3,
     NEMOTRON,
+    AXK2,
+    KOLIBRI,
+    LLAMA4,
+    INKLING2,
+    *_like(INKLING2, inkling2_loop="Inkling2LoopSparseMoeBlock"),
+    GEMMA4,
+    *_like(GEMMA4, diffusion_gemma="DiffusionGemmaTextExperts"),
+    PHIMOE,
+    ZAYA,
+    *_like(ZAYA, inkling="InklingExperts"),
 ]
 FAMILIES = {family.block: family for family in RECORDS}
 
 # --- blocks of which the layer lacks something -------------------------------------------------
 
 UNSUPPORTED = {
-    "AXK2MoE": "groups that are left out by a score of 0, which can be the best there is",
     "DogeCDMoE": "experts that are single vectors, chosen by products of keys",
     "Ernie4_5_VLMoeMoeBlock": "two MoEs, one for each kind of token",
-    "Inkling2LoopSparseMoeBlock": "a gated activation with soft caps",
-    "Inkling2SparseMoeBlock": "a gated activation with soft caps",
-    "InklingMoE": "shared experts weighted by the router of the routed ones",
     "JetMoeMoA": "experts of attention, in two separate halves",
     "JetMoeMoE": "a bias that is added to the output of all experts together",
-    "Kolibri1SparseMoeBlock": "choosing by logits plus bias and weighing by their sigmoid",
-    "Llama4TextMoe": "weights on the experts' input",
     "MuseSparkMoE": "experts narrower than the router's input",
     "NllbMoeSparseMLP": "a capacity for each expert, and a second expert by chance",
-    "PhimoeSparseMoeBlock": "the masked softmaxes of sparsemixer",
     "SwitchTransformersSparseMLP": "a capacity for each expert in the order of the tokens",
-    "Gemma4TextRouter": "a router with another input than the experts",
-    "DiffusionGemmaTextRouter": "a router with another input than the experts",
     "VitPoseNaiveMoe": "experts that are chosen by the data set",
-    "ZayaSparseMoeBlock": "a router with a state, and tokens that skip the experts",
 }

@@ -6,21 +6,22 @@ turned into, because the layer has no such setting, is told by name: nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias, cast, final
 
 import torch
-import torch.nn.functional as fn
-from torch import Tensor, nn
+from torch import nn
 
+from spmd_moe.hf.family_activations import function_of, of_function
 from spmd_moe.hf.file_tensors import WHICH
-from spmd_moe.layer.activations import SQUARED_RELU, SWIGLU, Activation
+from spmd_moe.layer.activations import Activation
+from spmd_moe.layer.experts import ScoreApplication
 from spmd_moe.layer.moe import SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
-from spmd_moe.layer.router_scores import ScoreName
+from spmd_moe.layer.router_scores import RankName, ScoreName
 
 Dims: TypeAlias = tuple[tuple[int, ...], ...]
 
@@ -68,6 +69,10 @@ STACKED_ROWS = (  # [E * F, D]
     Held("experts.mlp.v1", (W3,), ((0, 1), (2,))),
     Held("experts.mlp.w2", (W2,), ((0, 2), (1,))),
 )
+EXPERTS = (  # as FUSED, where the block is the experts alone
+    Held("gate_up_proj", (W1, W3), ((0,), (WHICH, 1), (2,))),
+    Held("down_proj", (W2,), PLAIN3),
+)
 TWO_LINEARS = (
     Held("input_linear.weight", (W1, W3), ((0,), (WHICH, 1), (2,))),
     Held("output_linear.weight", (W2,), PLAIN3),
@@ -113,6 +118,11 @@ class Family:
     block: str  # the class
     score: ScoreName | str  # a name, or the attribute of a function that scores
     norm: bool | str = True
+    norm_eps: float = 0.0  # where transformers has one that is not lost in rounding
+    softcap: str | None = None  # of the logits; 0 for none
+    choose_by: RankName | None = None
+    excluded_score: float = -math.inf
+    application: ScoreApplication = ScoreApplication.BEFORE_SECOND_MATMUL
     scale: tuple[str, ...] = ()  # their product
     groups: Groups | None = None
     top_k: str = "gate.top_k"
@@ -128,6 +138,7 @@ class Family:
     after: tuple[str, ...] = ()  # modules that the output passes
     returns: Literal["hidden", "pair"] = "hidden"
     needs: tuple[Need, ...] = ()
+    routed: str | None = None  # the block is the experts alone, of which this is the parent's top_k
 
     @property
     def modeling(self) -> str:
@@ -140,6 +151,8 @@ def attribute(block: object, path: str) -> Any:
 
 def held(family: Family, block: nn.Module) -> list[Held]:
     """Every tensor of the block that is a parameter or buffer of ours."""
+    if family.routed is not None:
+        return list(family.layout)
     tensors = [*family.layout, Held(family.weight, ("router.weight_ED",), PLAIN2)]
     if family.weight_bias is not None:
         tensors.append(Held(family.weight_bias, ("router.b_E",), ((0,),)))
@@ -178,9 +191,12 @@ class Settings:
     activation: Activation
     bias: bool
     shared: SharedConfig | None
+    application: ScoreApplication
 
 
-def read_block(family: Family, block: nn.Module, dtype: torch.dtype) -> Settings | str:
+def read_block(
+    family: Family, block: nn.Module, dtype: torch.dtype, parent: nn.Module
+) -> Settings | str:
     """The settings of a block, or what the layer lacks for it."""
     for need in family.needs:
         value = attribute(block, need.attribute)
@@ -194,7 +210,26 @@ def read_block(family: Family, block: nn.Module, dtype: torch.dtype) -> Settings
     tensors = held(family, block)
     if left := _left_over(family, block, tensors):
         return f"it has {left!r}, for which the layer has no place"
-    shapes = _our_shapes(block, tensors)
+    shapes = _our_shapes(block, tensors, attribute(block, family.weight).shape[0])
+    if family.routed is not None:
+        top_k = attribute(parent, family.routed)
+        router: RouterConfig | str = RouterConfig(shapes[W1][0], top_k, dtype=dtype, given=True)
+    else:
+        router = _router(family, block, dtype, shapes["router.weight_ED"][0])
+    if isinstance(router, str):
+        return router
+    shared = None
+    if "shared.w1_FD" in shapes:
+        other = None if of_shared is activation else of_shared
+        gated = "shared.gate_1D" in shapes
+        shared = SharedConfig(shapes["shared.w1_FD"][0], gated=gated, activation=other)
+    _, hidden_dim, dim = shapes[W1]
+    return Settings(dim, hidden_dim, router, activation, B2 in shapes, shared, family.application)
+
+
+def _router(
+    family: Family, block: nn.Module, dtype: torch.dtype, num_experts: int
+) -> RouterConfig | str:
     score = family.score if family.score in SCORES else _score(attribute(block, family.score))
     if score is None:
         return f"{family.score} is a function that the router does not have"
@@ -204,9 +239,9 @@ def read_block(family: Family, block: nn.Module, dtype: torch.dtype) -> Settings
     groups = family.groups
     count, kept = groups.read(block) if groups else (1, 1)
     norm = attribute(block, family.norm) if isinstance(family.norm, str) else family.norm
-    experts, dim = shapes["router.weight_ED"]
-    router = RouterConfig(
-        experts,
+    cap = attribute(block, family.softcap) if family.softcap is not None else None
+    return RouterConfig(
+        num_experts,
         attribute(block, family.top_k),
         score_func=cast(ScoreName, score),
         route_norm=bool(norm),
@@ -216,13 +251,11 @@ def read_block(family: Family, block: nn.Module, dtype: torch.dtype) -> Settings
         group_score_top_k=groups.best if groups else 2,
         dtype=dtype,
         bias=family.weight_bias is not None,
+        logit_softcap=cap or None,
+        norm_eps=family.norm_eps if norm else 0.0,
+        choose_by=family.choose_by,
+        excluded_score=family.excluded_score,
     )
-    shared = None
-    if "shared.w1_FD" in shapes:
-        other = None if of_shared is activation else of_shared
-        gated = "shared.gate_1D" in shapes
-        shared = SharedConfig(shapes["shared.w1_FD"][0], gated=gated, activation=other)
-    return Settings(dim, shapes[W1][1], router, activation, B2 in shapes, shared)
 
 
 def _left_over(family: Family, block: nn.Module, tensors: Sequence[Held]) -> str | None:
@@ -232,8 +265,9 @@ def _left_over(family: Family, block: nn.Module, tensors: Sequence[Held]) -> str
     return next((name for name in names if name not in known), None)
 
 
-def _our_shapes(block: nn.Module, tensors: Sequence[Held]) -> dict[str, tuple[int, ...]]:
-    experts = attribute(block, _weight_of(tensors)).shape[0]
+def _our_shapes(
+    block: nn.Module, tensors: Sequence[Held], experts: int
+) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for tensor in tensors:
         theirs = attribute(block, tensor.theirs).shape
@@ -248,10 +282,6 @@ def _our_shapes(block: nn.Module, tensors: Sequence[Held]) -> dict[str, tuple[in
         for name in tensor.ours:
             found[name] = tuple(sizes[dim] for dim in sorted(sizes))
     return found
-
-
-def _weight_of(tensors: Sequence[Held]) -> str:
-    return next(tensor.theirs for tensor in tensors if tensor.ours == ("router.weight_ED",))
 
 
 # --- scores and activations -------------------------------------------------------------------
@@ -270,52 +300,11 @@ def _score(value: object) -> str | None:
     return _SCORE_OF_CLASS.get(type(value).__name__)
 
 
-def _gelu_glu(approximate: str, gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
-    assert up_RF is not None
-    return fn.gelu(gate_RF, approximate=approximate) * up_RF
-
-
-@cache  # functions compare by identity
-def clamped_silu_glu(limit: float) -> Activation:
-    """DeepSeek-V4, GLM-5: gate clamped from above and up from both sides, before silu."""
-
-    def forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
-        assert up_RF is not None
-        return fn.silu(gate_RF.clamp(max=limit)) * up_RF.clamp(-limit, limit)
-
-    return Activation(f"clamped_silu_glu(limit={limit})", True, forward)
-
-
-@cache
-def silu_glu_clamped_after(limit: float) -> Activation:
-    """Step-3.7: clamped after silu."""
-
-    def forward(gate_RF: Tensor, up_RF: Tensor | None) -> Tensor:
-        assert up_RF is not None
-        return fn.silu(gate_RF).clamp(max=limit) * up_RF.clamp(-limit, limit)
-
-    return Activation(f"silu_glu_clamped_after(limit={limit})", True, forward)
-
-
-@cache
-def _gelu(name: str, approximate: str) -> Activation:
-    return Activation(name, True, lambda gate, up: _gelu_glu(approximate, gate, up))
-
-
-_GATED: Mapping[str, Callable[[], Activation]] = {
-    "SiLUActivation": lambda: SWIGLU,
-    "SiLU": lambda: SWIGLU,
-    "silu": lambda: SWIGLU,
-    "GELUActivation": lambda: _gelu("gelu_glu", "none"),
-    "GELUTanh": lambda: _gelu("gelu_tanh_glu", "tanh"),
-}
-
-
 def _activation(family: Family, block: nn.Module) -> Activation | str:
     if family.activation is not None:
         return family.activation(block)
     experts = getattr(block, "experts", block)
-    return _of_function(_function_of(experts), gated=family.layout is not UNGATED)
+    return of_function(function_of(experts), gated=family.layout is not UNGATED)
 
 
 def _shared_activation(family: Family, block: nn.Module) -> Activation | str | None:
@@ -324,21 +313,4 @@ def _shared_activation(family: Family, block: nn.Module) -> Activation | str | N
         return None
     if family.shared_activation is not None:
         return family.shared_activation(block)
-    return _of_function(_function_of(shared), gated=family.layout is not UNGATED)
-
-
-def _of_function(function: object, *, gated: bool) -> Activation | str:
-    """Our activation, for a function of transformers."""
-    name = getattr(function, "__name__", type(function).__name__)
-    if not gated:
-        return SQUARED_RELU if name == "ReLUSquaredActivation" else f"activation {name}, not gated"
-    return _GATED[name]() if name in _GATED else f"activation {name}"
-
-
-def _function_of(owner: nn.Module) -> object:
-    for path in ("act_fn", "mlp.activation_fn", "activation"):
-        try:
-            return attribute(owner, path)
-        except AttributeError:
-            continue
-    return None
+    return of_function(function_of(shared), gated=family.layout is not UNGATED)

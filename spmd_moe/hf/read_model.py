@@ -54,7 +54,8 @@ def find_blocks(model: nn.Module) -> list[FoundBlock] | Refusal:
         family = FAMILIES[kind]
         weight = attribute(module, family.weight)
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-        settings = read_block(family, module, dtype)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        settings = read_block(family, module, dtype, parent)
         if isinstance(settings, str):
             return _lacking(name, kind, settings)
         found.append(FoundBlock(name, module, family, settings))

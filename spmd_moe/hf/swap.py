@@ -18,9 +18,8 @@ from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import CP, DP, TP, I, Kind, Placed, R, S
 from spmd_moe.core.validate import check_instance, check_one_of
-from spmd_moe.hf.block import Block
+from spmd_moe.hf.block import block_of
 from spmd_moe.hf.conversions import NoConversionError, disk_tensors
-from spmd_moe.hf.family import attribute
 from spmd_moe.hf.file_tensors import FileTensor
 from spmd_moe.hf.layout import Layout, rows_and_parts, set_layout, zero_buffers
 from spmd_moe.hf.read_model import (
@@ -89,10 +88,8 @@ def swap(
         for each in found
     ]
     for each, layer in zip(found, layers, strict=True):
-        after = {name: each.module.get_submodule(name) for name in each.family.after}
-        gate = type(attribute(each.module, each.family.gate))
         parent, _, name = each.name.rpartition(".")
-        block = Block(layer, each.family, after, gate).train(each.module.training)
+        block = block_of(layer, each.family, each.module).train(each.module.training)
         model.get_submodule(parent).add_module(name, block)
     tp = TP[R] if tokens == S(0) else TP[I]
     rest = [name for name, placement in declarations(model).items() if placement is None]
@@ -130,6 +127,7 @@ def _config(
         settings.router,
         activation=settings.activation,
         bias=settings.bias,
+        score_application=settings.application,
         recompute=recompute,
         shared=settings.shared,
         src=tokens,

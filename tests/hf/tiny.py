@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spmd_moe.hf.family import Family
@@ -34,6 +34,7 @@ _SIZES = {
     "n_routed_experts": EXPERTS,
     "moe_num_experts": EXPERTS,
     "num_experts_per_tok": TOP_K,
+    "top_k_experts": TOP_K,
     "moe_topk": TOP_K,
     "moe_top_k": TOP_K,
     "n_shared_experts": 1,
@@ -43,7 +44,8 @@ _SIZES = {
     "topk_group": 2,
     "norm_topk_prob": True,
     "zero_expert_num": 0,
-    "moe_router_logit_softcapping": 0.0,
+    "moe_router_logit_softcapping": 1.5,
+    "router_hidden_size": 12,
     "swiglu_limit": 0.7,
     "moe_latent_size": None,
     "num_hidden_layers": 2,
@@ -51,7 +53,8 @@ _SIZES = {
     "router_jitter_noise": 0.0,
 }
 _OF_FAMILY: dict[str, dict[str, Any]] = {
-    "Lfm2MoeSparseMoeBlock": {"norm_topk_prob": False, "use_expert_bias": True},
+    "Lfm2MoeSparseMoeBlock": {"use_expert_bias": True},
+    "PhimoeExperts": {"num_experts_per_tok": 2},
     "DeepseekV2Moe": {"topk_method": "group_limited_greedy"},
     "Step3p7SparseMoeBlock": {"swiglu_limits": [0.7, 0.0], "swiglu_limits_shared": [0.4, 0.0]},
     "DeepseekV4SparseMoeBlock": {"mlp_layer_types": ["moe", "moe"]},
@@ -70,9 +73,39 @@ _OWN_CONFIGS = {
 }
 
 
+# The blocks around experts that stand alone.
+_AROUND = {
+    "PhimoeExperts": "PhimoeSparseMoeBlock",
+    "ZayaExperts": "ZayaSparseMoeBlock",
+    "InklingExperts": "InklingMoE",
+}
+
+
+class GemmaRouted(nn.Module):
+    """Router and experts, called as the decoder layers of Gemma 4 do: with different inputs."""
+
+    def __init__(self, router: nn.Module, experts: nn.Module) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, DIM)
+        _, weights, ids = self.router(flat)
+        out: Tensor = self.experts(self.norm(flat), ids, weights)
+        return out.view_as(x)
+
+
 def tiny_block(family: Family) -> nn.Module:
     """A block of the family, made by transformers from a tiny config, with random weights."""
-    kind = getattr(import_module(family.modeling), family.block)
+    modeling = import_module(family.modeling)
+    kind = getattr(modeling, _AROUND.get(family.block, family.block))
+    if family.routed is not None and family.block not in _AROUND:
+        stem = family.block.removesuffix("Experts")
+        config = next(_configs(family))
+        block = GemmaRouted(getattr(modeling, f"{stem}Router")(config), kind(config))
+        randomize(block)
+        return block
     errors = []
     own = _OWN_CONFIGS.get(family.block)
     for config in _configs(family) if own is None else [own]:
@@ -93,6 +126,7 @@ def _configs(family: Family) -> Iterator[Any]:
     found = vars(import_module(f"{folder}.configuration_{family.name}"))
     names = [n for n, c in found.items() if inspect.isclass(c) and c.__module__.startswith(folder)]
     stem = family.block.partition("Sparse")[0].removesuffix("MoE").removesuffix("Moe")
+    stem = stem.removesuffix("Experts")
     for name in sorted(names, key=lambda n: (not n.startswith(stem), "Text" not in n, len(n))):
         config = found[name]()
         for key, value in {**_SIZES, **_OF_FAMILY.get(family.block, {})}.items():
