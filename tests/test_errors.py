@@ -89,6 +89,9 @@ def bound(**asked: object) -> Callable[[], object]:
     return act
 
 
+_GIVEN, _IDS = RouterConfig(8, 2, given=True), torch.zeros(3, 2, dtype=torch.int64)
+
+
 def routed(**settings: object) -> Callable[[], object]:
     return lambda: RouterConfig(**({"num_experts": 8, "top_k": 2} | settings))  # type: ignore[arg-type]  # wrong on purpose
 
@@ -120,6 +123,20 @@ def called(*args: Any) -> Callable[[], Any]:
         layer = MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
         init_weights(layer, layer.mesh, seed=0)
         return layer(*args)
+
+    return act
+
+
+def given(
+    router: RouterConfig = _GIVEN, ids: Any = _IDS, unasked: bool = False, **more: Any
+) -> Callable[[], Any]:
+    """A call of a layer with ids and weights, of which some are wrong."""
+
+    def act() -> object:
+        layer = MoE(MoEConfig(4, 8, router), MoEMesh.single())
+        init_weights(layer, layer.mesh, seed=0)
+        weights = {} if unasked else {"expert_weights": torch.ones(3, 2)}
+        return layer(torch.ones(3, 4), None, ids, **(weights | more))
 
     return act
 
@@ -211,9 +228,19 @@ CASES: dict[str, Callable[[], object]] = {
     "router_dtype": routed(dtype=torch.bfloat16),
     "router_scale": routed(route_scale=float("nan")),
     "router_jitter": routed(jitter=1.5),
+    "router_zero_experts_in_groups": routed(num_expert_groups=2, num_zero_experts=2),
+    "router_softcap": routed(logit_softcap=0.0),
+    "router_choose_by": routed(choose_by="softmax_chosen"),
+    "router_norm_eps": routed(norm_eps=-1.0),
+    "router_norm_eps_of_no_norm": routed(norm_eps=1e-6),
+    "router_excluded_score": routed(excluded_score=float("nan")),
+    "router_given": routed(given=True, score_func="sigmoid"),
     "whole_number": routed(top_k=2.0),
     "config_width": lambda: MoEConfig(0, 8, RouterConfig(8, 2)),
     "config_balance": lambda: MoEConfig(4, 8, RouterConfig(8, 2), balance="all"),  # type: ignore[arg-type]  # wrong on purpose
+    "config_balance_of_given": lambda: MoEConfig(
+        4, 8, RouterConfig(8, 2, given=True), balance="batch"
+    ),
     "config_activation": built(activation="swiglu"),
     "moe_without_mesh": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), None),  # type: ignore[arg-type]  # wrong on purpose
     "dispatcher_without_mesh": lambda: AllToAll(None, 8),  # type: ignore[arg-type]  # wrong on purpose
@@ -248,6 +275,13 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_dtype_of_no_weight": called(torch.ones(3, 4, dtype=torch.int64)),
     "moe_mask_dtype": called(torch.ones(3, 4), torch.ones(3)),
     "moe_ids_shape": called(torch.ones(3, 4), None, ids[:2]),
+    "moe_ids_not_given": given(ids=None),
+    "moe_weights_not_given": given(expert_weights=None),
+    "moe_weights_shape": given(expert_weights=torch.ones(3, 1)),
+    "moe_weights_dtype": given(expert_weights=torch.ones(3, 2, dtype=torch.int64)),
+    "moe_weights_unasked": given(router=RouterConfig(8, 2)),
+    "moe_router_input_not_given": given(router=RouterConfig(8, 2, input_dim=5), unasked=True),
+    "moe_router_input_unasked": given(router_input=torch.ones(3, 5)),
     "moe_device": called(torch.ones(3, 4, device="meta")),
     "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),

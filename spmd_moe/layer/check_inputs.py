@@ -86,8 +86,9 @@ def _check_all_beside(beside: Beside, x: Tensor, router: Router) -> None:
                 f"layer(x, {name}={name})",
             )
     for name in ("expert_weights", "router_input"):
-        if getattr(beside, name) is not None and not asked[name]:
-            setting = "given=True" if name == "expert_weights" else f"input_dim={x.shape[-1]}"
+        given = getattr(beside, name)
+        if given is not None and not asked[name]:
+            setting = "given=True" if name == "expert_weights" else f"input_dim={given.shape[-1]}"
             _refuse(
                 f"{name} is given, but the layer's router does not read it",
                 "whether a router has parameters, and of which width, is a setting of the layer",

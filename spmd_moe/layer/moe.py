@@ -150,8 +150,8 @@ class MoEConfig:
                 explain(
                     where,
                     f"balance is {self.balance!r}, with a router of {router}",
-                    why="the loss is of logits of all experts, and of choices of experts alone",
-                    fixes=["balance=None   # update_selection_bias balances without a loss"],
+                    why="the loss is computed from the layer's own logits, one of each expert",
+                    fixes=["balance=None"],
                 )
             )
         check_boundary_kinds(where, src=self.src, dst=self.dst)

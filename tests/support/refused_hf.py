@@ -77,7 +77,7 @@ def save_without_room() -> None:
 
 BAD_HF: dict[str, Callable[[], object]] = {
     "hf_no_block": lambda: hf.swap(nn.Linear(2, 2), MESH),
-    "hf_unsupported_block": lambda: hf.swap(block("Llama4TextMoe"), MESH),
+    "hf_unsupported_block": lambda: hf.swap(block("DogeCDMoE"), MESH),
     "hf_unknown_experts": lambda: hf.swap(block("TinyExperts"), MESH),
     "hf_not_swapped": lambda: hf.load(nn.Linear(2, 2), "a", MESH),
     "hf_load_cut": loading(cut),
