@@ -95,10 +95,11 @@ def _check_all_beside(beside: Beside, x: Tensor, router: Router) -> None:
                 f"RouterConfig({setting}, ...)",
             )
     if beside.expert_weights is not None:
-        given, why = beside.expert_weights, f"each token has {config.top_k} weights"
-        dtype = given.dtype if isinstance(given, Tensor) else x.dtype
-        dtype = dtype if dtype.is_floating_point else x.dtype
-        _check_beside("expert_weights", given, x, (*lead, config.top_k), dtype, why)
+        weights, why = beside.expert_weights, f"each token has {config.top_k} weights"
+        fix = "torch.as_tensor(expert_weights)"
+        check_instance("MoE.forward", "expert_weights", weights, Tensor, fix)
+        dtype = weights.dtype if weights.is_floating_point() else x.dtype
+        _check_beside("expert_weights", weights, x, (*lead, config.top_k), dtype, why)
     if beside.router_input is not None and config.input_dim is not None:
         why, shape = "the router reads it in the place of x", (*lead, config.input_dim)
         _check_beside("router_input", beside.router_input, x, shape, x.dtype, why)

@@ -170,7 +170,7 @@ def _weighed(
     padded: bool,
 ) -> GatheredRows:
     """The rows that experts read, each times its weight."""
-    x_RD = gather_rows(x, gather)
+    x_RD: GatheredRows = gather_rows(x, gather)
     if padded:  # there, scores may be NaN
         row_R = torch.arange(scores_R.shape[0], device=counts_e.device)
         scores_R = torch.where(row_R < counts_e.sum(), scores_R, 0.0)

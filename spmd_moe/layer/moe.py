@@ -296,20 +296,20 @@ class MoE(nn.Module):
         y_TD = combine(rows_ND, slots, late_TK, arrived.sums)
         if beside_TD is not None:  # masked again: an activation of 0 need not be 0
             y_TD = mask_rows(y_TD + beside_TD, mask_T)
-        counts_E = routing.counts_E
+        chosen_E = routing.counts_E
         if routing.identity is not None:
-            counts_E, weights_T = routing.identity.counts_E, routing.identity.weights_T
+            chosen_E, weights_T = routing.identity.counts_E, routing.identity.weights_T
             own_TD = mask_rows(x_TD, mask_T) * weights_T.unsqueeze(1)
             y_TD = y_TD + as_dtype(own_TD, y_TD.dtype)
 
         if self.training:
-            y_TD = count_in_backward(y_TD, counts_E, self.router.seen_E)
+            y_TD = count_in_backward(y_TD, chosen_E, self.router.seen_E)
         losses = self._loss_terms(x, frame, routing, mask_T)
         lost = routing.dropped
         if arrived.dropped is not None:
             lost = lost + arrived.dropped
         # spmd: allow unknown - which axes is data
-        counts_E, dropped = (declare_sums(n, self.data_axes) for n in (counts_E, lost))
+        counts_E, dropped = (declare_sums(n, self.data_axes) for n in (chosen_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
     def _route(self, x_TD: Tokens, mask_T: Tokens | None, beside: Beside, frame: Frame) -> Routing:

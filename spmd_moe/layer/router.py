@@ -114,8 +114,10 @@ class Router(nn.Module):
         first, choices = first_in_turn(place, places, config.num_experts), config.num_choices
         self.choose: Choose = _InTurn(first) if config.force_balance else _best
         self.jitter = _Jitter(config.jitter, place)
-        own = None if config.given else nan_parameter(choices, config.input_dim or dim)
-        self.register_parameter("weight_ED", own)
+        if config.given:
+            self.register_parameter("weight_ED", None)
+        else:
+            self.weight_ED = nan_parameter(choices, config.input_dim or dim)
         self.b_E = nan_parameter(choices) if config.bias else None
         self.scale_E = nan_parameter(choices) if config.expert_scale else None
         self.register_buffer("bias_E", torch.zeros(choices, dtype=torch.float32))

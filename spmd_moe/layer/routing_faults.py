@@ -38,10 +38,10 @@ def nan_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, torch.nan))
 
 
-def mark_faults(scores_T: Tokens, expert_ids_TK: Tokens | None, num_experts: int) -> Tokens:
-    """0 where all is well; it stays on the device. Scores: logits, or weights that are given."""
+def mark_faults(logits_TE: Tokens, expert_ids_TK: Tokens | None, num_experts: int) -> Tokens:
+    """0 where all is well; it stays on the device. In the place of logits, weights are checked."""
     # Only NaN and infinity less themselves are not 0; times 0, a compiler takes them for 0 too.
-    found = (scores_T - scores_T).count_nonzero()
+    found = (logits_TE - logits_TE).count_nonzero()
     if expert_ids_TK is None:
         return found
     wrong_TK = (expert_ids_TK < -1) | (expert_ids_TK >= num_experts)

@@ -12,6 +12,7 @@ import torch
 
 from spmd_moe.hf.families import FAMILIES, UNSUPPORTED
 from spmd_moe.hf.family import Family
+from spmd_moe.layer.experts import ScoreApplication
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hf_families.md"
 HEAD = """# Families of Hugging Face transformers
@@ -36,6 +37,8 @@ These blocks are refused, with what the layer lacks:
 
 def recipe(family: Family) -> str:
     """How tokens choose, in a few words."""
+    if family.routed is not None:
+        return "router of transformers, ids and weights given"
     score = family.score if "." not in family.score else f"{family.score} of the config"
     parts = [score.replace("_", " ")]
     if family.bias is not None:
@@ -44,8 +47,18 @@ def recipe(family: Family) -> str:
         parts.append(f"groups by best {family.groups.best}")
     if family.norm is not False:
         parts.append("normalized" if family.norm is True else "normalized if the config says so")
+    if family.norm_eps:
+        parts.append(f"epsilon {family.norm_eps}")
     if family.scale:
         parts.append("scaled")
+    if family.softcap is not None:
+        parts.append("logits capped if the config says so")
+    if family.choose_by is not None:
+        parts.append(f"chosen by {family.choose_by}")
+    if family.excluded_score == 0.0:
+        parts.append("experts of other groups score 0")
+    if family.application is ScoreApplication.ON_INPUT:
+        parts.append("weights on the experts' input")
     if family.shared_gate is not None:
         parts.append("gated shared expert")
     elif family.shared is not None:

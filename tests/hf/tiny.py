@@ -103,9 +103,9 @@ def tiny_block(family: Family) -> nn.Module:
     if family.routed is not None and family.block not in _AROUND:
         stem = family.block.removesuffix("Experts")
         config = next(_configs(family))
-        block = GemmaRouted(getattr(modeling, f"{stem}Router")(config), kind(config))
-        randomize(block)
-        return block
+        routed = GemmaRouted(getattr(modeling, f"{stem}Router")(config), kind(config))
+        randomize(routed)
+        return routed
     errors = []
     own = _OWN_CONFIGS.get(family.block)
     for config in _configs(family) if own is None else [own]:

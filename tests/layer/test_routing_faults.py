@@ -216,7 +216,7 @@ def test_compiled_scores_are_marked_as_well() -> None:
     for value, want in ((1.0, False), (math.nan, True), (math.inf, True), (-math.inf, True)):
         scores = torch.ones(3, 4)
         scores[1, 2] = value
-        assert bool(mark_faults(scores, None)) is bool(compiled(scores, None)) is want
+        assert bool(mark_faults(scores, None, 4)) is bool(compiled(scores, None, 4)) is want
 
 
 def test_what_a_mask_hides_is_no_fault() -> None:

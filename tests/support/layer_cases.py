@@ -81,6 +81,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                 route_norm=True,
                 norm_eps=0.5,
                 expert_scale=True,
+                input_dim=5,
             ),
             "score_application": ScoreApplication.ON_INPUT,
         },
@@ -104,18 +105,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"router": replace(PLAIN, num_zero_experts=12, top_k=3), "shared": SharedConfig(4)},
         {"masked": True},
     ),
-    "router input": ({"router": replace(PLAIN, input_dim=5)}, {"masked": True}),
-    "given": (
-        {"router": RouterConfig(EXPERTS, 2, dtype=torch.float64, given=True)},
-        {"steer": "some none"},
-    ),
-    "given, masked, late": (
-        {
-            "router": RouterConfig(EXPERTS, 2, dtype=torch.float64, given=True),
-            "score_application": ScoreApplication.IN_COMBINE,
-        },
-        {"steer": "next rank", "masked": True},
-    ),
+    "given": ({"router": replace(PLAIN, given=True)}, {"steer": "next rank", "masked": True}),
     "one expert": ({"recompute": ExpertRecompute.FIRST_MATMULS}, {"steer": "one expert"}),
     "next rank": ({"shared": SharedConfig(4)}, {"steer": "next rank", "masked": True}),
 }

@@ -54,7 +54,7 @@ class Local:
     def dispatch(
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, None]:
-        num_experts = routing.counts_E.shape[0]  # spmd: allow unknown - only its shape is read
+        num_experts = routing.counts_E.shape[0]
         routing_faults.check_alone(routing.fault, routing.logits_TE, num_experts)
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
         # Nothing is sent, so rows need not be made before the experts read them.
