@@ -50,6 +50,7 @@ from tests.support.messages import PACKAGE, Site, normal, sites_passed
 from tests.support.refused_checkpoints import BAD_CHECKPOINTS
 from tests.support.refused_jobs import ON_RANKS, sanitized
 from tests.support.refused_models import BAD_MODELS
+from tests.support.refused_routers import BAD_ROUTERS, routed
 from tests.support.refused_uses import BAD_USES
 from tests.support.simulated_ranks import fake_world
 
@@ -89,13 +90,6 @@ def bound(**asked: object) -> Callable[[], object]:
     return act
 
 
-_GIVEN, _IDS = RouterConfig(8, 2, given=True), torch.zeros(3, 2, dtype=torch.int64)
-
-
-def routed(**settings: object) -> Callable[[], object]:
-    return lambda: RouterConfig(**({"num_experts": 8, "top_k": 2} | settings))  # type: ignore[arg-type]  # wrong on purpose
-
-
 def built(
     world: int = 4, x: torch.Tensor | None = None, **settings: object
 ) -> Callable[[], object]:
@@ -123,20 +117,6 @@ def called(*args: Any) -> Callable[[], Any]:
         layer = MoE(MoEConfig(4, 8, RouterConfig(8, 2)), MoEMesh.single())
         init_weights(layer, layer.mesh, seed=0)
         return layer(*args)
-
-    return act
-
-
-def given(
-    router: RouterConfig = _GIVEN, ids: Any = _IDS, unasked: bool = False, **more: Any
-) -> Callable[[], Any]:
-    """A call of a layer with ids and weights, of which some are wrong."""
-
-    def act() -> object:
-        layer = MoE(MoEConfig(4, 8, router), MoEMesh.single())
-        init_weights(layer, layer.mesh, seed=0)
-        weights = {} if unasked else {"expert_weights": torch.ones(3, 2)}
-        return layer(torch.ones(3, 4), None, ids, **(weights | more))
 
     return act
 
@@ -218,29 +198,9 @@ CASES: dict[str, Callable[[], object]] = {
     ),
     "exchange_of_a_whole": exchanged(S(0), local=False),
     "exchange_of_a_sum": exchanged(P, local=True),
-    "router_no_experts": routed(num_experts=0),
-    "router_top_k": routed(top_k=9),
-    "router_score": routed(score_func="hard"),
-    "router_dead_gradient": routed(top_k=1, route_norm=True),
-    "router_groups": routed(num_expert_groups=3),
-    "router_groups_kept": routed(num_expert_groups=2, num_limited_groups=3),
-    "router_groups_too_small": routed(num_expert_groups=4, num_limited_groups=1, top_k=3),
-    "router_dtype": routed(dtype=torch.bfloat16),
-    "router_scale": routed(route_scale=float("nan")),
-    "router_jitter": routed(jitter=1.5),
-    "router_zero_experts_in_groups": routed(num_expert_groups=2, num_zero_experts=2),
-    "router_softcap": routed(logit_softcap=0.0),
-    "router_choose_by": routed(choose_by="softmax_chosen"),
-    "router_norm_eps": routed(norm_eps=-1.0),
-    "router_norm_eps_of_no_norm": routed(norm_eps=1e-6),
-    "router_excluded_score": routed(excluded_score=float("nan")),
-    "router_given": routed(given=True, score_func="sigmoid"),
     "whole_number": routed(top_k=2.0),
     "config_width": lambda: MoEConfig(0, 8, RouterConfig(8, 2)),
     "config_balance": lambda: MoEConfig(4, 8, RouterConfig(8, 2), balance="all"),  # type: ignore[arg-type]  # wrong on purpose
-    "config_balance_of_given": lambda: MoEConfig(
-        4, 8, RouterConfig(8, 2, given=True), balance="batch"
-    ),
     "config_activation": built(activation="swiglu"),
     "moe_without_mesh": lambda: MoE(MoEConfig(4, 8, RouterConfig(8, 2)), None),  # type: ignore[arg-type]  # wrong on purpose
     "dispatcher_without_mesh": lambda: AllToAll(None, 8),  # type: ignore[arg-type]  # wrong on purpose
@@ -275,13 +235,6 @@ CASES: dict[str, Callable[[], object]] = {
     "moe_dtype_of_no_weight": called(torch.ones(3, 4, dtype=torch.int64)),
     "moe_mask_dtype": called(torch.ones(3, 4), torch.ones(3)),
     "moe_ids_shape": called(torch.ones(3, 4), None, ids[:2]),
-    "moe_ids_not_given": given(ids=None),
-    "moe_weights_not_given": given(expert_weights=None),
-    "moe_weights_shape": given(expert_weights=torch.ones(3, 1)),
-    "moe_weights_dtype": given(expert_weights=torch.ones(3, 2, dtype=torch.int64)),
-    "moe_weights_unasked": given(router=RouterConfig(8, 2)),
-    "moe_router_input_not_given": given(router=RouterConfig(8, 2, input_dim=5), unasked=True),
-    "moe_router_input_unasked": given(router_input=torch.ones(3, 5)),
     "moe_device": called(torch.ones(3, 4, device="meta")),
     "moe_mask": called(torch.ones(3, 4), torch.ones(2, dtype=torch.bool)),
     "moe_expert_ids": called(torch.ones(3, 4), None, ids.to(torch.int32)),
@@ -293,11 +246,11 @@ CASES: dict[str, Callable[[], object]] = {
     ),
     "moe_ids_out_of_range": called(torch.ones(3, 4), None, ids + 8),
     "totals_of_sequences": lambda: _of_sequences() + _of_sequences(),
-    "router_group_best": routed(num_expert_groups=2, group_score_top_k=3),
     "sanitize_rate": lambda: sanitized(rate=10.0),
     "sanitize_twice": lambda: sanitized(twice=True),
     "moe_mask_device": called(torch.ones(3, 4), torch.ones(3, dtype=torch.bool, device="meta")),
     **BAD_MODELS,
+    **BAD_ROUTERS,
     **BAD_USES,
     **BAD_CHECKPOINTS,
 }
