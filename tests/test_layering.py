@@ -37,7 +37,7 @@ FOLDERS = {
     "checkpoint.convert checkpoint",
     "hf": "safetensors_files file_tensors family_activations family families_softmax "
     "families_sigmoid families conversions block read_model layout read_checkpoint "
-    "write_checkpoint save_pretrained swap",
+    "write_checkpoint pooled_loss model_methods swap",
     "signatures": "allow_comments tensor_walk annotated_functions interception",
     "sanitize": "tensor_digest boundaries compare_ranks gradient_sums watch_job",
     "check": "rules mirror_world cut_dims target load_target signatures findings declarations "

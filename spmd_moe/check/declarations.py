@@ -36,7 +36,7 @@ def misdeclared(module: nn.Module, mesh: MoEMesh) -> Iterator[Finding]:
     """Declarations without a tensor, tensors without a declaration, and incomplete declarations."""
     for prefix, part in module.named_modules():
         yield from _named_nothing(prefix, part)
-    for name, placement in declarations(module).items():
+    for name, placement in declarations(module, persistent=False).items():
         tensor = _at(module, name)
         if placement is None and not isinstance(tensor, DTensor):
             yield _undeclared(module, name, tensor)

@@ -21,12 +21,16 @@ _OF_INSTANCE = "_declared_placements"  # in the instance's own dict, so that cop
 _of_class: Callable[[type], dict[str, Placement]] = cache(placements_of)
 
 
-def declare_placements(model: nn.Module, placements: Mapping[str, object]) -> None:
+def declare_placements(
+    model: nn.Module, placements: Mapping[str, object] | None = None, *, rest: object = None
+) -> None:
     """Declare the placements of parameters and buffers by name, for modules that you do not own.
 
     Args:
         model: The module.
         placements: From a name, or a pattern with `*`, to a `Placed[...]` or a `Placement`.
+        rest: The placement of every parameter and buffer that still has none, such as all of a
+            model around layers that declare their own.
 
     Raises:
         PlacementError: A key matches nothing, a tensor is declared twice, or a value is not a
@@ -36,13 +40,15 @@ def declare_placements(model: nn.Module, placements: Mapping[str, object]) -> No
         >>> from torch import Tensor, nn
         >>> from spmd_moe import CP, DP, TP, I, Placed, R, declare_placements
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-        >>> declare_placements(model, {"*": Placed[Tensor, DP[R], CP[R], TP[I]]})
+        >>> declare_placements(model, {"*.bias": Placed[Tensor, DP[R], CP[R], TP[I]]})
+        >>> declare_placements(model, rest=Placed[Tensor, DP[R], CP[R], TP[I]])
     """
-    chosen: dict[str, str] = {}
-    all_names = declarations(model)
+    chosen: dict[str, Placement] = {}
+    all_names = declarations(model, persistent=False)
     known = {name for name, placement in all_names.items() if placement is not None}
-    for key, annotation in placements.items():
-        _placement(key, annotation)
+    first: dict[str, str] = {}
+    for key, annotation in (placements or {}).items():
+        placement = _placement(repr(key), annotation)
         names = [name for name in all_names if fnmatchcase(name, key)]
         if not names:
             raise PlacementError(
@@ -54,21 +60,24 @@ def declare_placements(model: nn.Module, placements: Mapping[str, object]) -> No
                 )
             )
         for name in names:
-            if name in chosen or name in known:
-                first = f"{chosen[name]!r}" if name in chosen else "its class or an earlier call"
+            if name in first or name in known:
+                by = f"{first[name]!r}" if name in first else "its class or an earlier call"
                 raise PlacementError(
                     explain(
                         "declare",
-                        f"{key!r} names {name!r}, which is declared by {first}",
+                        f"{key!r} names {name!r}, which is declared by {by}",
                         why="a tensor has one placement",
                         fixes=[f"a pattern in place of {key!r} that does not match {name!r}"],
                     )
                 )
-            chosen[name] = key
-    for name, key in chosen.items():
+            first[name], chosen[name] = key, placement
+    if rest is not None:
+        of_rest = _placement("rest", rest)
+        chosen |= {name: of_rest for name in all_names if name not in first and name not in known}
+    for name, placement in chosen.items():
         prefix, _, own = name.rpartition(".")
         module = model.get_submodule(prefix)
-        vars(module).setdefault(_OF_INSTANCE, {})[own] = _placement(key, placements[key])
+        vars(module).setdefault(_OF_INSTANCE, {})[own] = placement
 
 
 def declared(module: nn.Module) -> dict[str, Placement]:
@@ -77,26 +86,31 @@ def declared(module: nn.Module) -> dict[str, Placement]:
     return {**_of_class(type(module)), **own}
 
 
-def declarations(model: nn.Module) -> dict[str, Placement | None]:
-    """Each parameter and persistent buffer of a model, under every name; None: not declared."""
+def declarations(model: nn.Module, *, persistent: bool = True) -> dict[str, Placement | None]:
+    """Each parameter and buffer of a model, under every name; None: not declared.
+
+    Args:
+        model: The model.
+        persistent: Whether buffers that are in no state dict, such as tables, are left out.
+    """
     found: dict[str, Placement | None] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         own = declared(module)
         names = [name for name, p in module._parameters.items() if p is not None]
-        kept = module._non_persistent_buffers_set
-        names += [n for n, b in module._buffers.items() if b is not None and n not in kept]
+        skipped = module._non_persistent_buffers_set if persistent else ()
+        names += [n for n, b in module._buffers.items() if b is not None and n not in skipped]
         for name in names:
             found[f"{prefix}.{name}" if prefix else name] = own.get(name)
     return found
 
 
-def _placement(key: str, annotation: object) -> Placement:
+def _placement(of: str, annotation: object) -> Placement:
     placement = annotation if isinstance(annotation, Placement) else placement_of(annotation)
     if placement is None:
         raise PlacementError(
             explain(
                 "declare",
-                f"{annotation!r} for {key!r} is not a placement",
+                f"{annotation!r} for {of} is not a placement",
                 why="it must say what every rank holds",
                 fixes=["Placed[Tensor, DP[R], CP[R], TP[I]]   # the whole, used alike on tp"],
             )

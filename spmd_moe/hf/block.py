@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
 
+from spmd_moe.core.placement import TP, S
+from spmd_moe.core.redistribute import redistribute
+from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.hf.family import Family, attribute
 from spmd_moe.layer.moe import MoE
 from spmd_moe.layer.router import Routing
@@ -48,16 +52,24 @@ class Block(nn.Module):
         for name, module in after.items():
             self.add_module(name, module)
         self.router_logits = _router_logits(gate)()
+        self.rows = 0  # of the last call
         moe.router.register_forward_hook(self._tell_logits)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.rows = math.prod(hidden_states.shape[:-1])
         hidden = self.moe(hidden_states).hidden
         for name in self.after:
             hidden = self.get_submodule(name)(hidden)
         return (hidden, None) if self.pair else hidden
 
     def _tell_logits(self, module: nn.Module, args: Any, routing: Routing) -> None:
-        self.router_logits(routing.logits_TE)
+        if not self.router_logits._forward_hooks:
+            return  # transformers has not yet been asked for them
+        logits_TE, tp, kind = routing.logits_TE, self.moe.mesh[TP], self.moe.config.dst
+        if kind != S(0):  # inside the layer the ranks of tp have rows of their own
+            shape = ShardShape.even(self.rows, tp.size)
+            logits_TE = redistribute(logits_TE, tp, src=S(0), dst=kind, shape=shape)
+        self.router_logits(logits_TE)
 
 
 def _router_logits(gate: type) -> type[nn.Module]:

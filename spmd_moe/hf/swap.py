@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.core.declare_placements import declarations, declare_placements
+from spmd_moe.core.declare_placements import declare_placements
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import CP, DP, TP, I, Kind, Placed, R, S
@@ -31,7 +31,7 @@ from spmd_moe.hf.read_model import (
     ndims_and_experts,
     tensor_at,
 )
-from spmd_moe.hf.save_pretrained import guard_save_pretrained
+from spmd_moe.hf.model_methods import override_methods
 from spmd_moe.layer.experts import ExpertRecompute
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
 from spmd_moe.layer.moe import MoE, MoEConfig
@@ -92,11 +92,10 @@ def swap(
         block = block_of(layer, each.family, each.module).train(each.module.training)
         model.get_submodule(parent).add_module(name, block)
     tp = TP[R] if tokens == S(0) else TP[I]
-    rest = [name for name, placement in declarations(model).items() if placement is None]
-    declare_placements(model, dict.fromkeys(rest, Placed[Tensor, DP[R], CP[R], tp]))
+    declare_placements(model, rest=Placed[Tensor, DP[R], CP[R], tp])
     _take_over(model, mesh, layout.memory, theirs)
     set_layout(model, layout)
-    guard_save_pretrained(model, mesh)
+    override_methods(model, mesh)
     return model
 
 

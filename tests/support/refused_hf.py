@@ -14,7 +14,7 @@ from torch import nn
 import spmd_moe.hf as hf
 from spmd_moe import MoEMesh, declare_placements
 from spmd_moe.core.placement import SharedWeight
-from spmd_moe.hf import save_pretrained
+from spmd_moe.hf import model_methods
 from spmd_moe.hf.file_tensors import FileTensor
 from spmd_moe.hf.layout import Layout, set_layout
 from spmd_moe.hf.safetensors_files import FileIO
@@ -84,5 +84,5 @@ BAD_HF: dict[str, Callable[[], object]] = {
     "hf_load_other_shape": loading(wider),
     "hf_save_twice": save_twice,
     "hf_save_no_room": save_without_room,
-    "hf_save_pretrained": lambda: save_pretrained._save_pretrained(nn.Linear(2, 2), "a"),
+    "hf_save_pretrained": lambda: model_methods._save_pretrained(nn.Linear(2, 2), "a"),
 }

@@ -1,4 +1,4 @@
-"""`save_pretrained` of a model with our layers: transformers' names, or a refusal."""
+"""Methods of a swapped model: `save_pretrained` with transformers' names, and `forward`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.hf.block import Block
 from spmd_moe.hf.layout import layout_of
+from spmd_moe.hf.pooled_loss import MESH, with_pooled_loss
 from spmd_moe.hf.write_checkpoint import save
 
-_MESH = "_spmd_moe_hf_mesh"
 
-
-def guard_save_pretrained(model: nn.Module, mesh: MoEMesh) -> None:
-    """Give the model, and the models in it, classes of the same names with our method."""
-    vars(model)[_MESH] = mesh
+def override_methods(model: nn.Module, mesh: MoEMesh) -> None:
+    """Give the model, and the models in it, classes of the same names with our methods."""
     for module in model.modules():
         kind = type(module)
         inside = any(isinstance(child, Block) for child in module.modules())
         if inside and hasattr(kind, "save_pretrained"):
-            own = {"save_pretrained": _save_pretrained, "__module__": kind.__module__}
+            vars(module)[MESH] = mesh
+            own = {
+                "save_pretrained": _save_pretrained,
+                "forward": with_pooled_loss(kind.forward),
+                "__module__": kind.__module__,
+            }
             module.__class__ = type(kind.__name__, (kind,), own)
 
 
@@ -35,7 +38,7 @@ def _save_pretrained(
     **other: Any,
 ) -> None:
     """Write the checkpoint, where one process has all of the model."""
-    mesh = vars(self).get(_MESH)
+    mesh = vars(self).get(MESH)
     given = [name for name, value in other.items() if value]
     whole = layout_of(self) is not None and not given
     if whole and isinstance(mesh, MoEMesh) and all(mesh[role].size == 1 for role in DENSE):
