@@ -127,9 +127,7 @@ def make_plan(target: Target, layout: Layout, tokens: int, rank: int = 0) -> Pla
         modules = built.module.named_modules()
         layers = {name or "layer": m for name, m in modules if isinstance(m, MoE)}
         given = (t for t in built.args if isinstance(t, Tensor))  # a whole model is given token ids
-        dtype = next(
-            t.dtype for t in (*given, *built.module.parameters()) if t.is_floating_point()
-        )
+        dtype = next(t.dtype for t in (*given, *built.module.parameters()) if t.is_floating_point())
         sizes = ShardShape.even(tokens, layout.tp).sizes
         tokens_r = [sizes[layout.place(r)[TP]] for r in range(layout.world)]
         issued = {n: forecast(m, layout, rank, tokens_r, dtype) for n, m in layers.items()}

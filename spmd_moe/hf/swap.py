@@ -22,6 +22,7 @@ from spmd_moe.hf.block import block_of
 from spmd_moe.hf.conversions import NoConversionError, disk_tensors
 from spmd_moe.hf.file_tensors import FileTensor
 from spmd_moe.hf.layout import Layout, rows_and_parts, set_layout, zero_buffers
+from spmd_moe.hf.model_methods import override_methods
 from spmd_moe.hf.read_model import (
     FoundBlock,
     Refusal,
@@ -31,7 +32,6 @@ from spmd_moe.hf.read_model import (
     ndims_and_experts,
     tensor_at,
 )
-from spmd_moe.hf.model_methods import override_methods
 from spmd_moe.layer.experts import ExpertRecompute
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
 from spmd_moe.layer.moe import MoE, MoEConfig
