@@ -105,7 +105,7 @@ def _refuse_tuple(model: Any, given: dict[str, Any]) -> None:
         raise ConfigError(
             explain(
                 f"{type(model).__name__}.forward",
-                "output_router_logits is asked for, and return_dict is False",
+                "output_router_logits is True, and return_dict is False",
                 why="the auxiliary loss of one rank's tokens is another loss, and in a tuple it "
                 "has no name",
                 fixes=["return_dict=True"],

@@ -13,6 +13,11 @@ from spmd_moe.hf.file_tensors import Part
 from spmd_moe.hf.layout import layout_of
 from spmd_moe.train.dtensor_storage import local, place_in_whole
 
+LAYOUTS = [
+    {"dp": 4, "ep": 4},
+    {"dp": 2, "tp": 2, "ep": 4},
+    {"tp": 4, "ep": 2, "etp": 2},
+]
 SEQUENCES, LENGTH, VOCABULARY = 4, 6, 40
 SMALL = {
     "hidden_size": 16,

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor, nn
 
 import spmd_moe.hf as hf
-from spmd_moe import DP, MoEMesh, reduce_gradients
+from spmd_moe import DP, ConfigError, MoEMesh, reduce_gradients
 from spmd_moe.check.thread_ranks import threaded
-from tests.hf.models import MODELS, TARGETS, gradient_error, mine, model_of, theirs, tokens
-
-LAYOUTS = [
-    {"dp": 4, "ep": 4},
-    {"dp": 2, "tp": 2, "ep": 4},
-    {"tp": 4, "ep": 2, "etp": 2},
-]
-
+from tests.hf.models import (
+    LAYOUTS,
+    LENGTH,
+    MODELS,
+    SEQUENCES,
+    TARGETS,
+    gradient_error,
+    mine,
+    model_of,
+    theirs,
+    tokens,
+)
 
 def on_a_rank(
     whole: nn.Module, degrees: dict[str, int], logits: Tensor, grads: dict[str, Tensor]
@@ -79,6 +83,62 @@ def test_router_logits_and_the_pooled_loss(name: str) -> None:
         torch.testing.assert_close(logits, logits_theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(out.aux_loss, expected.aux_loss, atol=1e-6, rtol=0)
     torch.testing.assert_close(out.loss, expected.loss, atol=1e-6, rtol=0)
+
+
+def padding() -> Tensor:
+    """Two sequences that end early."""
+    mask = torch.ones(SEQUENCES, LENGTH, dtype=torch.int64)
+    mask[0, 4:] = 0
+    mask[3, 2:] = 0
+    return mask
+
+
+def pooled_on_a_rank(
+    whole: nn.Module, degrees: dict[str, int], masked: bool, grads: dict[str, Tensor]
+) -> tuple[float, float, float, int]:
+    """This rank's parts of the auxiliary loss and of the loss, an error, and rows of logits."""
+    mesh = MoEMesh.init("cpu", **degrees)
+    model: Any = hf.swap(copy.deepcopy(whole), mesh)
+    each = SEQUENCES // mesh[DP].size
+    mask = padding()[mesh[DP].rank * each :][:each] if masked else None
+    how = {"labels": mine(mesh), "num_items_in_batch": TARGETS, "output_router_logits": True}
+    out = model(mine(mesh), mask, **how)
+    out.loss.backward()
+    reduce_gradients(model, mesh)
+    copies = mesh.dense.size() // mesh[DP].size
+    parts = float(out.aux_loss.detach()) / copies, float(out.loss.detach()) / copies
+    return *parts, gradient_error(model, mesh, grads), len(out.router_logits[1])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
+def test_the_pooled_loss_over_ranks(degrees: dict[str, int], masked: bool) -> None:
+    whole = model_of("qwen3_moe", router_aux_loss_coef=0.5)
+    alone = copy.deepcopy(whole)
+    how = {"labels": tokens(), "num_items_in_batch": TARGETS, "output_router_logits": True}
+    out = alone(tokens(), padding() if masked else None, **how)
+    out.loss.backward()
+    grads = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+    found = threaded(4, pooled_on_a_rank, whole, degrees, masked, grads)
+    aux, loss = float(out.aux_loss.detach()), float(out.loss.detach())
+    assert sum(part for part, *_ in found) == pytest.approx(aux, abs=1e-6)
+    assert sum(part for _, part, *_ in found) == pytest.approx(loss, abs=2e-6)
+    assert max(error for *_, error, _ in found) < 1e-5
+    rows = SEQUENCES * LENGTH // degrees.get("dp", 1)  # also where ranks of tp share them out
+    assert [rows_found for *_, rows_found in found] == [rows] * 4
+
+
+def tuple_on_a_rank(whole: nn.Module) -> str:
+    model: Any = hf.swap(copy.deepcopy(whole), MoEMesh.init("cpu", dp=2, ep=2))
+    assert isinstance(model(tokens(), return_dict=False), tuple)
+    with pytest.raises(ConfigError) as error:
+        model(tokens(), return_dict=False, output_router_logits=True)
+    return str(error.value).partition("\n")[0]
+
+
+def test_the_pooled_loss_in_a_tuple_is_refused() -> None:
+    said = "Qwen3MoeForCausalLM.forward: output_router_logits is True, and return_dict is False."
+    assert threaded(2, tuple_on_a_rank, model_of("qwen3_moe")) == [said] * 2
 
 
 def test_gradient_checkpointing() -> None:
