@@ -31,7 +31,7 @@ def test_an_item_that_fails_is_a_row() -> None:
     assert rows[0].text == "on cpu" and rows[3].text == "needs two"
     assert rows[1].text.startswith("ValueError at test_gpu.py:") and "a / b on cpu" in rows[1].text
     assert rows[2].text == "no answer within 3 s" and rows[2].seconds < 20
-    assert table(rows, "here").count("|\n") == 5
+    assert table(rows, "here").count("|\n") == 6
 
 
 def test_it_takes_at_most_minutes() -> None:
@@ -53,7 +53,7 @@ def test_deterministic_item() -> None:
 
 @pytest.mark.parametrize("item", ["cuda_graph", "beside_peers"])
 def test_items_that_need_a_gpu(item: str) -> None:
-    with pytest.raises(NotHereError, match="CUDA|CPUs"):
+    with pytest.raises(NotHereError, match=r"CUDA|CPUs"):
         getattr(on_one, item)("cpu")
 
 

@@ -29,7 +29,7 @@ NAMES = ("ours", *PEERS)
 def count_table() -> list[str]:
     lines = [f"| sizes | tokens | dtype | what | {' | '.join(NAMES)} |", "| --- " * 7 + "|"]
     for sizes, dtype in product((WIDE, FINE), DTYPES):
-        found = _on_meta(layers(sizes, dtype)[0])
+        found = layers(sizes, dtype, device="meta")[0]
         for number, training in product(TOKENS, (False, True)):
             made = counts(found, tokens(sizes, number, dtype, "meta"), training=training)
             cells = [str(made.get(name, "")) for name in NAMES]
@@ -68,12 +68,6 @@ def time_table(seconds: float) -> list[str]:
         lines.append(f"| {what} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return lines
-
-
-def _on_meta(found: list[Layer]) -> list[Layer]:
-    for layer in found:
-        layer.module.to("meta")
-    return found
 
 
 def _kind(training: bool) -> str:

@@ -57,7 +57,8 @@ def ours(sizes: Sizes, dtype: torch.dtype, matmul: GroupedMatmul | None) -> Laye
     mesh = MoEMesh.single()
     router = RouterConfig(sizes.experts, sizes.top_k, route_norm=True)
     layer = MoE(MoEConfig(sizes.dim, sizes.hidden_dim, router), mesh, matmul=matmul)
-    init_weights(layer, mesh, seed=0, std=sizes.dim**-0.5)
+    if not layer.router.weight_ED.is_meta:
+        init_weights(layer, mesh, seed=0, std=sizes.dim**-0.5)
     layer.to(dtype)
     return Layer("ours", layer, lambda x: layer(x).hidden)
 
@@ -143,17 +144,18 @@ PEERS = {"transformers": transformers_layer, "torchtitan": torchtitan_layer}
 
 
 def layers(
-    sizes: Sizes, dtype: torch.dtype, *, on_grouped_mm: bool = True
+    sizes: Sizes, dtype: torch.dtype, *, on_grouped_mm: bool = True, device: str = "cpu"
 ) -> tuple[list[Layer], dict[str, str]]:
     """Ours first, then the peers that can be imported; and why the others cannot.
 
     `on_grouped_mm`: ours takes the path of a GPU; otherwise what it chooses on this machine.
     """
-    found = [ours(sizes, dtype, TorchGroupedMM() if on_grouped_mm else None)]
     missing = dict[str, str]()
-    for name, make in PEERS.items():
-        try:
-            found.append(make(sizes, found[0].module, dtype))
-        except ImportError as error:
-            missing[name] = str(error)
+    with torch.device(device):
+        found = [ours(sizes, dtype, TorchGroupedMM() if on_grouped_mm else None)]
+        for name, make in PEERS.items():
+            try:
+                found.append(make(sizes, found[0].module, dtype))
+            except ImportError as error:
+                missing[name] = str(error)
     return found, missing
