@@ -27,6 +27,7 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.layer.grouped_matmul import LoopedMatmul, RowGroups, TorchGroupedMM
+from spmd_moe.layer.permute import sort_by_expert
 from tests.bench.gpu.run_items import NotHereError
 from tests.bench.peers.layers import WIDE, layers
 from tests.bench.peers.measure import forward, step
@@ -104,8 +105,8 @@ def _waits_of(name: str, device: str) -> int:
         layer = built("cpu", name)
         with pretended_device() as log:
             to_device(layer)
-            x = on_device(drawn("cpu", 64), requires_grad=True)
-            torch.autograd.backward(layer(x).hidden.float().sum())
+            there = on_device(drawn("cpu", 64), requires_grad=True)
+            torch.autograd.backward(layer(there).hidden.float().sum())
             return len(log.take())
     layer, x = built(device, name), drawn(device, 64).requires_grad_()
     layer(x).hidden.float().sum().backward()  # what is done once only: handles, workspaces
@@ -147,10 +148,9 @@ def compiled_scores(device: str) -> str:
     routing = layer.router(x)
 
     def arrive(x_TD: Tensor, scores_TK: Tensor) -> Tensor:
-        from spmd_moe.layer.permute import sort_by_expert
-
         slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
-        scores_R: Tensor = layer.dispatcher.dispatch(x_TD, scores_TK, routing, slots)[0].scores_R
+        scores_R = layer.dispatcher.dispatch(x_TD, scores_TK, routing, slots)[0].scores_R
+        assert scores_R is not None
         return scores_R
 
     bits = (0x3E05FF80 + torch.arange(64 * K, dtype=torch.int32)).to(device)  # NaN as bfloat16
@@ -214,7 +214,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
         run()
         end.record()
         torch.cuda.synchronize()
-        taken.append(begin.elapsed_time(end))
+        taken.append(float(begin.elapsed_time(end)))
     return statistics.median(taken)
 
 

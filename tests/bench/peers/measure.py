@@ -93,9 +93,11 @@ def kernels(layer: Layer, x: Tensor, *, training: bool) -> str:
     metrics.reset()
     layer.module.train(training)
     compiled = torch.compile(layer.call, fullgraph=True, dynamic=True)
-    run: Callable[[], object] = partial(_compiled_step, compiled, x) if training else compiled
+    run: Callable[[], object] = (
+        partial(_compiled_step, compiled, x) if training else partial(compiled, x)
+    )
     with torch.set_grad_enabled(training):
-        code: Any = run_and_get_code(run)[1] if training else run_and_get_code(run, x)[1]
+        code: Any = run_and_get_code(run)[1]
     calls = sum(len(re.findall(r"(?:extern_kernels|torch\.ops)\.\S+\(", text)) for text in code)
     return f"{metrics.generated_kernel_count} + {calls}"
 
