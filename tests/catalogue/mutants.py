@@ -21,7 +21,9 @@ FILES = [  # of spmd_moe.layer
     "combine",
     "moe",
     "dispatch.local",
+    "dispatch.ragged_exchange",
     "dispatch.all_to_all",
+    "dispatch.dedup_all_to_all",
     "dispatch.all_gather",
     "dispatch.fixed_capacity",
 ]

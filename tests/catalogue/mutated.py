@@ -17,7 +17,7 @@ from spmd_moe.layer.balance_losses import (
     z_loss,
 )
 from spmd_moe.layer.boundary import INSIDE
-from spmd_moe.layer.dispatch import AllGather, FixedCapacity
+from spmd_moe.layer.dispatch import AllGather, DedupAllToAll, FixedCapacity
 from spmd_moe.layer.expert_load import expert_load
 from spmd_moe.layer.experts import ScoreApplication
 from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
@@ -83,9 +83,13 @@ def target(
     return build
 
 
-def _dispatcher(name: str, mesh: MoEMesh, tokens: int) -> AllGather | FixedCapacity | None:
+def _dispatcher(
+    name: str, mesh: MoEMesh, tokens: int
+) -> AllGather | DedupAllToAll | FixedCapacity | None:
     if name == "gather":
         return AllGather(mesh, EXPERTS)
+    if name == "dedup":
+        return DedupAllToAll(mesh, EXPERTS)
     return FixedCapacity(mesh, EXPERTS, 4 * tokens) if name == "fixed" else None
 
 
@@ -95,11 +99,15 @@ TARGETS = {
     "gathered": target(GATHERED, "gather", replay=True),
     "shared_experts": target(SHARED),
     "fixed": target(FIXED, "fixed"),
+    "dedup": target(WITHIN, "dedup"),
+    "dedup_late": target(GATHERED, "dedup"),
 }
 # A dispatcher is used by some of them alone.
 USED_BY = {
     "dispatch.local": ("within", "whole"),
     "dispatch.all_gather": ("gathered",),
+    "dispatch.ragged_exchange": ("within", "dedup"),
     "dispatch.all_to_all": ("within", "whole"),
+    "dispatch.dedup_all_to_all": ("dedup", "dedup_late"),
     "dispatch.fixed_capacity": ("fixed",),
 }

@@ -52,6 +52,8 @@ TESTS_OF = {
     "combine": "dispatch moe",
     "moe": "moe_output errors misuse counters balance_losses refused_inputs moe",
     "dispatch.local": "errors misuse dispatch",
+    "dispatch.ragged_exchange": "dedup routing_faults dispatch",
+    "dispatch.dedup_all_to_all": "dedup dispatch",
     "dispatch.all_to_all": "errors routing_faults dispatch",
     "dispatch.all_gather": "errors routing_faults dispatch",
     "dispatch.fixed_capacity": "errors dispatch decode",

@@ -16,7 +16,6 @@ ARGUED: dict[str, str] = {
     "selection_bias:update_selection_bias:retyped:2": _ENOUGH,
     "router:__call__:retyped:2": _IN_TURN,
     "router:__call__:retyped:3": _IN_TURN,
-    "dispatch.all_to_all:_arriving:factor left out:1": _FORECAST,
     "dispatch.fixed_capacity:forecast:factor left out:1": _FORECAST,
     "dispatch.fixed_capacity:forecast:factor left out:2": _FORECAST,
     "dispatch.fixed_capacity:forecast:factor left out:3": _FORECAST,
