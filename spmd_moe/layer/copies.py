@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast, final
 import torch
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype
+from spmd_moe.core.dtypes import as_dtype, sum_dtype
 from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unobserved
 
@@ -83,8 +83,10 @@ def _moved(x: Tensor, copies: Copies, adds: bool, dtype: torch.dtype) -> Tensor:
 def _run(
     x: Tensor, original_R: Tensor, row_R: Tensor, start_M: Tensor, adds: bool, dtype: torch.dtype
 ) -> Tensor:
-    if adds:  # its mode 0 is the sum, which it takes in float32 also for rows of bfloat16
-        x = torch.embedding_bag(x.contiguous(), row_R, start_M, False, 0)[0]
+    if adds:
+        # As in `permute.add_rows`: it adds in float32, but CPUs round halves away from zero.
+        wide = as_dtype(x, sum_dtype(x)) if x.is_cpu else x
+        x = torch.embedding_bag(wide.contiguous(), row_R, start_M, False, 0)[0]  # 0: the sum
     else:
         x = x.index_select(0, original_R)
     return as_dtype(x, dtype)
