@@ -10,17 +10,17 @@ from torch import nn
 from spmd_moe.core.errors import CheckpointError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
-from spmd_moe.hf.block import Block
 from spmd_moe.hf.layout import layout_of
 from spmd_moe.hf.pooled_loss import MESH, with_pooled_loss
 from spmd_moe.hf.write_checkpoint import save
+from spmd_moe.layer.moe import MoE
 
 
 def override_methods(model: nn.Module, mesh: MoEMesh) -> None:
     """Give the model, and the models in it, classes of the same names with our methods."""
     for module in model.modules():
         kind = type(module)
-        inside = any(isinstance(child, Block) for child in module.modules())
+        inside = any(isinstance(child, MoE) for child in module.modules())
         if inside and hasattr(kind, "save_pretrained"):
             vars(module)[MESH] = mesh
             own = {

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import Axis, MoEMesh
 from spmd_moe.core.placement import CP, DP, TP, S
-from spmd_moe.hf.block import Block
 from spmd_moe.layer.balance_losses import declare_sums, sum_over
+from spmd_moe.layer.moe import MoE
 from spmd_moe.layer.router import count_choices
 
 MESH = "_spmd_moe_hf_mesh"  # in the model's own dict, so that copies have it too
@@ -64,13 +64,13 @@ def with_pooled_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
         if all(axis.size == 1 for axis in axes):
             return out
         if isinstance(out, tuple):
-            _refuse_tuple(self, kwargs)
+            refuse_tuple(self, kwargs)
             return out
         if not isinstance(getattr(out, "aux_loss", None), Tensor):
             return out
         given = parameters.bind_partial(self, *args, **kwargs).arguments
         mask = given.get("attention_mask")
-        top_k = _first_block(self).moe.config.router.top_k
+        top_k = _first_layer(self).config.router.top_k
         part = pooled_loss(
             out.router_logits, top_k, axes, None if mask is None else mask.flatten().long()
         )
@@ -87,12 +87,12 @@ def _token_axes(model: nn.Module) -> list[Axis]:
     """Axes whose ranks have different tokens."""
     mesh = vars(model)[MESH]
     assert isinstance(mesh, MoEMesh)
-    roles = [DP, CP, *([TP] if _first_block(model).moe.config.src == S(0) else [])]
+    roles = [DP, CP, *([TP] if _first_layer(model).config.src == S(0) else [])]
     return [mesh[role] for role in roles]
 
 
-def _first_block(model: nn.Module) -> Block:
-    return next(module for module in model.modules() if isinstance(module, Block))
+def _first_layer(model: nn.Module) -> MoE:
+    return next(module for module in model.modules() if isinstance(module, MoE))
 
 
 def _coefficient(model: Any) -> float:
@@ -100,7 +100,8 @@ def _coefficient(model: Any) -> float:
     return float(model.config.get_text_config().router_aux_loss_coef if found is None else found)
 
 
-def _refuse_tuple(model: Any, given: dict[str, Any]) -> None:
+def refuse_tuple(model: Any, given: dict[str, Any]) -> None:
+    """Refuse an output in which the auxiliary loss cannot be found, if it was asked for."""
     if given.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
         raise ConfigError(
             explain(

@@ -8,7 +8,8 @@ hf.load(model, folder, mesh)                         # where it has no weights y
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ def swap(
     matmul: GroupedMatmul | None = None,
     recompute: ExpertRecompute = ExpertRecompute.NONE,
     balance: Balance = None,
+    router_in_model_dtype: bool = False,
 ) -> Model:
     """Put `MoE` in the place of every MoE block of a transformers model; in place.
 
@@ -62,6 +64,8 @@ def swap(
         matmul: As of `MoE`.
         recompute: As of `MoEConfig`.
         balance: As of `MoEConfig`.
+        router_in_model_dtype: Whether routers multiply in the dtype of the model, as transformers
+            does for most families. See `RouterConfig.in_model_dtype`.
 
     Returns:
         The same model.
@@ -76,6 +80,7 @@ def swap(
     fix = "model=AutoModelForCausalLM.from_config(config)"
     check_instance("hf.swap", "model", model, nn.Module, fix)
     check_one_of("hf.swap", "tokens", tokens, (I, S(0)))
+    choices = _Choices(tokens, recompute, balance, router_in_model_dtype)
     found = find_blocks(model)
     planned = found if isinstance(found, Refusal) else _plan(model, found)
     if isinstance(found, Refusal) or isinstance(planned, Refusal):
@@ -83,10 +88,7 @@ def swap(
         assert isinstance(refusal, Refusal)
         raise ConfigError(explain("hf.swap", refusal.what, why=refusal.why, fixes=[refusal.fix]))
     layout, theirs = planned
-    layers = [
-        _layer(each, mesh, theirs, layout, _config(each, tokens, recompute, balance), matmul)
-        for each in found
-    ]
+    layers = [_layer(each, mesh, theirs, layout, _config(each, choices), matmul) for each in found]
     for each, layer in zip(found, layers, strict=True):
         parent, _, name = each.name.rpartition(".")
         block = block_of(layer, each.family, each.module).train(each.module.training)
@@ -116,22 +118,31 @@ def _plan(
     return Layout(disk, memory, aliases(model)), theirs
 
 
-def _config(
-    each: FoundBlock, tokens: Kind, recompute: ExpertRecompute, balance: Balance
-) -> MoEConfig:
+@final
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """What the caller of `swap` chooses for all layers."""
+
+    tokens: Kind
+    recompute: ExpertRecompute
+    balance: Balance
+    router_in_model_dtype: bool
+
+
+def _config(each: FoundBlock, choices: _Choices) -> MoEConfig:
     settings = each.settings
     return MoEConfig(
         settings.dim,
         settings.hidden_dim,
-        settings.router,
+        replace(settings.router, in_model_dtype=choices.router_in_model_dtype),
         activation=settings.activation,
         bias=settings.bias,
         score_application=settings.application,
-        recompute=recompute,
+        recompute=choices.recompute,
         shared=settings.shared,
-        src=tokens,
-        dst=tokens,
-        balance=balance,
+        src=choices.tokens,
+        dst=choices.tokens,
+        balance=choices.balance,
     )
 
 

@@ -151,7 +151,8 @@ class Router(nn.Module):
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=sum_dtype(self.weight_ED)
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
-        logits_TE = router_logits(x_TD, weight_ED, mask_T, config.dtype)
+        product_dtype = x_TD.dtype if config.in_model_dtype else config.dtype
+        logits_TE = router_logits(x_TD, weight_ED, mask_T, product_dtype, config.dtype)
         if self.b_E is not None:
             logits_TE = self._add_bias(logits_TE, self.b_E, mask_T)
         if config.logit_softcap is not None:

@@ -33,6 +33,8 @@ class RouterConfig:
         force_balance: Ignore the scores and assign experts round-robin, with a different first
             expert on each rank (benchmarks only).
         bias: Whether a learned bias is added to the logits.
+        in_model_dtype: Whether the matmul is computed in the dtype of the tokens, as transformers
+            does. In bfloat16 a few percent of tokens then choose other experts.
         logit_softcap: A bound of the logits, `cap * tanh(logits / cap)`. Default: none.
         norm_eps: A number that is added to the divisor of `route_norm`.
         choose_by: The score that ranks the experts of a token, `"logits"` or a score function.
@@ -75,6 +77,7 @@ class RouterConfig:
     num_zero_experts: int = 0
     input_dim: int | None = None
     given: bool = False
+    in_model_dtype: bool = False
 
     def __post_init__(self) -> None:
         _check_kinds(self)
@@ -105,7 +108,8 @@ def _check_kinds(config: RouterConfig) -> None:
         check_positive_ints(where, num_zero_experts=config.num_zero_experts)
     check_one_of(where, "score_func", config.score_func, SCORES)
     check_one_of(where, "choose_by", config.choose_by, (*RANKS, None))
-    for name in ("route_norm", "force_balance", "bias", "expert_scale", "given"):
+    flags = "route_norm", "force_balance", "bias", "expert_scale", "given", "in_model_dtype"
+    for name in flags:
         check_instance(where, name, getattr(config, name), bool, f"{name}=True")
     two = "a group is as good as its best expert or its best two"
     check_one_of(where, "group_score_top_k", config.group_score_top_k, (2, 1), two)

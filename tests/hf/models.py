@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -107,8 +107,13 @@ def mine(mesh: MoEMesh) -> Tensor:
     return tokens()[mesh[DP].rank * each :][:each]
 
 
-def gradient_error(model: nn.Module, mesh: MoEMesh, grads: Mapping[str, Tensor]) -> float:
-    """The worst of this rank's gradients, relative to the largest number in transformers'."""
+def parts_beside(
+    model: nn.Module, mesh: MoEMesh, whole: Mapping[str, Tensor], of: Callable[[Tensor], Any]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each region of what this rank holds of a tensor of `whole`: its name, ours, and theirs.
+
+    `of` is what is compared of a parameter: itself, or its gradient.
+    """
     layout = layout_of(model)
     assert layout is not None
     parts = {}
@@ -116,21 +121,33 @@ def gradient_error(model: nn.Module, mesh: MoEMesh, grads: Mapping[str, Tensor])
         if row.is_buffer:
             continue
         parameter = model.get_parameter(row.name)
-        assert parameter.grad is not None, row.name
+        assert of(parameter) is not None, row.name
         at = place_in_whole(row.placement, mesh, parameter)
-        parts[row.name] = Part(local(parameter.grad), row.global_shape, at)
-    worst = 0.0
+        parts[row.name] = Part(local(of(parameter)), row.global_shape, at)
+    compared = set()
     for tensor in layout.memory:
-        if tensor.key not in grads:
+        if tensor.key not in whole or tensor.names[0] not in parts:
             continue
         own = [parts[name] for name in tensor.names]
+        compared |= set(tensor.names)
         box = tensor.box(own[0])
         if box is None:
             continue
-        fine = grads[tensor.key].view(tensor.fine_shape(own[0].whole))
+        fine = whole[tensor.key].view(tensor.fine_shape(own[0].whole))
         for dim, (start, size) in enumerate(box):
             fine = fine.narrow(dim, start, size)
         for region, values in tensor.regions(own, box, fine):
-            worst = max(worst, float((region - values).abs().max() / values.abs().max()))
-    assert parts.keys() == {name for t in layout.memory for name in t.names if name in parts}
-    return worst
+            yield tensor.key, region, values
+    assert compared == parts.keys()
+
+
+def gradient_error(model: nn.Module, mesh: MoEMesh, grads: Mapping[str, Tensor]) -> float:
+    """The worst of this rank's gradients, relative to the largest number of transformers'.
+
+    That is the largest of the tensor, of which a rank may have two numbers.
+    """
+    found = parts_beside(model, mesh, grads, lambda parameter: parameter.grad)
+    return max(
+        float((region - values).abs().max() / grads[key].abs().max())
+        for key, region, values in found
+    )

@@ -16,7 +16,8 @@ from spmd_moe import CheckpointError, ConfigError, MoEMesh, parallelize
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.hf.layout import rows_and_parts
 from spmd_moe.hf.safetensors_files import read_folder
-from tests.hf.models import MODELS, empty_model_of, model_of, tokens
+from spmd_moe.train.dtensor_storage import settled
+from tests.hf.models import MODELS, empty_model_of, model_of, parts_beside, tokens
 from tests.support.workers import run
 
 LAYOUTS = [
@@ -80,29 +81,42 @@ def test_ranks_read_what_they_hold(name: str, degrees: dict[str, int], tmp_path:
     assert sum(written for _, _, written in found) == sum(e.bytes for e in entries)  # each once
 
 
+def bfloat16_there_and_back(folder: str, to: str) -> Any:
+    model = empty_model_of("deepseek_v3").to(torch.bfloat16)
+    return there_and_back(model, folder, to, LAYOUTS[2])
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     source(tmp_path / "a", "deepseek_v3", torch.bfloat16)
-    model, mesh = empty_model_of("deepseek_v3").to(torch.bfloat16), MoEMesh.single()
-    hf.swap(model, mesh)
-    hf.load(model, tmp_path / "a", mesh)
-    hf.save(model, tmp_path / "b", mesh)
+    threaded(4, bfloat16_there_and_back, str(tmp_path / "a"), str(tmp_path / "b"))
     assert same_files(tmp_path / "a", tmp_path / "b")
 
 
-def stored(name: str, folder: str, to: str, degrees: dict[str, int], replicas: int) -> float:
-    """Through FSDP2, one step of training in between; the loss before it."""
+def stored(
+    name: str, folder: str, to: str, degrees: dict[str, int], replicas: int
+) -> tuple[bool, bool]:
+    """Through FSDP2, and a step of training between two saves.
+
+    Whether this rank read no more than it holds; and whether transformers loads, after training,
+    every tensor of this rank equal to the bit.
+    """
+    from transformers import AutoModelForCausalLM
+
     mesh = MoEMesh.init("cpu", **degrees)
     model = empty_model_of(name)
     hf.swap(model, mesh)
     parallelize(model, mesh, blocks=model.model.layers, replicas=replicas)
-    hf.load(model, folder, mesh)
+    read = hf.load(model, folder, mesh)
+    held = sum(part.tensor.nbytes for _, part in rows_and_parts(model, mesh).values())
     hf.save(model, to + "same", mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = model(tokens(), labels=tokens()).loss
     loss.backward()
     optimizer.step()
     hf.save(model, to, mesh)
-    return float(loss.detach())
+    loaded = AutoModelForCausalLM.from_pretrained(to).state_dict()
+    found = parts_beside(settled(model), mesh, loaded, lambda parameter: parameter)
+    return read <= held, all(torch.equal(ours, values) for _, ours, values in found)
 
 
 @pytest.mark.gloo
@@ -113,7 +127,8 @@ def test_stored_by_fsdp(replicas: int, tmp_path: Path) -> None:
 
     whole = source(tmp_path / "a", "qwen3_moe")
     folders = str(tmp_path / "a"), str(tmp_path / "b")
-    run(4, stored, "qwen3_moe", *folders, {"dp": 4, "ep": 2}, replicas, timeout=240.0)
+    found = run(4, stored, "qwen3_moe", *folders, {"dp": 4, "ep": 2}, replicas, timeout=240.0)
+    assert found == [(True, True)] * 4
     assert same_files(tmp_path / "a", tmp_path / "bsame")
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.4)
     whole(tokens(), labels=tokens()).loss.backward()

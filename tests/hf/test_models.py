@@ -25,6 +25,7 @@ from tests.hf.models import (
     tokens,
 )
 
+
 def on_a_rank(
     whole: nn.Module, degrees: dict[str, int], logits: Tensor, grads: dict[str, Tensor]
 ) -> tuple[float, float, float]:
@@ -168,3 +169,17 @@ def test_bfloat16() -> None:
     assert logits.dtype is torch.bfloat16
     exact = ours.float()(tokens()).logits
     assert float(((logits.float() - exact).abs().max() / exact.abs().max()).detach()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe"])
+def test_routers_in_the_dtype_of_the_model(name: str) -> None:
+    """The logits of the first layer are then transformers' to the bit; the default is nearer."""
+    model = model_of(name).to(torch.bfloat16)
+    mesh = MoEMesh.single()
+    ours = hf.swap(copy.deepcopy(model), mesh, router_in_model_dtype=True)
+    more_exact = hf.swap(copy.deepcopy(model), mesh)
+    logits = [
+        each(tokens(), output_router_logits=True).router_logits[0]
+        for each in (model, ours, more_exact)
+    ]
+    assert torch.equal(logits[1], logits[0].float()) and not torch.equal(logits[2], logits[1])

@@ -1,4 +1,4 @@
-"""Whole tiny models stored by FSDP2, recomputed in backward, beside transformers: real processes."""
+"""Whole tiny models stored by FSDP2, recomputed in backward: real processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import pytest
-import torch
 
 import spmd_moe.hf as hf
 from spmd_moe import DP, MoEMesh, parallelize

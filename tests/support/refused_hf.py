@@ -14,7 +14,7 @@ from torch import nn
 import spmd_moe.hf as hf
 from spmd_moe import MoEMesh, declare_placements
 from spmd_moe.core.placement import SharedWeight
-from spmd_moe.hf import model_methods
+from spmd_moe.hf import model_methods, pooled_loss
 from spmd_moe.hf.file_tensors import FileTensor
 from spmd_moe.hf.layout import Layout, set_layout
 from spmd_moe.hf.safetensors_files import FileIO
@@ -85,4 +85,7 @@ BAD_HF: dict[str, Callable[[], object]] = {
     "hf_save_twice": save_twice,
     "hf_save_no_room": save_without_room,
     "hf_save_pretrained": lambda: model_methods._save_pretrained(nn.Linear(2, 2), "a"),
+    "hf_pooled_loss_in_a_tuple": lambda: pooled_loss.refuse_tuple(
+        nn.Linear(2, 2), {"output_router_logits": True}
+    ),
 }
