@@ -102,7 +102,8 @@ def _coefficient(model: Any) -> float:
 
 def refuse_tuple(model: Any, given: dict[str, Any]) -> None:
     """Refuse an output in which the auxiliary loss cannot be found, if it was asked for."""
-    if given.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
+    of_config = getattr(getattr(model, "config", None), "output_router_logits", False)
+    if given.get("output_router_logits", of_config):
         raise ConfigError(
             explain(
                 f"{type(model).__name__}.forward",

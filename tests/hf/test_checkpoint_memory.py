@@ -80,7 +80,8 @@ def test_a_rank_needs_memory_for_what_it_holds(
     whole = wide_model(name).to_empty(device="cpu")
     whole.save_pretrained(tmp_path / "a")
     size = sum(parameter.nbytes for parameter in whole.parameters())
-    found = run(4, on_a_rank, name, str(tmp_path / "a"), str(tmp_path / "b"), degrees)
+    folders = str(tmp_path / "a"), str(tmp_path / "b")
+    found = run(4, on_a_rank, name, *folders, degrees, timeout=240.0)
     for rank in found:
         more = 60 * MIB + rank["slice"]
         assert rank["loading"] < more and rank["saving"] < more, rank
