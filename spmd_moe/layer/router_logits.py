@@ -53,9 +53,16 @@ class _Gate(torch.autograd.Function):
 
 
 def router_logits(
-    x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, dtype: torch.dtype
+    x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, product: torch.dtype, dtype: torch.dtype
 ) -> Tokens:
-    """The logits, in `dtype`, also under autocast: choices depend on small bits. 0 of padding."""
+    """The logits, in `dtype`, of a matmul in `product`, also under autocast. 0 of padding.
+
+    Choices depend on small bits, so `product` is float32 unless the config says otherwise.
+    """
+    return as_dtype(_in_dtype(x_TD, weight_ED, mask_T, product), dtype)
+
+
+def _in_dtype(x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, dtype: torch.dtype) -> Tokens:
     if is_unobserved():
         return _product(x_TD, weight_ED, mask_T, dtype)
     if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype:  # autograd keeps the same
