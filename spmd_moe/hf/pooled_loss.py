@@ -37,7 +37,8 @@ def pooled_loss(
     num_experts = counts_E.shape[0]
     all_counts_E, all_rows = sum_over(totals, axes).to(torch.float32).split([num_experts, 1])
     used_E = num_experts * all_counts_E / all_rows / all_rows
-    return (used_E * declare_sums(prob_sums_E, axes)).sum()
+    loss: Tensor = (used_E * declare_sums(prob_sums_E, axes)).sum()
+    return loss
 
 
 def _sums(logits_TE: Tensor, top_k: int, mask_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
