@@ -252,7 +252,8 @@ def main(words: list[str]) -> None:
     except (CheckpointError, ConfigError, MeshError, OSError) as error:  # of settings or the disk
         refuse(error)
     except RuntimeError as error:
-        if "gloo/transport" not in str(error):  # it has no class of its own for a peer that is gone
+        # gloo has no class of its own for a peer that is gone; NCCL's errors have DistBackendError.
+        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistBackendError):
             raise
         raise SystemExit(f"train.py: rank {RANK} ends, since another one is gone") from None
     if RANK == 0:

@@ -22,13 +22,13 @@ ROOT = PACKAGE.parent
 # A folder imports only from the folders above it, a file only from the files before it.
 FOLDERS = {
     "core": "messages errors spmd_types_compat placement declare_placements shard_shape validate "
-    "mesh_degrees host_reads torch_state dtypes local_tensor ranks_agree mesh_binding mesh moves "
-    "collectives redistribute",
-    "layer": "routing_faults router_logits router_scores router_config router permute copies "
-    "dispatch.forecast dispatch.protocol dispatch.local dispatch.ragged_exchange "
+    "mesh_degrees host_reads torch_state dtypes float32_matmul local_tensor rank_device "
+    "ranks_agree mesh_binding mesh moves collectives redistribute",
+    "layer": "routing_faults router_logits router_scores router_config router_noise router permute "
+    "copies dispatch.forecast dispatch.protocol dispatch.local dispatch.ragged_exchange "
     "dispatch.all_to_all dispatch.dedup_all_to_all dispatch.all_gather dispatch.fixed_capacity "
     "dispatch.default_dispatcher dispatch activations "
-    "grouped_mm_support grouped_matmul scaled_rows grouped_ffn experts combine "
+    "grouped_mm_support grouped_matmul choose_matmul scaled_rows grouped_ffn experts combine "
     "shared_experts boundary balance_losses selection_bias check_inputs moe_output moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
     "parallelize checkpoint.strict_json checkpoint.safetensors_file "
@@ -164,7 +164,7 @@ def test_few_files_talk_to_torch_distributed() -> None:
     files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
     core = "moves collectives torch_state host_reads mesh mesh_binding local_tensor redistribute "
-    core += "ranks_agree"
+    core += "rank_device ranks_agree"
     allowed = [f"core.{name}" for name in core.split()] + [f"train.{name}" for name in STORED]
     allowed += ["hf.write_checkpoint"]
     allowed += ["sanitize.compare_ranks", "sanitize.gradient_sums"]

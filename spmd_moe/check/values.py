@@ -124,7 +124,7 @@ def _wide(built: Case) -> tuple[nn.Module, list[object]]:
     with torch.no_grad():
         for parameter in module.parameters():
             if not parameter.isfinite().all() or not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
+                parameter.copy_(torch.randn(parameter.shape, generator=random, device="cpu") * 0.3)
     args: list[object] = []
     for arg in built.args:
         if isinstance(arg, Tensor) and arg.is_floating_point():
@@ -153,7 +153,7 @@ def _upstream(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A random gradient for each output that takes one."""
     random = torch.Generator().manual_seed(2)
     return {
-        name: torch.randn(out.shape, generator=random, dtype=torch.float64)
+        name: torch.randn(out.shape, generator=random, dtype=torch.float64, device="cpu")
         for name, out in outputs.items()
         if out.requires_grad
     }

@@ -70,6 +70,24 @@ class Reads:
             _reads.reset(before)
 
 
+@final
+class LateRead:
+    """A number on a CUDA device that the host reads once its copy is there, without waiting."""
+
+    @register_no_typecheck
+    def __init__(self, x: Tensor) -> None:
+        self._copy = torch.empty((), dtype=x.dtype, device="cpu", pin_memory=True)
+        self._copy.copy_(x.detach(), non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def ready(self) -> bool:
+        return bool(self._copied.query())
+
+    def value(self) -> int:
+        return int(self._copy)
+
+
 def _plain(n: Any) -> int:
     """An int also where one process simulates many ranks, as long as it is the same on all."""
     same = n.node.maybe_as_int() if isinstance(n, torch.SymInt) else n
@@ -79,7 +97,7 @@ def _plain(n: Any) -> int:
 @register_no_typecheck
 def draw_seed() -> int:
     """From torch's default generator, of which every rank has its own."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 @register_no_typecheck

@@ -43,6 +43,11 @@ from spmd_moe.core.mesh_degrees import (
     tell_axes,
 )
 from spmd_moe.core.placement import DENSE, EXPERT, Role
+from spmd_moe.core.rank_device import (
+    check_capability,
+    check_device_of_rank,
+    settings_of_device,
+)
 from spmd_moe.core.ranks_agree import check_ranks_agree
 from spmd_moe.core.validate import check_instance
 
@@ -139,12 +144,15 @@ class MoEMesh:
             )
         degrees = {"dp": dp, "cp": cp, "tp": tp, "ep": ep, "etp": etp}
         world = dist.get_world_size()
+        check_device_of_rank(where, device_type)
         if device_type != "cpu":
             # torch sets the device of this rank, from LOCAL_RANK, when the first mesh is made, and
             # not once a tensor is on a device. This mesh makes no groups.
             init_device_mesh(device_type, (world,))
         # Before all checks, so that even a rank with nonsense in its degrees is told on every rank.
-        check_ranks_agree(where, degrees, [dist.group.WORLD], device_type)
+        settings = degrees | settings_of_device(device_type)
+        check_ranks_agree(where, settings, [dist.group.WORLD], device_type)
+        check_capability(where, device_type)
         check_degrees(where, degrees)
         check_dense(where, degrees, world)
         edp = expert_data_degree(where, ep, etp, world)

@@ -17,15 +17,19 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.overrides import _is_torch_function_mode_enabled
+from torch.overrides import _get_current_function_mode_stack, _is_torch_function_mode_enabled
+from torch.utils._device import DeviceContext
 
 
 def is_unchecked() -> bool:
     """No mode of functions, as spmd_types' checker is one: then no kinds are needed.
 
-    Nor are they a compiler's, which would break its graph where a kind is declared.
+    Nor are they a compiler's, which would break its graph where a kind is declared. A default
+    device is a mode of functions, too, and checks nothing.
     """
-    return torch.compiler.is_compiling() or not _is_torch_function_mode_enabled()
+    if torch.compiler.is_compiling() or not _is_torch_function_mode_enabled():
+        return True
+    return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
 def is_unobserved() -> bool:
@@ -62,3 +66,10 @@ def fsdp_casts(module: nn.Module) -> bool:
         return False
     policy = module._get_fsdp_state()._mp_policy
     return policy.param_dtype is not None
+
+
+def is_capturing(x: Tensor) -> bool:
+    """A CUDA graph is captured: the host may read nothing of the device, nor send to it."""
+    if x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -38,7 +38,7 @@ class _Probe:
     def numbers(self) -> Tensor:
         """The tensor as transformers has it in memory."""
         count = _product(self.sizes)
-        ours = torch.arange(self.first, self.first + count).view(self.sizes)
+        ours = torch.arange(self.first, self.first + count, device="cpu").view(self.sizes)
         fine = [dim + 1 for dim in self.tensor.fine]  # WHICH is dim 0
         left = [dim for dim in range(ours.ndim) if dim not in fine]
         theirs = ours.permute([*left, *fine]).flatten(0, len(left)) if left else ours.permute(fine)
@@ -130,7 +130,8 @@ def _expected(
     shape: tuple[int, ...],
 ) -> Tensor | None:
     """What the tensor would be, if it is what was read from it."""
-    ours = torch.arange(probe.first, probe.first + _product(probe.sizes)).view(probe.sizes)
+    end = probe.first + _product(probe.sizes)
+    ours = torch.arange(probe.first, end, device="cpu").view(probe.sizes)
     ours = ours if which is None else ours[which : which + 1]
     for dim, index in fixed.items():
         ours = ours.narrow(dim + 1, index, 1)

@@ -221,7 +221,8 @@ def _write(
                 files[entry.file] = FileIO(path / (entry.file + UNFINISHED), write=True)
             shape = tensor.fine_shape(mine[0].whole)
             for piece in pieces(box, DTYPES[entry.dtype].itemsize):
-                data = torch.empty([size for _, size in piece], dtype=DTYPES[entry.dtype])
+                sizes = [size for _, size in piece]
+                data = torch.empty(sizes, dtype=DTYPES[entry.dtype], device="cpu")
                 for region, place in tensor.regions(mine, piece, data):
                     place.copy_(region)
                 files[entry.file].write(entry, shape, piece, data)

@@ -41,8 +41,9 @@ from spmd_moe.core.placement import (
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.validate import split_evenly
 from spmd_moe.layer.activations import Activation
+from spmd_moe.layer.choose_matmul import choose_matmul
 from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
-from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, choose_matmul
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul
 from spmd_moe.layer.permute import Gather, gather_rows
 from spmd_moe.layer.routing_faults import nan_parameter
 

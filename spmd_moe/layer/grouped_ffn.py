@@ -31,7 +31,7 @@ from spmd_moe.core.placement import (
 )
 from spmd_moe.core.torch_state import is_vmapped
 from spmd_moe.layer.activations import Activation
-from spmd_moe.layer.grouped_matmul import GroupedMatmul, RowGroups
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, RowGroups
 from spmd_moe.layer.permute import Gather, fold_gathered, gather_rows
 from spmd_moe.layer.scaled_rows import scaled
 
@@ -48,6 +48,25 @@ class Weights(NamedTuple):
     b1_eF: ExpertHiddenBias | None = None
     b3_eF: ExpertHiddenBias | None = None
 
+    def or_cast(
+        self,
+        w1_eFD: ExpertInWeight | None,
+        w2_eDF: ExpertOutWeight | None,
+        w3_eFD: ExpertInWeight | None,
+    ) -> Weights:
+        """Those that forward has cast, in place of its own."""
+        return self._replace(
+            w1_eFD=self.w1_eFD if w1_eFD is None else w1_eFD,
+            w2_eDF=self.w2_eDF if w2_eDF is None else w2_eDF,
+            w3_eFD=self.w3_eFD if w3_eFD is None else w3_eFD,
+        )
+
+    def to(self, dtype: torch.dtype) -> Weights:
+        """The matrices in `dtype`."""
+        w3_eFD = None if self.w3_eFD is None else as_dtype(self.w3_eFD, dtype)
+        w1_eFD, w2_eDF = as_dtype(self.w1_eFD, dtype), as_dtype(self.w2_eDF, dtype)
+        return self._replace(w1_eFD=w1_eFD, w2_eDF=w2_eDF, w3_eFD=w3_eFD)
+
 
 class Recipe(NamedTuple):
     """How to compute."""
@@ -60,6 +79,10 @@ class Recipe(NamedTuple):
     """Backward computes the first matmuls again."""
     padded: bool
     """Behind the rows of all experts there may be rows of none."""
+
+    def cast(self, w: Weights) -> Weights:
+        """For the matmuls; a loop casts the weights of one expert at a time."""
+        return w if isinstance(self.matmul, LoopedMatmul) else w.to(self.compute)
 
 
 class Call(NamedTuple):
@@ -83,6 +106,20 @@ class Hidden(NamedTuple):
         return Hidden(as_dtype(self.gate_RF, dtype), up_RF)
 
 
+class Made(NamedTuple):
+    """What forward has computed: the output, and what it may keep for backward."""
+
+    y_RD: Rows
+    hidden: Hidden  # the results of the first matmuls
+    w: Weights  # as the matmuls took them
+    groups: RowGroups
+
+    def cast_only(self, own: Weights) -> list[Tensor | None]:
+        """The matrices that were cast: backward needs the same, and a cast reads all weights."""
+        pairs = zip(self.w[:3], own[:3], strict=True)
+        return [None if cast is given else cast for cast, given in pairs]
+
+
 class Needs(NamedTuple):
     """Which gradients are needed, in the order in which `_GroupedFFN` takes their tensors."""
 
@@ -103,7 +140,7 @@ def grouped_ffn(recipe: Recipe, call: Call) -> Rows:
         y_RD: Rows = _GroupedFFN.apply(recipe, call.counts_e, token_R, row_TK, *inputs)  # type: ignore[no-untyped-call]  # torch
         return y_RD
     with torch.no_grad():
-        return _GroupedFFN.outputs(recipe, call)[0]
+        return _GroupedFFN.outputs(recipe, call).y_RD
 
 
 @register_local_autograd_function
@@ -122,24 +159,26 @@ class _GroupedFFN(torch.autograd.Function):
         *weights: Any,
     ) -> Tensor:
         call = Call(counts_e, _gather(token_R, row_TK), x, scores_R, Weights(*weights))
-        y_RD, kept = _GroupedFFN.outputs(recipe, call)
+        made = _GroupedFFN.outputs(recipe, call)
         # In the narrower of the two dtypes.
         dtype = min(recipe.compute, x.dtype, key=lambda dtype: dtype.itemsize)
-        gate_RF, up_RF = (None, None) if recipe.recompute else kept.to(dtype)
+        kept = [None] * 5 if recipe.recompute else [*made.hidden.to(dtype), *made.cast_only(call.w)]
         ctx.recipe = recipe
-        ctx.save_for_backward(counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF)
-        return y_RD
+        inputs = counts_e, token_R, row_TK, x, scores_R, *weights
+        ctx.save_for_backward(*inputs, made.groups.read_e, *kept)
+        return made.y_RD
 
     @staticmethod
-    def outputs(recipe: Recipe, call: Call) -> tuple[Rows, Hidden]:
-        """`y_RD`, and the results of the first matmuls."""
+    def outputs(recipe: Recipe, call: Call) -> Made:
         with no_autocast(call.x):
             groups = RowGroups.of(recipe.matmul, call.counts_e)
             x_RD = gather_rows(as_dtype(call.x, recipe.compute), call.gather)
-            hidden = _GroupedFFN.hidden(groups, x_RD, call.w)
+            w = recipe.cast(call.w)
+            hidden = _GroupedFFN.hidden(groups, x_RD, w)
             h_RF = _scaled(recipe.activation.forward(*hidden), call.scores_R)
-            y_RD: Rows = as_dtype(groups.linear(h_RF, call.w.w2_eDF), call.x.dtype)
-            return groups.zero_past_the_end(y_RD) if recipe.padded else y_RD, hidden
+            y_RD: Rows = as_dtype(groups.linear(h_RF, w.w2_eDF), call.x.dtype)
+            y_RD = groups.zero_past_the_end(y_RD) if recipe.padded else y_RD
+            return Made(y_RD, hidden, w, groups)
 
     @staticmethod
     def hidden(groups: RowGroups, x_RD: Tensor, w: Weights) -> Hidden:
@@ -150,25 +189,34 @@ class _GroupedFFN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        counts_e, token_R, row_TK, x, scores_R, *weights, gate_RF, up_RF = ctx.saved_tensors
+        counts_e, token_R, row_TK, x, scores_R, *saved = ctx.saved_tensors
+        weights, (read_e, gate_RF, up_RF, *cast) = saved[:5], saved[5:]
         call = Call(counts_e, _gather(token_R, row_TK), x, scores_R, Weights(*weights))
         _refuse_batched(dy_RD)
         # With create_graph=True autograd follows the lines below, to differentiate them again. It
         # has not seen how gate and up were computed, so they are computed again.
         kept = None if gate_RF is None or torch.is_grad_enabled() else Hidden(gate_RF, up_RF)
+        w = call.w if torch.is_grad_enabled() else call.w.or_cast(*cast)
+        groups = RowGroups.of(ctx.recipe.matmul, counts_e, read_e)
         needs = Needs(*ctx.needs_input_grad[4:])
-        return None, None, None, None, *_GroupedFFN.gradients(ctx.recipe, call, kept, dy_RD, needs)
+        given = ctx.recipe, call, ctx.recipe.cast(w), groups, kept, dy_RD, needs
+        return None, None, None, None, *_GroupedFFN.gradients(*given)
 
     @staticmethod
     def gradients(
-        recipe: Recipe, call: Call, kept: Hidden | None, dy_RD: Tensor, needs: Needs
+        recipe: Recipe,
+        call: Call,
+        w: Weights,
+        groups: RowGroups,
+        kept: Hidden | None,
+        dy_RD: Tensor,
+        needs: Needs,
     ) -> tuple[Tensor | None, ...]:
         """The gradients in the order of `Needs`, None where they are not needed."""
         activation, compute = recipe.activation, recipe.compute
-        counts_e, gather, x, scores_R, w = call
-        dtype = w.w1_eFD.dtype
+        _, gather, x, scores_R, own = call
+        dtype = own.w1_eFD.dtype
         with no_autocast(x):
-            groups = RowGroups.of(recipe.matmul, counts_e)
             x_RD = gather_rows(as_dtype(x, compute), gather)
             dy_RD = as_dtype(dy_RD.contiguous(), compute)
             hidden = kept.to(compute) if kept is not None else _GroupedFFN.hidden(groups, x_RD, w)

@@ -22,9 +22,9 @@ import torch.nn.functional as fn
 from torch import Tensor
 
 from spmd_moe.core.dtypes import as_dtype
-from spmd_moe.core.errors import ConfigError, ShapeError, explain
-from spmd_moe.core.validate import check_positive_ints, describe_value
-from spmd_moe.layer.grouped_mm_support import has_kernel, writes_empty_groups
+from spmd_moe.core.errors import ShapeError, explain
+from spmd_moe.core.validate import check_positive_ints
+from spmd_moe.layer.grouped_mm_support import writes_empty_groups
 
 
 class GroupedMatmul(Protocol):
@@ -62,10 +62,18 @@ class RowGroups(NamedTuple):
     matmul_ends_e: Tensor  # the same, on the device where the matmul needs them
 
     @staticmethod
-    def of(matmul: GroupedMatmul, counts_e: Tensor) -> RowGroups:
+    def of(matmul: GroupedMatmul, counts_e: Tensor, read_e: Tensor | None = None) -> RowGroups:
+        """`read_e`: the ends on the host, if forward has read them."""
         ends_e = counts_e.cumsum(0, dtype=torch.int32)
-        on_host = isinstance(matmul, LoopedMatmul)  # one read for all matmuls of its loop
-        return RowGroups(matmul, ends_e, ends_e.cpu() if on_host else ends_e)
+        if not isinstance(matmul, LoopedMatmul):
+            return RowGroups(matmul, ends_e, ends_e)
+        # One read for all matmuls of its loop.
+        return RowGroups(matmul, ends_e, ends_e.cpu() if read_e is None else read_e)
+
+    @property
+    def read_e(self) -> Tensor | None:
+        """The ends on the host, where that is another device: to read them again would wait."""
+        return None if self.matmul_ends_e is self.ends_e else self.matmul_ends_e
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, b_eB: Tensor | None = None) -> Tensor:
         """`y_RB`: `x @ w.T + b`, the weight as it is stored."""
@@ -346,54 +354,3 @@ for _schema, _run, _fake in (
     _OPERATORS.impl(_name, _run, "CompositeExplicitAutograd")
     _OPERATORS.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"spmd_moe::{_name}", _fake)
-
-
-# --- which one ----------------------------------------------------------------------------------
-
-
-def check_matmul(where: str, matmul: object) -> None:
-    """A grouped matmul, or None, which leaves the choice to `choose_matmul`."""
-    if matmul is None:
-        return
-    methods = (getattr(matmul, name, None) for name in ("rows", "outer"))
-    if isinstance(matmul, type) or not all(map(callable, methods)):
-        raise ConfigError(
-            explain(
-                where,
-                f"matmul is {describe_value(matmul)}; "
-                "it must be an object with the methods rows and outer",
-                why="the experts multiply by it, forward and backward",
-                fixes=["matmul=LoopedMatmul(row_block=4)", "matmul=None   # what suits the device"],
-            )
-        )
-
-
-# Made once: every call of the layer chooses.
-_CPU = torch.device("cpu")
-_AS_THEY_ARE, _IN_FLOAT32 = LoopedMatmul(), LoopedMatmul(compute=torch.float32)
-
-
-def choose_matmul(
-    dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], fixed: bool = False
-) -> GroupedMatmul:
-    """The matmul for a dtype, a device and row widths; with `fixed` the host must not wait."""
-    # Only of other devices than the usual: their type is a string, made again at each read.
-    if device != _CPU and device.type == "cuda":
-        if has_kernel(dtype, device, widths):
-            return TorchGroupedMM()
-    elif not fixed and dtype in _WIDENED_ON_THIS_CPU and device.type == "cpu":
-        return _IN_FLOAT32
-    return Masked() if fixed else _AS_THEY_ARE
-
-
-def _widened_on_this_cpu() -> frozenset[torch.dtype]:
-    # Without matmul units for a half precision, torch's CPU matmuls in it are 10 to 30 times slower
-    # than float32, and round at every step.
-    units = [name for name, present in torch.cpu.get_capabilities().items() if present]
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return frozenset(
-        dtype for dtype, suffix in half.items() if not any(u.endswith(suffix) for u in units)
-    )
-
-
-_WIDENED_ON_THIS_CPU = _widened_on_this_cpu()

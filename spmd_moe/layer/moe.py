@@ -33,12 +33,13 @@ from spmd_moe.layer.balance_losses import (
 )
 from spmd_moe.layer.boundary import INSIDE, Boundary, Frame, check_boundary_kinds
 from spmd_moe.layer.check_inputs import Beside, check_inputs
+from spmd_moe.layer.choose_matmul import check_matmul
 from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import Dispatcher
 from spmd_moe.layer.dispatch.default_dispatcher import default_dispatcher
 from spmd_moe.layer.dispatch.protocol import check_dispatcher, settings_of_dispatcher
 from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
-from spmd_moe.layer.grouped_matmul import GroupedMatmul, check_matmul
+from spmd_moe.layer.grouped_matmul import GroupedMatmul
 from spmd_moe.layer.moe_output import MoEOutput
 from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Router, Routing
@@ -337,7 +338,7 @@ class MoE(nn.Module):
             like, dim = self.experts.w1_eFD, self.config.dim
             none_0D = torch.zeros(0, dim, dtype=like.dtype, device=like.device)
             if not is_unchecked():  # a checker wants it of the kinds that x has
-                none_0D = x.reshape(-1).narrow(0, 0, 0).to(like.dtype).view(0, dim)
+                none_0D = x.reshape(-1).narrow(0, 0, 0).to(like.device, like.dtype).view(0, dim)
             x_0D, _ = self.boundary.enter(none_0D)
             seen_0D = x_0D.view(0, self.config.router.input_dim or dim)
             routing = self.router(seen_0D, refused=True)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from spmd_moe.core.dtypes import as_dtype, sum_dtype
-from spmd_moe.core.host_reads import draw_seed
 from spmd_moe.core.mesh import Axis, MoEMesh
 from spmd_moe.core.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.layer import routing_faults
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.router_logits import mask_rows, router_logits
+from spmd_moe.layer.router_noise import Jitter
 from spmd_moe.layer.router_scores import LOG_OF_NONE, RANKS, SCORES
 from spmd_moe.layer.routing_faults import nan_parameter
 
@@ -113,7 +113,7 @@ class Router(nn.Module):
         place, places = _place(mesh)
         first, choices = first_in_turn(place, places, config.num_experts), config.num_choices
         self.choose: Choose = _InTurn(first) if config.force_balance else _best
-        self.jitter = _Jitter(config.jitter, place)
+        self.jitter = Jitter(config.jitter, place)
         if config.given:
             self.register_parameter("weight_ED", None)
         else:
@@ -342,30 +342,3 @@ class _InTurn:
 def first_in_turn(place: int, places: int, num_experts: int) -> int:
     """The expert that a rank begins with, so that ranks with few tokens together use all."""
     return num_experts * place // places
-
-
-# --- noise ------------------------------------------------------------------------------------
-
-
-@final
-class _Jitter:
-    """Scales inputs by 1 -+ amount. Tokens are V on the dense axes, so each rank has its stream.
-
-    What all streams start from is drawn from torch's default generator, whose state checkpointing
-    restores: a forward that is computed again sees the same noise.
-    """
-
-    def __init__(self, amount: float, stream: int) -> None:
-        self.amount, self.stream = amount, stream
-
-    def __call__(self, x_TD: Tokens) -> Tokens:
-        if not self.amount:
-            return x_TD
-        seed = draw_seed() + self.stream
-        # Not in the dtype of the model: below float32 there are a few numbers around 1, or none.
-        noise = torch.empty_like(x_TD, dtype=sum_dtype(x_TD)).uniform_(
-            1 - self.amount,
-            1 + self.amount,
-            generator=torch.Generator(x_TD.device).manual_seed(seed),
-        )
-        return x_TD * noise

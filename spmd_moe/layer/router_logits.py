@@ -12,6 +12,7 @@ import torch.nn.functional as fn
 from torch import Tensor
 
 from spmd_moe.core.dtypes import as_dtype, no_autocast
+from spmd_moe.core.float32_matmul import float32_matmul, is_reduced
 from spmd_moe.core.placement import Tokens, Whole
 from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_state import is_unobserved
@@ -38,10 +39,10 @@ class _Gate(torch.autograd.Function):
         dx_TD = dw_ED = None
         with no_autocast(x_TD):
             if ctx.needs_input_grad[0]:
-                dx_TD = grad_TE @ as_dtype(weight_ED, dtype)
+                dx_TD = float32_matmul(grad_TE, as_dtype(weight_ED, dtype))
                 dx_TD = as_dtype(_masked(dx_TD, mask_T), x_TD.dtype)
             if ctx.needs_input_grad[1]:
-                dw_ED = grad_TE.t() @ as_dtype(_masked(x_TD, mask_T), dtype)
+                dw_ED = float32_matmul(grad_TE.t(), as_dtype(_masked(x_TD, mask_T), dtype))
                 dw_ED = as_dtype(dw_ED, weight_ED.dtype)
         return dx_TD, dw_ED, None, None
 
@@ -65,7 +66,8 @@ def router_logits(
 def _in_dtype(x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, dtype: torch.dtype) -> Tokens:
     if is_unobserved():
         return _product(x_TD, weight_ED, mask_T, dtype)
-    if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype:  # autograd keeps the same
+    # Autograd keeps the same, but its own products are in the precision that the program allows.
+    if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype and not is_reduced(x_TD):
         with no_autocast(x_TD):
             return fn.linear(x_TD, weight_ED)
     logits_TE: Tokens = _Gate.apply(x_TD, weight_ED, mask_T, dtype)  # type: ignore[no-untyped-call]  # torch
@@ -80,7 +82,10 @@ def mask_rows(x_TD: Tokens, mask_T: Tokens | None) -> Tokens:
 def _product(x_TD: T, weight_ED: U, mask_T: T | None, dtype: torch.dtype) -> T:
     with no_autocast(x_TD):
         x_TD = as_dtype(_masked(x_TD, mask_T), dtype)
-        return cast(T, fn.linear(x_TD, as_dtype(weight_ED, dtype)))
+        weight_ED = as_dtype(weight_ED, dtype)
+        if is_reduced(x_TD):
+            return cast(T, float32_matmul(x_TD, weight_ED.t()))
+        return cast(T, fn.linear(x_TD, weight_ED))
 
 
 def _masked(x_TD: T, mask_T: T | None) -> T:

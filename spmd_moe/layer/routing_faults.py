@@ -11,19 +11,22 @@ on tp, from ranks that this exchange does not reach, the marks are added up alon
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import product
+from typing import final
 
 import torch
 from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
 from spmd_moe.core.errors import RoutingError, explain, plural
-from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.host_reads import LateRead, read_ints
 from spmd_moe.core.local_tensor import max_over_ranks
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.placement import P, S, Tokens
 from spmd_moe.core.redistribute import redistribute
+from spmd_moe.core.torch_state import is_capturing
 
 # A rank's mark: how many of its scores are not finite, and on top of it if any of its ids is wrong,
 # or if it was given what the layer cannot take. Marks of thousands of ranks can be added up.
@@ -54,15 +57,42 @@ def sum_marks(marked: Tokens, axis: Axis) -> Tokens:
     return redistribute(sums, axis, src=P, dst=S(0)).select(0, 0)
 
 
-def check_alone(marked: Tokens, logits_TE: Tokens, num_experts: int) -> None:
-    """For a rank that exchanges nothing. Left out where the read would be the only one: it would
-    wait for a device, or break a compiled graph in two."""
-    if marked.is_cpu and not torch.compiler.is_compiling():
-        # spmd: allow unknown - it is read, and no tensor any more
-        (found,) = read_ints(max_over_ranks(marked).view(1))
-        if found:
-            all_scores = found % _WRONG_ID == logits_TE.numel()
-            raise _error([found], [], num_experts, may_be_unset=all_scores)
+@final
+class AloneCheck:
+    """The check of a rank that exchanges nothing.
+
+    On a CPU it is done at once. On CUDA that would be the only wait of the layer, so the mark is
+    copied beside the kernels, and a later call raises, as soon as the copy is there. A compiled or
+    captured graph is not checked.
+    """
+
+    def __init__(self) -> None:
+        self._late: deque[tuple[LateRead, int]] = deque()
+
+    def __deepcopy__(self, memo: object) -> AloneCheck:
+        return AloneCheck()  # what is on its way is told by the original
+
+    def check(self, marked: Tokens, logits_TE: Tokens, num_experts: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if marked.is_cpu:
+            # spmd: allow unknown - it is read, and no tensor any more
+            (found,) = read_ints(max_over_ranks(marked).view(1))
+            _raise_alone(found, num_experts, logits_TE.numel())
+        elif marked.is_cuda and not is_capturing(marked):
+            self._check_earlier(num_experts)
+            self._late.append((LateRead(marked), logits_TE.numel()))
+
+    def _check_earlier(self, num_experts: int) -> None:
+        while self._late and self._late[0][0].ready():
+            late, scores = self._late.popleft()
+            _raise_alone(late.value(), num_experts, scores, earlier=True)
+
+
+def _raise_alone(found: int, num_experts: int, scores: int, earlier: bool = False) -> None:
+    if found:
+        unset = found % _WRONG_ID == scores
+        raise _error([found], [], num_experts, may_be_unset=unset, earlier=earlier)
 
 
 def check_marks(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) -> None:
@@ -73,8 +103,13 @@ def check_marks(marks: Sequence[int], axes: Sequence[Axis], num_experts: int) ->
 
 
 def _error(
-    marks: Sequence[int], axes: Sequence[Axis], num_experts: int, may_be_unset: bool = True
+    marks: Sequence[int],
+    axes: Sequence[Axis],
+    num_experts: int,
+    may_be_unset: bool = True,
+    earlier: bool = False,
 ) -> RoutingError:
+    when = " in an earlier call" if earlier else ""
     refused = [m >= REFUSED for m in marks]
     if any(refused):
         return RoutingError(
@@ -93,7 +128,7 @@ def _error(
         return RoutingError(
             explain(
                 "Router",
-                f"scores are NaN or infinite on {_who(scores, axes)}",
+                f"scores are NaN or infinite on {_who(scores, axes)}{when}",
                 why="such a token has no best expert, and its gradient would spoil all weights",
                 fixes=fixes,
             )
@@ -102,7 +137,7 @@ def _error(
     return RoutingError(
         explain(
             "Router",
-            f"expert_ids name experts that do not exist on {_who(ids, axes)}",
+            f"expert_ids name experts that do not exist on {_who(ids, axes)}{when}",
             why=f"ids of {num_experts} experts are 0 to {num_experts - 1}, and -1 is no expert",
             fixes=[
                 f"expert_ids = expert_ids.where(expert_ids < {num_experts}, -1).clamp(min=-1)"

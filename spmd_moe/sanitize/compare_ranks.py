@@ -105,7 +105,7 @@ def _along(seen: Sequence[Seen], axis: Axis) -> tuple[list[int], Tensor]:
     """Positions of the tensors that must be equal on the axis, and the hashes of all its ranks."""
     places = [i for i, s in enumerate(seen) if s.declared_same_on(axis)]
     if not places:
-        return places, torch.empty(0)
+        return places, torch.empty(0, device="cpu")
     mine = torch.stack([seen[i].hash for i in places]).unsqueeze(0)
     return places, redistribute(mine, axis, src=S(0), dst=R)
 
@@ -156,8 +156,9 @@ _ADVICE = {
 def _same_way(seen: Sequence[Seen], mesh: MoEMesh, step: int, device: torch.device) -> None:
     """Raise on all ranks if the boundaries that they passed, or their order, differ."""
     marks = [_mark(s) for s in seen]
-    mine = torch.tensor([[dist.get_rank(), len(marks), zlib.crc32(repr(marks).encode())]])
-    rows = by_rank(gather_all(mine.to(device), mesh))
+    digest = zlib.crc32(repr(marks).encode())
+    mine = torch.tensor([[dist.get_rank(), len(marks), digest]], device=device)
+    rows = by_rank(gather_all(mine, mesh))
     if all(row[1:] == rows[0][1:] for row in rows):
         return
     longest = max(count for _, count, _ in rows)

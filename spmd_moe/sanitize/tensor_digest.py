@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
+from spmd_moe.core.float32_matmul import float32_matmul
+
 _BLOCK = 1 << 12  # words; each row has the same weights
 _ROWS = 64  # rows at a time, to bound temporary memory
 COLUMNS = 8  # numbers in a sketch, followed by the squared norm
@@ -53,7 +55,7 @@ def _mixed(words: Tensor, weights: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(-(2**62), 2**62, (_BLOCK,), generator=generator)
+    drawn = torch.randint(-(2**62), 2**62, (_BLOCK,), generator=generator, device="cpu")
     return (2 * drawn + 1).to(device)
 
 
@@ -64,7 +66,8 @@ def sketch(x: Tensor) -> Tensor:
     columns = x.shape[-1] if x.ndim > 1 and x.shape[-1] >= COLUMNS else x.numel()
     matrix = wide.reshape(-1, columns) if columns else wide.reshape(1, 0)
     left, right = _signs(*matrix.shape, matrix.dtype, matrix.device)
-    sums = (left @ matrix) @ right
+    products = float32_matmul(float32_matmul(left.unsqueeze(0), matrix), right)
+    sums = products.squeeze(0)
     norm = torch.linalg.vector_norm(matrix).square()
     return torch.cat([sums, norm.view(1)]).to(torch.float64)
 
@@ -74,6 +77,7 @@ def _signs(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    left = torch.randint(0, 2, (rows,), generator=generator) * 2 - 1
-    right = torch.randint(0, 2, (columns, COLUMNS), generator=generator) * 2 - 1
-    return left.to(device, dtype), right.to(device, dtype)
+    shapes = (rows,), (columns, COLUMNS)
+    drawn = (torch.randint(0, 2, s, generator=generator, device="cpu") * 2 - 1 for s in shapes)
+    left, right = (signs.to(device, dtype) for signs in drawn)
+    return left, right

@@ -10,9 +10,9 @@ optimizer.zero_grad()
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
-from typing import TypeAlias
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,14 @@ from torch.distributed.tensor import DTensor
 from spmd_moe.core.dtypes import sum_dtype
 from spmd_moe.core.errors import ConfigError, GradientError, explain
 from spmd_moe.core.mesh import Axis, MoEMesh, check_mesh
+from spmd_moe.core.moves import wait_for
 from spmd_moe.core.placement import P, R, Role, S
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.train.dtensor_storage import shard_group
 from spmd_moe.train.obligations import Obligation, trained
 from spmd_moe.train.reduced_gradients import is_sum, note_sum, rest_of_sum
 
-BUCKET_BYTES = 64 * 2**20  # gradients that travel together; a copy of so much exists meanwhile
+BUCKET_BYTES = 64 * 2**20  # of a sum that travels at once; twice as much exists meanwhile
 
 Trained: TypeAlias = tuple[Obligation, nn.Parameter]
 
@@ -62,17 +63,20 @@ def reduce_gradients(model: nn.Module, mesh: MoEMesh) -> None:
     """
     check_mesh("reduce_gradients", mesh)
     pairs = trained(model, mesh)
-    _check_new(pairs)
-    for bucket in _buckets(pairs, mesh):
-        _reduce(bucket, [mesh[role] for role in _owed(bucket[0][0], mesh)])
+    _check_plain(pairs)
+    groups = [_Owing(parameters, axes) for axes, parameters in _by_axes(pairs, mesh)]
+    _read_once(pairs, groups)
+    for group in groups:
+        for bucket in _buckets(group.flat_gradients()):
+            _reduce(bucket, group.axes)
+        for gradient, flat in group.copies:
+            gradient.copy_(flat.view_as(gradient))
     for _, parameter in pairs:
         if parameter.grad is not None:
             note_sum(parameter)
 
 
-def _check_new(pairs: Sequence[Trained]) -> None:
-    """Nothing in the gradients was summed before."""
-    rests: list[tuple[str, Tensor]] = []
+def _check_plain(pairs: Sequence[Trained]) -> None:
     for row, parameter in pairs:
         if isinstance(parameter, DTensor):
             raise GradientError(
@@ -83,14 +87,69 @@ def _check_new(pairs: Sequence[Trained]) -> None:
                     fixes=["leave reduce_gradients out"],
                 )
             )
-        rest = rest_of_sum(parameter)
-        if rest is not None:
-            rests.append((row.name, rest))
-    if not rests:
-        return  # as ever where zero_grad sets gradients to None: nothing waits for a device
-    device = rests[0][1].device
-    counts = torch.stack([rest.to(device) for _, rest in rests]).tolist()
-    summed = [name for (name, _), count in zip(rests, counts, strict=True) if count]
+
+
+def _owed(row: Obligation, mesh: MoEMesh) -> tuple[Role, ...]:
+    return tuple(role for role in row.reduce_axes if mesh[role].size > 1)
+
+
+def _by_axes(
+    pairs: Sequence[Trained], mesh: MoEMesh
+) -> Iterator[tuple[list[Axis], list[nn.Parameter]]]:
+    """Parameters that can be reduced together: over the same axes, of one dtype and device."""
+    groups: dict[tuple[tuple[Role, ...], object, object], list[nn.Parameter]] = {}
+    for row, parameter in pairs:
+        key = _owed(row, mesh), parameter.dtype, parameter.device
+        if key[0]:
+            groups.setdefault(key, []).append(parameter)
+    for (roles, _, _), parameters in groups.items():
+        yield [mesh[role] for role in roles], parameters
+
+
+@final
+class _Owing:
+    """Parameters whose gradients are to be summed over the same axes, and the ranks that have
+    a gradient for each: a parameter without one on all ranks stays without, as in one process."""
+
+    def __init__(self, parameters: list[nn.Parameter], axes: list[Axis]) -> None:
+        self.parameters, self.axes = parameters, axes
+        ranks = parameters[0].new_ones(len(parameters), dtype=torch.int64)
+        self.missing = [n for n, parameter in enumerate(parameters) if parameter.grad is None]
+        for number in self.missing:
+            ranks[number].zero_()
+        self.ranks, self.nowhere = _summed(ranks, axes), frozenset[int]()
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def flat_gradients(self) -> Iterator[Tensor]:
+        """Those that some rank has, of zeros where this rank has none.
+
+        They are views, except of gradients that are not contiguous: those are in `copies`, too.
+        """
+        for number, parameter in enumerate(self.parameters):
+            if number in self.nowhere:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            flat = parameter.grad.reshape(-1)
+            if not parameter.grad.is_contiguous():
+                self.copies.append((parameter.grad, flat))
+            yield flat
+
+
+def _read_once(pairs: Sequence[Trained], groups: Sequence[_Owing]) -> None:
+    """Raise if an earlier sum is in a gradient, and note which gradients no rank has.
+
+    One read for both, and none where every parameter has a gradient that zero_grad had set to
+    None: then nothing waits for a device.
+    """
+    rests = [(row.name, rest) for row, p in pairs if (rest := rest_of_sum(p)) is not None]
+    asking = [group for group in groups if group.missing]
+    numbers = [rest.view(1) for _, rest in rests] + [group.ranks for group in asking]
+    if not numbers:
+        return
+    device = numbers[0].device
+    found = iter(torch.cat([n.to(device) for n in numbers]).tolist())
+    summed = [name for name, _ in rests if next(found)]
     if summed:
         raise GradientError(
             explain(
@@ -100,47 +159,46 @@ def _check_new(pairs: Sequence[Trained]) -> None:
                 fixes=["optimizer.zero_grad()   # after each step, before the next backward"],
             )
         )
+    for group in asking:
+        ranks = [next(found) for _ in group.parameters]
+        group.nowhere = frozenset(n for n, count in enumerate(ranks) if not count)
 
 
-def _owed(row: Obligation, mesh: MoEMesh) -> tuple[Role, ...]:
-    return tuple(role for role in row.reduce_axes if mesh[role].size > 1)
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Pieces of flat gradients that travel together, also a part of a large one.
 
-
-def _buckets(pairs: Sequence[Trained], mesh: MoEMesh) -> Iterator[list[Trained]]:
-    """Parameters that are reduced together: over the same axes, of one dtype, not too many."""
-    filling: dict[object, list[Trained]] = {}
-    room: dict[object, int] = {}
-    for row, parameter in pairs:
-        key = (_owed(row, mesh), parameter.dtype, parameter.device)
-        if not key[0]:
-            continue
-        room[key] = room.get(key, BUCKET_BYTES) - parameter.numel() * parameter.itemsize
-        filling.setdefault(key, []).append((row, parameter))
-        if room[key] <= 0:
-            yield filling.pop(key)
-            del room[key]
-    yield from filling.values()
-
-
-def _reduce(bucket: list[Trained], axes: list[Axis]) -> None:
-    """One exchange for the bucket on each axis.
-
-    The last numbers of it count the ranks that have each gradient, so that a parameter without
-    one on all ranks stays without, as in one process.
+    Cut by sizes alone, which are the same on every rank.
     """
-    parameters = [parameter for _, parameter in bucket]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    some = grads[0]
-    have = torch.tensor([float(p.grad is not None) for p in parameters])
-    flat = torch.cat([*(g.reshape(-1) for g in grads), have.to(some.device, some.dtype)])
+    bucket, room = list[Tensor](), 0
+    for gradient in gradients:
+        most = max(BUCKET_BYTES // sum_dtype(gradient).itemsize, 1)
+        room = room if bucket else most
+        rest = gradient
+        while rest.numel():
+            piece, rest = rest[:room], rest[room:]
+            bucket.append(piece)
+            room -= piece.numel()
+            if not room:
+                yield bucket
+                bucket, room = [], most
+    if bucket:
+        yield bucket
+
+
+def _reduce(bucket: list[Tensor], axes: list[Axis]) -> None:
+    """One exchange for the bucket on each axis. Beside the gradients there are, at any time, what
+    is sent and what comes back."""
+    sizes = [piece.numel() for piece in bucket]
+    flat = bucket[0].new_empty(sum(sizes), dtype=sum_dtype(bucket[0]))
+    torch._foreach_copy_(list(flat.split(sizes)), bucket)
+    torch._foreach_copy_(bucket, list(_summed(flat, axes).split(sizes)))
+
+
+def _summed(flat: Tensor, axes: list[Axis]) -> Tensor:
     for axis in axes:
         # spmd: allow move - gradients, whose kinds are data: parts of a sum on these axes
-        flat = redistribute(flat, axis, src=P, dst=R, dtype=sum_dtype(flat))
-    *sums, have = flat.split([*(g.numel() for g in grads), len(grads)])
-    torch._foreach_copy_(grads, [s.view_as(g) for s, g in zip(sums, grads, strict=True)])
-    if any(parameter.grad is None for parameter in parameters):  # else nothing waits for a device
-        for parameter, grad, ranks in zip(parameters, grads, have.tolist(), strict=True):
-            parameter.grad = grad if ranks else None
+        flat = wait_for(redistribute(flat, axis, src=P, dst=R))
+    return flat
 
 
 @torch.no_grad()

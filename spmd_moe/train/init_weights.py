@@ -156,7 +156,8 @@ def _draw(out: Tensor, stream: str, placement: Placement, mesh: MoEMesh, std: fl
     for i, row in enumerate(rows):
         seed = hashlib.sha256(f"{stream}/{place[0] + i}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(seed, "little") >> 1)
-        drawn = torch.randn(whole[1:], generator=generator, dtype=torch.float32) * std
+        drawn = torch.randn(whole[1:], generator=generator, dtype=torch.float32, device="cpu")
+        drawn = drawn * std
         for dim, start in enumerate(place[1:]):
             drawn = drawn.narrow(dim, start, row.shape[dim])
         row.copy_(drawn)

@@ -41,7 +41,7 @@ from spmd_moe.check.signatures import signatures
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.layer.experts import experts_ffn
 from spmd_moe.layer.grouped_ffn import Weights
-from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, Masked, choose_matmul
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, Masked
 from tests.bench.layer import grad_of
 from tests.support.dispatchers import SHARDED
 from tests.support.layer_cases import VARIANTS, case, layouts
@@ -275,15 +275,6 @@ def test_with_fixed_shapes_the_layer_is_one_graph() -> None:
 
 
 # --- what is chosen, and what is refused ----------------------------------------------------------
-
-
-def test_what_multiplies_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    for major, found in ((8, Masked), (9, TorchGroupedMM), (10, TorchGroupedMM), (12, Masked)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, m=major: (m, 0))
-        chosen = choose_matmul(torch.bfloat16, torch.device("cuda"), (64, 64), fixed=True)
-        assert isinstance(chosen, found)
-    narrow = choose_matmul(torch.bfloat16, torch.device("cuda"), (63, 64), fixed=True)
-    assert isinstance(narrow, Masked)
 
 
 def test_rows_that_the_host_would_have_to_count_are_refused() -> None:

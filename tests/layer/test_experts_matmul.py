@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spmd_moe import SWIGLU, ConfigError, LoopedMatmul, TorchGroupedMM
-from spmd_moe.layer.grouped_matmul import GroupedMatmul, choose_matmul
+from spmd_moe.layer.choose_matmul import choose_matmul
+from spmd_moe.layer.grouped_matmul import GroupedMatmul, Masked
 from tests.support.experts_oracle import Case
 
 MIXED = (3, 0, 5, 1)
@@ -22,7 +23,7 @@ def test_the_choice_of_a_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
     bf16 = any(v for k, v in torch.cpu.get_capabilities().items() if k.endswith("bf16"))
     chosen = choose_matmul(torch.bfloat16, cpu, (16, 24))
     assert chosen == LoopedMatmul(compute=None if bf16 else torch.float32)
-    monkeypatch.setattr("spmd_moe.layer.grouped_matmul._WIDENED_ON_THIS_CPU", {torch.bfloat16})
+    monkeypatch.setattr("spmd_moe.layer.choose_matmul._WIDENED_ON_THIS_CPU", {torch.bfloat16})
     assert choose_matmul(torch.bfloat16, cpu, (16, 24)) == LoopedMatmul(compute=torch.float32)
     assert choose_matmul(torch.bfloat16, torch.device("meta"), (16, 24)) == LoopedMatmul()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -79,3 +80,12 @@ def test_a_row_does_not_depend_on_its_company(dtype: torch.dtype) -> None:
         for n in (1, 2, 3, 4, 5, 7, 8, 33, 299):
             part = layer(given["x"][:n], torch.tensor([n, 0]), given["scores"][:n])
             assert torch.equal(part, whole[:n]), n
+
+
+def test_what_multiplies_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    for major, found in ((8, Masked), (9, TorchGroupedMM), (10, TorchGroupedMM), (12, Masked)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, m=major: (m, 0))
+        chosen = choose_matmul(torch.bfloat16, torch.device("cuda"), (64, 64), fixed=True)
+        assert isinstance(chosen, found)
+    narrow = choose_matmul(torch.bfloat16, torch.device("cuda"), (63, 64), fixed=True)
+    assert isinstance(narrow, Masked)

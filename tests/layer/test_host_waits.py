@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from spmd_moe import (
+    SWIGLU,
     ExpertRecompute,
     I,
     MoE,
@@ -15,6 +16,7 @@ from spmd_moe import (
     RouterConfig,
     S,
     SharedConfig,
+    TorchGroupedMM,
     balance_loss,
     expert_load,
     init_weights,
@@ -23,6 +25,7 @@ from spmd_moe import (
     update_selection_bias,
     z_loss,
 )
+from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
 from tests.support.dispatchers import DISPATCHERS, SHARDED
 from tests.support.pretended_device import on_device, pretended_device, to_device
 from tests.support.workers import run
@@ -32,7 +35,12 @@ WAITS = {"local": 0, "all_to_all": 1, "dedup": 1, "all_gather": 1, "fixed": 0}
 
 
 def waits(
-    mesh: MoEMesh, name: str, config: MoEConfig = CONFIG, given: str = "", again: bool = False
+    mesh: MoEMesh,
+    name: str,
+    config: MoEConfig = CONFIG,
+    given: str = "",
+    again: bool = False,
+    capability: tuple[int, int] = (9, 0),
 ) -> tuple[list[str], list[str], list[str]]:
     """The waits of a forward, of the losses of a step, and of backward."""
     layer = MoE(config, mesh, DISPATCHERS[name](mesh, 8))
@@ -40,7 +48,7 @@ def waits(
     layer.to(torch.bfloat16)
     if again:
         recompute([layer])
-    with pretended_device() as log:
+    with pretended_device(capability) as log:
         to_device(layer)
         x = on_device(torch.randn(6, 64).to(torch.bfloat16), requires_grad=True)
         mask = torch.tensor([True, True, False, True, True, False])
@@ -90,6 +98,37 @@ def test_options_add_nothing(dtype: torch.dtype) -> None:
         balance="batch",
     )
     assert waits(MoEMesh.single(), "local", config) == ([], [], [])
+
+
+def test_what_has_no_kernel_reads_its_counts_once() -> None:
+    """On capability 8: one read in forward, for the loop over experts; none in backward."""
+    forward, losses, backward = waits(MoEMesh.single(), "local", capability=(8, 0))
+    assert (len(forward), losses, backward) == (1, [], [])
+    assert "layer/grouped_matmul.py" in forward[0]
+
+
+@pytest.mark.parametrize("kept", list(ExpertRecompute))
+def test_weights_are_cast_once_for_forward_and_backward(kept: ExpertRecompute) -> None:
+    """Under autocast; or once for each, where backward computes again to save memory."""
+    mesh = MoEMesh.single()
+    layer = MoE(MoEConfig(64, 32, RouterConfig(8, top_k=2), recompute=kept), mesh)
+    init_weights(layer, mesh, seed=0)
+    with pretended_device() as log:
+        to_device(layer)
+        x = on_device(torch.randn(6, 64))
+        counts, weights = on_device(torch.full((8,), 1)), layer.experts
+        w = Weights(weights.w1_eFD, weights.w2_eDF, weights.w3_eFD)
+        recipe = Recipe(
+            SWIGLU, TorchGroupedMM(), torch.bfloat16, kept is not ExpertRecompute.NONE, False
+        )
+        x_RD = on_device(torch.randn(8, 64), requires_grad=True)
+        y = grouped_ffn(recipe, Call(counts, None, x_RD, None, w))
+        casts = log.operators.count("_to_copy")
+        log.operators.clear()
+        torch.autograd.backward(y.sum())
+        again = log.operators.count("_to_copy")
+        print(casts, again, x.shape)
+        assert layer.experts.w1_eFD.grad is not None
 
 
 def over_ranks(tp: int, name: str) -> tuple[int, list[str], list[str]]:

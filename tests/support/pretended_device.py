@@ -4,6 +4,11 @@ On a GPU the host waits for the stream in two cases, and each is one record in t
 
     read     the host reads a value: tolist, item, cpu, bool, nonzero, a size that is data
     upload   memory of the host that is not pinned is copied to the device
+    draw     random numbers come from a generator that is given, of which a captured graph knows
+             nothing; it does not wait
+
+Copies from and to pinned memory do not wait if they are asked not to. `Log.done` says whether what
+the device was given is done, which events are asked.
 
 The real layer runs on these tensors, forward and backward, in one process and on gloo ranks. What
 a kernel does on a GPU is not seen here; what the host does is.
@@ -71,6 +76,8 @@ class Log:
 
     waits: list[Wait] = field(default_factory=list)
     operators: list[str] = field(default_factory=list)
+    done: bool = True
+    capturing: bool = False
 
     def take(self) -> list[str]:
         """The waits since the last call, in words."""
@@ -114,7 +121,9 @@ class OnDevice(Tensor):
             asked = getattr(getattr(func, "__self__", None), "__name__", "")
             if asked in _ANSWERS:
                 return _ANSWERS[asked]
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch
+        # Not torch's own, which makes a copy on the CPU one of this class again.
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch leaves it untyped
@@ -146,6 +155,19 @@ class _Mode(TorchDispatchMode):
         return _run(func, args, dict(kwargs or {}))
 
 
+class _Event:
+    """An event of the stream."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return _LOG.done
+
+    def synchronize(self) -> None:
+        _note("read", "synchronize")
+
+
 _LOG = Log()
 
 
@@ -160,6 +182,11 @@ def pretended_device(capability: tuple[int, int] = (9, 0)) -> Iterator[Log]:
                 ("_lazy_init", lambda: None),
                 ("current_device", lambda: 0),
                 ("get_device_capability", lambda device=None: capability),
+                ("is_current_stream_capturing", lambda: _LOG.capturing),
+                ("synchronize", lambda device=None: _note("read", "synchronize")),
+                ("Event", _Event),
+                ("get_rng_state", lambda device=None: torch.zeros(16, dtype=torch.uint8)),
+                ("set_rng_state", lambda state, device=None: None),
             ):
                 patches.enter_context(mock.patch.object(torch.cuda, name, value))
             patches.enter_context(_Mode())  # type: ignore[no-untyped-call]  # torch
@@ -179,6 +206,7 @@ def to_device(module: nn.Module) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 moved = on_device(parameter, requires_grad=parameter.requires_grad)
+                vars(moved)["_is_param"] = True  # what makes it an nn.Parameter
                 part._parameters[name] = cast(nn.Parameter, moved)
         for name, buffer in part._buffers.items():
             if buffer is not None:
@@ -219,7 +247,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = any(isinstance(t, OnDevice) for t in tensors)
     there = asked in ("cuda", "meta")
     if not here and not there:
-        return func(*args, **kwargs)
+        pinned = kwargs.pop("pin_memory", None)  # a CPU alone has no such memory
+        result = func(*args, **kwargs)
+        if pinned:
+            vars(result)["pinned"] = True
+        return result
     _LOG.operators.append(name)
     _note_waits(name, args, kwargs, here=here, asked=asked)
     if there:
@@ -246,6 +278,8 @@ def _note_waits(
     sized_by_data = name == "repeat_interleave.Tensor" and kwargs.get("output_size") is None
     if sized_by_data or name.partition(".")[0] in _READING_OPERATORS:
         _note("read", name)
+    elif kwargs.get("generator") is not None:
+        _note("draw", name)
     elif name.startswith("_to_copy"):
         if asked in ("cuda", "meta") and not here:
             _note("upload", name)
@@ -253,5 +287,7 @@ def _note_waits(
             _note("read", name)
     elif name.startswith("copy_"):
         target, source = (isinstance(t, OnDevice) for t in args[:2])
-        if target != source and args[1].ndim:
+        pinned = any(hasattr(t, "pinned") for t in args[:2])
+        blocks = not (pinned and (kwargs.get("non_blocking") or args[2:] == (True,)))
+        if target != source and blocks and (source or args[1].ndim):
             _note("upload" if target else "read", name)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import torch
 
 from spmd_moe import FixedCapacity, Local, MoE, MoEConfig, MoEMesh, R, RouterConfig, init_weights
+from spmd_moe.core import rank_device
+from tests.support.pretended_device import on_device, pretended_device, to_device
 from tests.support.simulated_ranks import fake_world
 
 X = torch.ones(3, 4)
@@ -30,6 +34,32 @@ def _output() -> Any:
     return layer(X)
 
 
+def _on_gpus(check: Callable[[str, str], None], count: int, major: int = 9) -> object:
+    """On a machine with two ranks, as many GPUs, and a torch for those from capability 7.5 on."""
+    pretended: dict[str, object] = {
+        "is_available": lambda: count > 0,
+        "device_count": lambda: count,
+        "get_device_capability": lambda device=None: (major, 0),
+        "get_arch_list": lambda: ["sm_75", "sm_90"],
+    }
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(rank_device, "_on_gpus", lambda device_type: True))
+        patches.enter_context(mock.patch.dict("os.environ", {"LOCAL_WORLD_SIZE": "2"}))
+        for name, value in pretended.items():
+            patches.enter_context(mock.patch.object(torch.cuda, name, value))
+        check("MoEMesh.init", "cuda")
+    return None
+
+
+def _captured() -> object:
+    router = RouterConfig(8, 2, jitter=0.1)
+    layer = MoE(MoEConfig(4, 8, router), MoEMesh.single())
+    with pretended_device() as log:
+        to_device(layer)
+        log.capturing = True
+        return layer(on_device(X))
+
+
 BAD_USES: dict[str, Callable[[], object]] = {
     "local_with_sharded_experts": _local_on_two,
     "fixed_rows_to_count": _fixed_on_two,
@@ -37,4 +67,8 @@ BAD_USES: dict[str, Callable[[], object]] = {
     "output_in_torch": lambda: torch.nn.Linear(4, 4)(_output()),
     "output_attribute": lambda: _output().sum(),
     "output_operator": lambda: _output() * 2,
+    "router_captured": _captured,
+    "mesh_no_gpu": lambda: _on_gpus(rank_device.check_device_of_rank, 0),
+    "mesh_few_gpus": lambda: _on_gpus(rank_device.check_device_of_rank, 1),
+    "mesh_old_gpus": lambda: _on_gpus(rank_device.check_capability, 2, 7),
 }

@@ -11,11 +11,11 @@ from typing import final
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import EP, ETP, RowSums, Tokens
-from spmd_moe.layer import routing_faults
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.dispatch.protocol import Arrived
 from spmd_moe.layer.permute import Gather, Slots, take_scores
 from spmd_moe.layer.router import Routing
+from spmd_moe.layer.routing_faults import AloneCheck
 
 
 @final
@@ -39,7 +39,7 @@ class Local:
 
     def __init__(self, mesh: MoEMesh) -> None:
         check_mesh("Local", mesh)
-        self.axes = mesh[EP], mesh[ETP]
+        self.axes, self._check = (mesh[EP], mesh[ETP]), AloneCheck()
         for axis in self.axes:
             if axis.size > 1:
                 raise ConfigError(
@@ -55,7 +55,7 @@ class Local:
         self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
     ) -> tuple[Arrived, None]:
         num_experts = routing.counts_E.shape[0]
-        routing_faults.check_alone(routing.fault, routing.logits_TE, num_experts)
+        self._check.check(routing.fault, routing.logits_TE, num_experts)
         scores_R = None if scores_TK is None else take_scores(scores_TK, slots)
         # Nothing is sent, so rows need not be made before the experts read them.
         gather = Gather(slots.token_N, slots.row_TK)

@@ -363,7 +363,7 @@ class Reader(StorageReader):
 
     def read(self, chunk: Chunk, name: str) -> Tensor:
         """The chunk of a tensor of that name, once its bytes are known to be those saved."""
-        data = torch.empty(chunk.shape, dtype=self.index.tensors[name].dtype)
+        data = torch.empty(chunk.shape, dtype=self.index.tensors[name].dtype, device="cpu")
         view = _bytes_of(data)
         with open(self.path / chunk.file, "rb") as file:
             file.seek(chunk.start)
