@@ -1,10 +1,14 @@
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.support.workers import POOL
+
+# Of the processes that tests start: threads that wait for each other take the other cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:
