@@ -5,6 +5,7 @@ python tests/run_all.py --long                   # that too
 python tests/run_all.py tests/core/test_mesh.py -x    # the same checks; these words go to pytest
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,8 @@ def checked(words: str, advice: str) -> int:
 
 def in_lanes(words: list[str], *, long: bool) -> int:
     """mypy and all tests, in several processes; what those beside say is shown at the end."""
+    # Else each process that tests start compiles all files again, and pytest rewrites all asserts.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     tests = [sys.executable, "-m", *words, "-p", "tests.support.shared_queue", "--queue"]
     chosen = [] if long else ["-m", "not long"]
     with tempfile.TemporaryDirectory() as queue, ExitStack() as ending:
