@@ -9,6 +9,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from spmd_moe.core.errors import plural
+from spmd_moe.core.mesh import Axis
 from spmd_moe.hf.block import LAYER
 from spmd_moe.hf.families import FAMILIES, UNSUPPORTED
 from spmd_moe.hf.family import Family, Settings, attribute, held, read_block
@@ -66,6 +68,20 @@ def find_blocks(model: nn.Module) -> list[FoundBlock] | Refusal:
             "the checkpoint in bfloat16",
         )
     return found or _none_found(model)
+
+
+def uneven(found: Sequence[FoundBlock], ep: Axis) -> Refusal | None:
+    """A block whose experts the ranks of ep cannot share."""
+    for each in found:
+        experts = each.settings.router.num_experts
+        if experts % ep.size:
+            degree = max(d for d in range(1, ep.size) if experts % d == 0)
+            return Refusal(
+                f"{each.name!r} has {plural(experts, 'expert')}, for {ep}",
+                "every rank of ep has as many experts",
+                f"MoEMesh.init(..., ep={degree})",
+            )
+    return None
 
 
 def _lacking(name: str, kind: str, missing: str) -> Refusal:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spmd_moe.core.declare_placements import declare_placements
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
-from spmd_moe.core.placement import CP, DP, TP, I, Kind, Placed, R, S
+from spmd_moe.core.placement import CP, DP, EP, TP, I, Kind, Placed, R, S
 from spmd_moe.core.validate import check_instance, check_one_of
 from spmd_moe.hf.block import block_of
 from spmd_moe.hf.conversions import NoConversionError, disk_tensors
@@ -32,6 +32,7 @@ from spmd_moe.hf.read_model import (
     memory_tensors,
     ndims_and_experts,
     tensor_at,
+    uneven,
 )
 from spmd_moe.layer.experts import ExpertRecompute
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
@@ -82,6 +83,7 @@ def swap(
     check_one_of("hf.swap", "tokens", tokens, (I, S(0)))
     choices = _Choices(tokens, recompute, balance, router_in_model_dtype)
     found = find_blocks(model)
+    found = found if isinstance(found, Refusal) else uneven(found, mesh[EP]) or found
     planned = found if isinstance(found, Refusal) else _plan(model, found)
     if isinstance(found, Refusal) or isinstance(planned, Refusal):
         refusal = found if isinstance(found, Refusal) else planned

@@ -42,15 +42,15 @@ PASSED = "-"
 # Which tests know best what a file computes.
 TESTS_OF = {
     "router_logits": "router misuse moe",
-    "router": "router_ranks router errors balance_losses",
+    "router": "router_choices router_ranks router errors balance_losses",
     "boundary": "misuse moe",
     "balance_losses": "balance_losses errors",
     "selection_bias": "counters errors",
     "expert_load": "routing_faults",
     "shared_experts": "errors moe",
-    "experts": "errors experts moe",
+    "experts": "router_choices errors experts moe",
     "combine": "dispatch moe",
-    "moe": "moe_output errors misuse counters balance_losses refused_inputs moe",
+    "moe": "router_choices moe_output errors misuse counters balance_losses refused_inputs moe",
     "dispatch.local": "errors misuse dispatch",
     "dispatch.ragged_exchange": "dedup routing_faults dispatch",
     "dispatch.dedup_all_to_all": "dedup dispatch",

@@ -242,6 +242,35 @@ def test_bad_checkpoints_leave_the_model_untouched(change: str, tmp_path: Path) 
     assert all(REFUSED[change] in text and untouched for text, untouched in found), found
 
 
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "cut"])
+def test_a_refused_checkpoint_leaves_the_weights_as_they_were(change: str, tmp_path: Path) -> None:
+    source(tmp_path / "a", "qwen3_moe")
+    tampered(tmp_path / "a", change)
+    model, mesh = hf.swap(model_of("qwen3_moe"), MoEMesh.single()), MoEMesh.single()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    with pytest.raises(CheckpointError):
+        hf.load(model, tmp_path / "a", mesh)
+    assert all(bool((parameter == 0.5).all()) for parameter in model.parameters())
+
+
+def fewer_experts(model: nn.Module) -> tuple[str, bool]:
+    names = [name for name, _ in model.named_parameters()]
+    try:
+        hf.swap(model, MoEMesh.init("cpu", dp=4, ep=4))
+    except ConfigError as error:
+        return str(error).partition("\n")[0], names == [n for n, _ in model.named_parameters()]
+    return "", False
+
+
+def test_fewer_experts_than_ranks() -> None:
+    model = model_of("mixtral", num_local_experts=2)
+    found = threaded(4, fewer_experts, model)
+    said = "hf.swap: 'model.layers.0.mlp' has 2 experts, for axis 'ep' (4 ranks)."
+    assert found == [(said, True)] * 4
+
+
 def test_another_dtype_is_refused(tmp_path: Path) -> None:
     source(tmp_path / "a", "qwen3_moe", torch.bfloat16)
     model, mesh = hf.swap(model_of("qwen3_moe"), MoEMesh.single()), MoEMesh.single()

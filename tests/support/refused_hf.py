@@ -6,6 +6,8 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -18,6 +20,7 @@ from spmd_moe.hf import model_methods, pooled_loss
 from spmd_moe.hf.file_tensors import FileTensor
 from spmd_moe.hf.layout import Layout, set_layout
 from spmd_moe.hf.safetensors_files import FileIO
+from tests.support.simulated_ranks import fake_world
 
 MESH = MoEMesh.single()
 
@@ -38,6 +41,24 @@ def block(name: str) -> nn.Module:
     model = nn.Module()
     model.mlp = kind()
     return model
+
+
+def mixtral(experts: int, **config: object) -> nn.Module:
+    """A model with one block of Mixtral, as its record reads it."""
+    model = block("MixtralSparseMoeBlock")
+    mlp: Any = model.mlp
+    mlp.gate, mlp.experts, mlp.jitter_noise = nn.Module(), nn.Module(), 0.0
+    mlp.gate.weight, mlp.gate.top_k = nn.Parameter(torch.zeros(experts, 4)), 2
+    mlp.experts.gate_up_proj = nn.Parameter(torch.zeros(experts, 6, 4))
+    mlp.experts.down_proj = nn.Parameter(torch.zeros(experts, 4, 3))
+    mlp.experts.act_fn = nn.SiLU()
+    model.config = SimpleNamespace(**config)
+    return model
+
+
+def swap_on_four() -> None:
+    with fake_world(4):
+        hf.swap(mixtral(2), MoEMesh.init("cpu", dp=4, ep=4))
 
 
 def loading(spoil: Callable[[Path], object]) -> Callable[[], object]:
@@ -79,6 +100,8 @@ BAD_HF: dict[str, Callable[[], object]] = {
     "hf_no_block": lambda: hf.swap(nn.Linear(2, 2), MESH),
     "hf_unsupported_block": lambda: hf.swap(block("DogeCDMoE"), MESH),
     "hf_unknown_experts": lambda: hf.swap(block("TinyExperts"), MESH),
+    "hf_fewer_experts_than_ranks": swap_on_four,
+    "hf_quantized_model": lambda: hf.swap(mixtral(4, quantization_config=object()), MESH),
     "hf_not_swapped": lambda: hf.load(nn.Linear(2, 2), "a", MESH),
     "hf_load_cut": loading(cut),
     "hf_load_other_shape": loading(wider),
