@@ -163,7 +163,7 @@ UNSUPPORTED = {
     "Ernie4_5_VLMoeMoeBlock": "two MoEs, one for each kind of token",
     "JetMoeMoA": "experts of attention, in two separate halves",
     "JetMoeMoE": "a bias that is added to the output of all experts together",
-    "MuseSparkMoE": "experts narrower than the router's input",
+    "MuseSparkMoE": "a norm of the output of each expert before it is weighed",
     "NllbMoeSparseMLP": "a capacity for each expert, and a second expert by chance",
     "SwitchTransformersSparseMLP": "a capacity for each expert in the order of the tokens",
     "VitPoseNaiveMoe": "experts that are chosen by the data set",

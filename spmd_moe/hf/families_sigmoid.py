@@ -175,5 +175,5 @@ NEMOTRON = replace(
     name="nemotron_h",
     block="NemotronHMoE",
     layout=UNGATED,
-    needs=(Need("config.moe_latent_size", (None,), "experts narrower than the router's input"),),
+    needs=(Need("config.moe_latent_size", (None,), "projections around the routed experts alone"),),
 )
