@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from spmd_moe.train.checkpoint.save_load import save_checkpoint as save_checkpoint
     from spmd_moe.train.gradients import clip_grad_norm_ as clip_grad_norm_
     from spmd_moe.train.gradients import reduce_gradients as reduce_gradients
+    from spmd_moe.train.hang_watch import watch_hangs as watch_hangs
     from spmd_moe.train.init_weights import init_weights as init_weights
     from spmd_moe.train.obligations import obligations as obligations
     from spmd_moe.train.parallelize import parallelize as parallelize
@@ -128,6 +129,7 @@ else:
         "sanitize.watch_job": "sanitize",
         "train.checkpoint.save_load": "latest_checkpoint load_checkpoint save_checkpoint",
         "train.gradients": "clip_grad_norm_ reduce_gradients",
+        "train.hang_watch": "watch_hangs",
         "train.init_weights": "init_weights",
         "train.obligations": "obligations",
         "train.parallelize": "parallelize",

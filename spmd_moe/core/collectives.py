@@ -131,7 +131,7 @@ def exchange(
 
 
 def _exchanged(x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]) -> Tensor:
-    return awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group))
+    return awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group), "all_to_all")
 
 
 def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:

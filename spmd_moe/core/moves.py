@@ -113,15 +113,15 @@ def embed(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
 
 def all_reduce(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     """Every rank gets the sum over the ranks."""
-    return awaitable(funcol.all_reduce(x.contiguous(), "sum", group))
+    return awaitable(funcol.all_reduce(x.contiguous(), "sum", group), "all_reduce")
 
 
 def all_gather(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     """Every rank gets the rows of all ranks, joined in the order of the ranks."""
     dim, shape = step.src_dim, step.src_shape
     if shape is None:
-        return awaitable(_all_gather(x.contiguous(), dim, group))
-    stacked = awaitable(_all_gather(_pad(x, group, dim, shape), 0, group))
+        return awaitable(_all_gather(x.contiguous(), dim, group), "all_gather")
+    stacked = awaitable(_all_gather(_pad(x, group, dim, shape), 0, group), "all_gather")
     if dim == 0 and shape.packed:
         return stacked.narrow(0, 0, shape.total)
     parts = stacked.chunk(shape.ranks)
@@ -132,8 +132,8 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
     """Every rank gets its own rows of the sum over the ranks."""
     dim, shape = step.dst_dim, step.dst_shape
     if shape is None:
-        return awaitable(_reduce_scatter(x.contiguous(), "sum", dim, group))
-    padded = awaitable(_reduce_scatter(_spread(x, dim, shape), "sum", dim, group))
+        return awaitable(_reduce_scatter(x.contiguous(), "sum", dim, group), "reduce_scatter")
+    padded = awaitable(_reduce_scatter(_spread(x, dim, shape), "sum", dim, group), "reduce_scatter")
     return map_ranks(
         group, lambda rank, t: t.narrow(dim, 0, shape.sizes[rank]).contiguous(), padded
     )
@@ -165,7 +165,7 @@ def all_to_all(x: Tensor, group: ProcessGroup, step: Step) -> Tensor:
         group, lambda me, t: [math.prod(block(t, r, me)) for r in ranks], x
     )
     sent = map_ranks(group, flat, x)
-    received = awaitable(funcol.all_to_all_single(sent, receives, sends, group))
+    received = awaitable(funcol.all_to_all_single(sent, receives, sends, group), "all_to_all")
     return map_ranks(group, joined, received, x)
 
 
@@ -213,6 +213,7 @@ class InFlight(funcol.AsyncCollectiveTensor):
 
     __slots__ = ()
     source: InFlight | None = None  # of a view: what it was taken from, kept alive until then
+    collective = ""  # its name, for messages about ranks that wait for it
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # as torch's own subclass, which it extends
@@ -241,17 +242,19 @@ def _view_of(source: InFlight, view: Any) -> Any:
     if not isinstance(view, funcol.AsyncCollectiveTensor):
         return view
     out = InFlight(view.elem)
-    out.source = source
+    out.source, out.collective = source, source.collective
     return out
 
 
-def awaitable(result: Tensor) -> Tensor:
+def awaitable(result: Tensor, collective: str) -> Tensor:
     """Make a result wait at its first use; wait at once in a simulation, which cannot defer it."""
     if not isinstance(result, funcol.AsyncCollectiveTensor):
         return result
     if type(result.elem) is not Tensor:
         return result.wait()
-    return cast(Tensor, InFlight(result.elem))
+    out = InFlight(result.elem)
+    out.collective = collective
+    return cast(Tensor, out)
 
 
 def wait_for(result: T) -> T:
