@@ -53,6 +53,7 @@ from spmd_moe import (
     reduce_gradients,
     save_checkpoint,
     update_selection_bias,
+    watch_hangs,
 )
 from spmd_moe.layer.router import Router
 
@@ -201,29 +202,33 @@ def train(model: Model, text: Tensor, folder: Path, o: Options) -> None:
         say(f"nothing is left to do: the run has {done} steps, and --steps is {o.steps}")
     metrics, stop = Metrics(folder, done), Stop()
     before, asked, saved = time.perf_counter(), False, done
-    for step in range(done, o.steps):
-        bytes_BL = batch(text, step, o, mesh, device)
-        loss, norm, outs = one_step(model, optimizer, bytes_BL, step, o)
-        loads = [expert_load(out, mesh) for out in outs]
-        value, asked = told(loss, stop, mesh)
-        now = time.perf_counter()
-        speed, before, done = o.batch * o.length / (now - before), now, step + 1
-        balance = max(float(load.max_over_mean) for load in loads)
-        counts = [load.counts_E.tolist() for load in loads]
-        line = {"step": done, "loss": value, "norm": float(norm), "balance": balance}
-        metrics.write(line | {"tokens_per_second": round(speed), "counts": counts})
-        if done == 1 or done % o.every == 0 or done == o.steps or asked:
-            say(
-                f"step {done:>5}  loss {value:.4f}  {speed:>7.0f} tokens/s  "
-                f"busiest expert {balance:.2f} x the mean"
-            )
-        if done % o.save == 0 or done == o.steps or asked:
-            path = folder / "checkpoints" / f"{done:06}"
-            save_checkpoint(path, model, mesh, optimizer, {"step": done, "data": checksum(text)})
-            saved = done
-        if asked:
-            say(f"stopped after step {done}; go on: --resume --out {folder}")
-            break
+    with watch_hangs(seconds=o.hang) as watch:
+        for step in range(done, o.steps):
+            bytes_BL = batch(text, step, o, mesh, device)
+            loss, norm, outs = one_step(model, optimizer, bytes_BL, step, o)
+            loads = [expert_load(out, mesh) for out in outs]
+            value, asked = told(loss, stop, mesh)
+            watch.step()
+            now = time.perf_counter()
+            speed, before, done = o.batch * o.length / (now - before), now, step + 1
+            balance = max(float(load.max_over_mean) for load in loads)
+            counts = [load.counts_E.tolist() for load in loads]
+            line = {"step": done, "loss": value, "norm": float(norm), "balance": balance}
+            metrics.write(line | {"tokens_per_second": round(speed), "counts": counts})
+            if done == 1 or done % o.every == 0 or done == o.steps or asked:
+                say(
+                    f"step {done:>5}  loss {value:.4f}  {speed:>7.0f} tokens/s  "
+                    f"busiest expert {balance:.2f} x the mean"
+                )
+            if done % o.save == 0 or done == o.steps or asked:
+                path = folder / "checkpoints" / f"{done:06}"
+                extra = {"step": done, "data": checksum(text)}
+                with watch.pause():
+                    save_checkpoint(path, model, mesh, optimizer, extra)
+                saved = done
+            if asked:
+                say(f"stopped after step {done}; go on: --resume --out {folder}")
+                break
     metrics.close()
     say(f"the checkpoint of step {saved} is in {folder / 'checkpoints'}")
 
@@ -255,7 +260,9 @@ def main(words: list[str]) -> None:
         # gloo has no class of its own for a peer that is gone; NCCL's errors have DistBackendError.
         if "gloo/transport" not in str(error) and not isinstance(error, dist.DistBackendError):
             raise
-        raise SystemExit(f"train.py: rank {RANK} ends, since another one is gone") from None
+        why = "; ".join(getattr(error, "__notes__", []))  # what watch_hangs knows of it
+        gone = f"train.py: rank {RANK} ends, since another one is gone"
+        raise SystemExit(f"{gone} ({why})" if why else gone) from None
     if RANK == 0:
         for path in draw(folder):
             say(f"wrote {path}")

@@ -112,6 +112,9 @@ class Ranks:
         return sorted(left or busy)
 
 
+_SEQUENCES = "give all ranks of cp and tp the same number of sequences   # for balance='sequence'"
+
+
 def message(mine: int, ranks: Ranks, seconds: float, longest: float) -> str:
     """What rank `mine` prints before it ends its process.
 
@@ -179,7 +182,12 @@ def _fixes(ranks: Ranks, guilty: list[int]) -> list[str]:
     if ranks.first_error is not None:
         return ["read the traceback of that rank   # the others wait for it"]
     if not guilty:
-        return ["call the same collectives, of the same sizes, in the same order on all ranks"]
+        beats = ranks.beats.values()
+        sizes = {b.collective for b in beats if "balance_losses.py" in b.inside}
+        return [
+            *([_SEQUENCES] if len(sizes) > 1 else []),
+            "call the same collectives, of the same sizes, in the same order on all ranks",
+        ]
     fixes = [
         f"py-spy dump --pid {ranks.beats[rank].pid}   # on {ranks.beats[rank].host}: rank {rank}"
         for rank in guilty[:1]

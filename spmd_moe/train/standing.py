@@ -12,6 +12,7 @@ from itertools import takewhile
 from types import FrameType
 from typing import final
 
+from spmd_moe.core.errors import describe
 from spmd_moe.core.messages import PACKAGE, short_path, users_line
 
 _WAITS = re.compile(r"\.(wait|synchronize)\(")
@@ -86,7 +87,10 @@ def _collective(frame: FrameType) -> str:
     ]
     waited = next((f for f in within if f.f_code.co_name == "trigger_wait"), None)
     if waited is not None:
-        return str(getattr(waited.f_locals.get("self"), "collective", "")) or "wait_tensor"
+        result = waited.f_locals.get("self")
+        name = str(getattr(result, "collective", "")) or "wait_tensor"
+        elem = getattr(result, "elem", None)
+        return name if elem is None else f"{name} of {describe(elem)}"
     if names:
         return names[-1]  # the outermost: what torch's caller asked for
     for f in within:
@@ -103,6 +107,6 @@ def _collective(frame: FrameType) -> str:
 def _inside(frame: FrameType) -> str:
     for f in _callers(frame):
         file = f.f_code.co_filename
-        if file.startswith(PACKAGE):
+        if file.startswith(PACKAGE) and not f.f_code.co_name.startswith("__torch"):
             return f"{f.f_code.co_name} ({short_path(file)}:{f.f_lineno})"
     return ""

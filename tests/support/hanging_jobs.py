@@ -59,7 +59,7 @@ ACTS: dict[str, Callable[[], object]] = {
 
 def layer_of_all_ranks() -> MoE:
     world = dist.get_world_size()
-    layer = MoE(MoEConfig(8, 16, RouterConfig(4, 2)), MoEMesh.init("cpu", tp=world, ep=world))
+    layer = MoE(MoEConfig(8, 12, RouterConfig(12, 2)), MoEMesh.init("cpu", tp=world, ep=world))
     init_weights(layer, layer.mesh, seed=0)
     return layer
 

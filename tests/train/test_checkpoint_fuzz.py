@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from spmd_moe import CheckpointError
+from spmd_moe.train.checkpoint.optimizer_json import saved_by_name
 from tests.train.fuzz_checkpoints import fuzz
 
 
@@ -13,3 +15,11 @@ from tests.train.fuzz_checkpoints import fuzz
 def test_no_mutation_loads_as_what_was_not_saved(seed: int, tmp_path: Path) -> None:
     counts = fuzz(tmp_path, seed, times=1000)
     assert counts["refused"] > 700 and counts["loaded"] > 3
+
+
+@pytest.mark.parametrize("dtype", ["float33", ["float32"], {"float32": 1}, None])
+def test_an_optimizer_state_of_no_dtype(dtype: object) -> None:
+    """Found by the fuzzer: a list has no hash."""
+    state = {"weight": {"exp_avg": {"like_parameter": True, "dtype": dtype}}}
+    with pytest.raises(CheckpointError, match="the state of 'weight'"):
+        saved_by_name([{"settings": {}, "state": state}])  # type: ignore[dict-item]  # wrong on purpose

@@ -49,7 +49,8 @@ def _is_state(kept: Json) -> bool:
     if kept.keys() == {"value"}:
         return _is_plain(kept["value"])
     fits = kept.keys() == {"like_parameter", "dtype"}
-    return fits and type(kept["like_parameter"]) is bool and kept["dtype"] in _DTYPES
+    fits = fits and type(kept["like_parameter"]) is bool and type(kept["dtype"]) is str
+    return fits and kept["dtype"] in _DTYPES
 
 
 def _is_plain(value: Json) -> bool:
