@@ -31,7 +31,8 @@ FOLDERS = {
     "grouped_mm_support grouped_matmul choose_matmul scaled_rows grouped_ffn experts combine "
     "shared_experts boundary balance_losses selection_bias check_inputs moe_output moe expert_load",
     "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
-    "parallelize checkpoint.strict_json checkpoint.safetensors_file "
+    "parallelize hang_stack hang_report hang_watch "
+    "checkpoint.strict_json checkpoint.safetensors_file "
     "checkpoint.optimizer_json checkpoint.state checkpoint.index checkpoint.random_state "
     "checkpoint.files checkpoint.planners checkpoint.checks checkpoint.save_load "
     "checkpoint.convert checkpoint",
@@ -47,7 +48,7 @@ FOLDERS = {
     "parity.causes parity.sweep parity.report parity.parity adapters.overlay "
     "adapters.transformers_blocks adapters.torchtitan_moe adapters reports forecast plan "
     "supervise run subcommands parity.command "
-    "parity command_check command_plan command_line",
+    "parity command_check command_plan command_convert command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_variables "
     "annotations syntax_tree messages collective_calls torch_names error_report end_of_module "
     "reread_file daemon problems_found expression_hooks module_calls settings call_arguments "
@@ -62,7 +63,7 @@ ORDER = [
 ]
 ORDER += ["mypy_plugin", "__main__"]
 LAYER = [name for name in ORDER if name.startswith("layer.")]
-STORED = ["obligations", "dtensor_storage", "gradients", "parallelize"]
+STORED = ["obligations", "dtensor_storage", "gradients", "parallelize", "hang_watch"]
 STORED += [
     f"checkpoint.{name}"
     for name in ["state", "random_state", "files", "planners", "checks", "save_load", "convert"]

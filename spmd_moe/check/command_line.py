@@ -1,4 +1,4 @@
-"""`spmd-moe`: the checks from the command line."""
+"""`spmd-moe`: the checks from the command line, and the conversion of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from spmd_moe.check.command_check import CHECK
+from spmd_moe.check.command_convert import CONVERT
 from spmd_moe.check.command_plan import PLAN
 from spmd_moe.check.parity.command import PARITY
 from spmd_moe.check.target import checker_error
 from spmd_moe.core.errors import SpmdMoeError
 
 # Every subcommand, in the order of `--help`.
-SUBCOMMANDS = (CHECK, PLAN, PARITY)
+SUBCOMMANDS = (CHECK, PLAN, PARITY, CONVERT)
 RAW = argparse.RawDescriptionHelpFormatter
-DESCRIPTION = "Checks of typed MoE code, before anything is trained. They need no GPU."
+DESCRIPTION = "Checks of typed MoE code, before anything is trained, and conversion of checkpoints."
 EPILOG = """\
 examples:
   spmd-moe plan my_package.my_module:target --layout 'dp 2 tp 4 ep 8'

@@ -10,7 +10,7 @@ from typing import final
 
 from spmd_moe.core.errors import explain
 from spmd_moe.core.ranks_agree import ranks_by_text
-from spmd_moe.train.standing import Standing
+from spmd_moe.train.hang_stack import Standing
 
 
 class State(StrEnum):

@@ -36,7 +36,7 @@ from spmd_moe.train.hang_report import (
     message,
     store_is_silent,
 )
-from spmd_moe.train.standing import standing
+from spmd_moe.train.hang_stack import standing
 
 HUNG = 75  # the exit status: EX_TEMPFAIL, since the same job may work when started again
 AFTER_AN_ERROR = 5.0  # seconds that a rank may go on after another one has raised
@@ -59,8 +59,8 @@ def watch_hangs(*, seconds: float = 30.0, first_seconds: float = 300.0) -> Itera
         seconds: The time beyond the longest step so far.
         first_seconds: The time for the first step, in which programs compile.
 
-    Yields:
-        The watch, with `step()` and `pause()`.
+    Returns:
+        A context manager of the watch, which has `step()` and `pause()`.
 
     Raises:
         ConfigError: `seconds` or `first_seconds` is not a positive number.

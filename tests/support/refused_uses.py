@@ -9,7 +9,17 @@ from unittest import mock
 
 import torch
 
-from spmd_moe import FixedCapacity, Local, MoE, MoEConfig, MoEMesh, R, RouterConfig, init_weights
+from spmd_moe import (
+    FixedCapacity,
+    Local,
+    MoE,
+    MoEConfig,
+    MoEMesh,
+    R,
+    RouterConfig,
+    init_weights,
+    watch_hangs,
+)
 from spmd_moe.core import rank_device
 from tests.support.pretended_device import on_device, pretended_device, to_device
 from tests.support.simulated_ranks import fake_world
@@ -60,6 +70,11 @@ def _captured() -> object:
         return layer(on_device(X))
 
 
+def _watched() -> None:
+    with watch_hangs(seconds=0):
+        raise AssertionError
+
+
 BAD_USES: dict[str, Callable[[], object]] = {
     "local_with_sharded_experts": _local_on_two,
     "fixed_rows_to_count": _fixed_on_two,
@@ -71,4 +86,5 @@ BAD_USES: dict[str, Callable[[], object]] = {
     "mesh_no_gpu": lambda: _on_gpus(rank_device.check_device_of_rank, 0),
     "mesh_few_gpus": lambda: _on_gpus(rank_device.check_device_of_rank, 1),
     "mesh_old_gpus": lambda: _on_gpus(rank_device.check_capability, 2, 7),
+    "watch_seconds": _watched,
 }

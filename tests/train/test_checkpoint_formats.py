@@ -25,8 +25,9 @@ from spmd_moe import (
     load_checkpoint,
     save_checkpoint,
 )
+from spmd_moe.check.command_line import main
 from spmd_moe.check.thread_ranks import threaded
-from spmd_moe.train.checkpoint.convert import convert, main
+from spmd_moe.train.checkpoint.convert import convert
 from spmd_moe.train.checkpoint.safetensors_file import DTYPES, header
 
 MESH = MoEMesh.single()
@@ -142,8 +143,16 @@ def test_a_strangers_pickle_does_not_run(
 
 
 def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(saved), str(tmp_path / "dcp")]) == 0
+    dcp_folder, back = str(tmp_path / "dcp"), str(tmp_path / "2")
+    assert main(["convert", str(saved), dcp_folder]) == 0
     assert (tmp_path / "dcp" / ".metadata").is_file()
-    assert main([str(saved), str(tmp_path / "dcp")]) == 2
-    assert "'dcp' exists" in capsys.readouterr().err
-    assert main([str(tmp_path / "nothing"), str(tmp_path / "2")]) == 2
+    assert main(["convert", dcp_folder, back]) == 0
+    assert sorted(p.name for p in Path(back).iterdir()) == ["index.json", "rank0.safetensors"]
+    for source, target, says in (
+        (str(saved), dcp_folder, "convert: 'dcp' exists"),
+        (dcp_folder, back, "convert: '2' exists"),
+        (str(tmp_path / "nothing"), str(tmp_path / "3"), "convert: 'nothing' "),
+    ):
+        assert main(["convert", source, target]) == 2
+        assert capsys.readouterr().err.startswith(says)
+    assert not (tmp_path / "3").exists()

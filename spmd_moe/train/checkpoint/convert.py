@@ -1,7 +1,7 @@
 """Checkpoints as folders of torch.distributed.checkpoint (DCP), and back.
 
-    python -m spmd_moe.train.checkpoint.convert runs/001/checkpoints/000100 000100.dcp
-    python -m spmd_moe.train.checkpoint.convert 000100.dcp 000100
+    spmd-moe convert runs/001/checkpoints/000100 000100.dcp
+    spmd-moe convert 000100.dcp 000100
 
 One process does it, one chunk in memory at a time. torch's own tools read the result, such as
 `dcp_to_torch_save`. What is not a tensor travels as JSON in a tensor of bytes, `spmd_moe.rest`.
@@ -13,13 +13,12 @@ folder from a stranger cannot run code. Objects that torch has pickled into a fo
 
 from __future__ import annotations
 
-import argparse
 import io
 import pickle
+import re
 import secrets
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -67,26 +66,12 @@ def convert(source: PathLike, target: PathLike) -> None:
         >>> dcp_to_torch_save("000100.dcp", "000100.pt")   # torch's own
     """
     source, target = Path(source), Path(target)
-    if (source / METADATA).is_file() and not (source / INDEX).exists():
-        _from_dcp(source, target)
-    else:
-        _to_dcp(source, target)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 with a message where the source or the target is refused."""
-    parser = argparse.ArgumentParser(
-        prog="convert", description="Turn a checkpoint into a torch DCP folder, or back."
-    )
-    parser.add_argument("source", help="a checkpoint, or a folder of torch.distributed.checkpoint")
-    parser.add_argument("target", help="the folder to make")
-    asked = parser.parse_args(arguments)
+    is_dcp = (source / METADATA).is_file() and not (source / INDEX).exists()
     try:
-        convert(asked.source, asked.target)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        (_from_dcp if is_dcp else _to_dcp)(source, target)
+    except CheckpointError as error:  # of the functions that save and load read and write here
+        text = re.sub("^(load|save)_checkpoint:", "convert:", str(error))
+        raise CheckpointError(text) from error
 
 
 # --- chunks that are read when they are written -----------------------------------------------
@@ -276,7 +261,3 @@ def _reading(
         return tensor.contiguous()
 
     return read
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,7 @@ from spmd_moe.core.messages import PACKAGE, short_path, users_line
 
 _WAITS = re.compile(r"\.(wait|synchronize)\(")
 _COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
-_OWN = ("spmd_moe.train.standing", "spmd_moe.train.hang_watch")
+_OWN = ("spmd_moe.train.hang_stack", "spmd_moe.train.hang_watch")
 _OPERATORS = "torch._ops"  # its frames hold the operator as `self`
 _ENGINE = "_engine_run_backward"  # the main thread, while other threads run backward
 
