@@ -18,6 +18,7 @@ from spmd_moe.core.messages import PACKAGE, short_path, users_line
 _WAITS = re.compile(r"\.(wait|synchronize)\(")
 _COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
 _OWN = ("spmd_moe.train.hang_stack", "spmd_moe.train.hang_watch")
+_MOVES = "spmd_moe.core.moves"  # it says which collective; what called it says what for
 _OPERATORS = "torch._ops"  # its frames hold the operator as `self`
 _ENGINE = "_engine_run_backward"  # the main thread, while other threads run backward
 
@@ -107,6 +108,6 @@ def _collective(frame: FrameType) -> str:
 def _inside(frame: FrameType) -> str:
     for f in _callers(frame):
         file = f.f_code.co_filename
-        if file.startswith(PACKAGE) and not f.f_code.co_name.startswith("__torch"):
+        if file.startswith(PACKAGE) and _module(f) != _MOVES:
             return f"{f.f_code.co_name} ({short_path(file)}:{f.f_lineno})"
     return ""
