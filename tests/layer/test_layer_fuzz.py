@@ -1,0 +1,25 @@
+"""Random layers against the oracle. For an hour of them run `tests.layer.fuzz_layer`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spmd_moe.layer import moe
+from tests.layer.fuzz_layer import fuzz
+
+
+def test_random_layers_equal_one_process() -> None:
+    counts = fuzz(0, times=60)
+    assert counts["equal"] > 30 and counts["with tokens"] > 25
+
+
+def test_the_fuzzer_finds_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def combined(rows_ND: Tensor, slots: object, scores_TK: Tensor | None) -> Tensor:
+        return combine(rows_ND, slots, scores_TK) * torch.tensor(1.0 + 1e-8)  # type: ignore[arg-type]
+
+    combine = moe.combine
+    monkeypatch.setattr(moe, "combine", combined)
+    with pytest.raises(AssertionError, match="is off by"):
+        fuzz(0, times=60)
