@@ -73,7 +73,8 @@ def watch_hangs(*, seconds: float = 30.0, first_seconds: float = 300.0) -> Itera
         ...     with watch.pause():
         ...         pass  # evaluation, or saving a checkpoint
     """
-    for name, value in {"seconds": seconds, "first_seconds": first_seconds}.items():
+    given: dict[str, object] = {"seconds": seconds, "first_seconds": first_seconds}
+    for name, value in given.items():
         if not (isinstance(value, int | float) and 0 < value < threading.TIMEOUT_MAX):
             raise ConfigError(
                 explain(
@@ -176,7 +177,7 @@ class _Threads:
         shared = _get_default_store()
         # Every watch of the job has a number of its own, the same on all ranks.
         mine = shared.add(f"spmd_moe/hangs/watches of rank {self.rank}", 1)
-        self.store = dist.PrefixStore(f"spmd_moe/hangs/{mine}", shared.clone())
+        self.store = dist.PrefixStore(f"spmd_moe/hangs/{mine}", shared.clone())  # type: ignore[attr-defined]  # torch's stubs lack it
         self.store.set_timeout(timedelta(seconds=LINGER))
         self._say()
         names = ("says", "judges")

@@ -55,7 +55,8 @@ def sequences() -> Made:
             self.layer = layer
 
         def forward(self, x: Tensor) -> Tensor:
-            terms = self.layer(x).losses
+            terms = layer(x).losses
+            assert terms is not None
             return balance_loss(terms, reduce_loss_terms(terms, mesh), mesh)
 
     return Losses(), lambda wrong: torch.ones(3 if wrong else 2, 4, 8)

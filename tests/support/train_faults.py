@@ -141,7 +141,8 @@ def main() -> None:
         return model
 
     original, made = train.one_step, train.build
-    train.one_step, train.build = one_step, build
+    train.one_step = one_step  # type: ignore[assignment]  # it takes anything
+    train.build = build
     train.reduce_gradients = before("reduction", train.reduce_gradients)
     files.Writer.write_data = before("save", files.Writer.write_data)  # type: ignore[method-assign]  # a fault
     train.main(sys.argv[1:])

@@ -22,4 +22,4 @@ def test_an_optimizer_state_of_no_dtype(dtype: object) -> None:
     """Found by the fuzzer: a list has no hash."""
     state = {"weight": {"exp_avg": {"like_parameter": True, "dtype": dtype}}}
     with pytest.raises(CheckpointError, match="the state of 'weight'"):
-        saved_by_name([{"settings": {}, "state": state}])  # type: ignore[dict-item]  # wrong on purpose
+        saved_by_name([{"settings": {}, "state": state}])
