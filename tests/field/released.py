@@ -49,6 +49,8 @@ RELEASES = [
     Release("transformers", "5.24.0", "deepseek_v3", "all_to_all"),
     Release("transformers", "5.24.0", "gpt_oss", "all_to_all"),
     Release("transformers", "5.24.0", "mixtral", "tp"),
+    Release("torchtitan", "0.2.0", "moe", "ep", "#2387", "moe.router.gate.weight", ROUTER),
+    Release("torchtitan", "0.2.1", "moe", "ep", "#2387", "moe.router.gate.weight", ROUTER),
     Release("torchtitan", "0.2.2", "moe", "ep", "#2387", "moe.router.gate.weight", ROUTER),
     Release("torchtitan", "0.2.2", "moe", "tp"),
 ]

@@ -8,6 +8,7 @@ over tp in both.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -61,12 +62,14 @@ def torchtitan_target(name: str, plan: str | None, path: str | None) -> Callable
             if plan == "tp" and tp is None:
                 raise ValueError("plan tp needs tp > 1")
             experts = init_device_mesh("cpu", (mesh.size(),), mesh_dim_names=("ep",))
+            # ETP is off, which 0.2.0 is told by a flag and later versions by meshes.
+            names = inspect.signature(parallelize).parameters
+            off = {"ep_tp_mesh": None, "etp_enabled": False, "etp_mesh": None, "ep_etp_mesh": None}
             parallelize(
                 SimpleNamespace(layers={"0": block}),
                 tp_mesh=tp,
                 ep_mesh=experts if plan == "ep" else None,
-                etp_mesh=None,
-                ep_etp_mesh=None,
+                **{name: value for name, value in off.items() if name in names},
             )
         x = torch.randn(batch, 8, DIM)
 
