@@ -7,9 +7,12 @@ Needs no types and no annotations. The files, in reading order:
     stand_ins   replacements for what CPUs lack, installed for one run
     placements  what each rank holds of a tensor: DTensors, words, declarations, shapes
     setup       the target called for one mesh: module, inputs, trainer
+    failures    what stood in the way of a comparison
     weights     the weights of the lone module, cut for each rank
     alone       one step or several on one process
     run         the same on a rank
+    processes   ranks as gloo processes
+    ranks       all ranks, as threads or as processes
     explain     what would make a wrong tensor right
     compare     all tensors of all ranks against one process
     causes      differences with one cause, told as one finding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 
 from spmd_moe.check.adapters import ADAPTERS, adapted
@@ -10,6 +11,8 @@ from spmd_moe.check.layouts import Layout
 from spmd_moe.check.load_target import load
 from spmd_moe.check.parity.axes import MeshSizes
 from spmd_moe.check.parity.parity import SECONDS, WORLD, run_parity
+from spmd_moe.check.parity.processes import Again
+from spmd_moe.check.parity.ranks import WAYS
 from spmd_moe.check.parity.report import line
 from spmd_moe.check.parity.setup import AnyLayout, AnyTarget, wants_moe_mesh
 from spmd_moe.check.parity.stand_ins import STAND_INS
@@ -65,6 +68,12 @@ def _options(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("--steps", type=int, default=2, help="optimizer steps (2)")
     parity.add_argument("--seconds", type=float, default=SECONDS, help="most for one run (60)")
     parity.add_argument(
+        "--ranks",
+        choices=WAYS,
+        default="auto",
+        help="threads, gloo processes, or (auto) processes where threads cannot be",
+    )
+    parity.add_argument(
         "--stand-in",
         action="append",
         default=[],
@@ -80,12 +89,13 @@ def _parity(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     framework = args.target.partition(":")[0]
     if framework in ADAPTERS:
-        target: AnyTarget = adapted(args.target, args.plan, args.path)
+        again: Again = functools.partial(adapted, args.target, args.plan, args.path)
     elif args.plan or args.path:
         why = "they choose a framework's own target"
         raise cannot("parity", "--plan and --path are of frameworks", why, "transformers:mixtral")
     else:
-        target = load(args.target)
+        again = functools.partial(load, args.target)
+    target = again()
     axes = tuple(name for name in re.split(r"[ ,]+", args.axes) if name)
     vary = dict(_varied(word) for word in args.vary)
     layouts = [_layout(text, target, axes) for text in args.layout] if args.layout else None
@@ -104,6 +114,8 @@ def _parity(args: argparse.Namespace) -> int:
         steps=args.steps,
         seconds=args.seconds,
         stand_ins=args.stand_in,
+        ranks=args.ranks,
+        again=again,
         tell=tell,
     )
     print(report.to_json() if args.json else f"\n{report}")

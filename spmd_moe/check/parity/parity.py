@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 from spmd_moe.check.layouts import layouts as all_layouts
 from spmd_moe.check.parity.alone import Observe, unobserved
 from spmd_moe.check.parity.axes import MeshSizes, default_sizes
+from spmd_moe.check.parity.processes import Again
+from spmd_moe.check.parity.ranks import Ranks
 from spmd_moe.check.parity.report import ParityReport
 from spmd_moe.check.parity.setup import (
     AnyLayout,
@@ -68,6 +71,8 @@ def run_parity(
     steps: int = 2,
     seconds: float = SECONDS,
     stand_ins: Sequence[str] = (),
+    ranks: str = "auto",
+    again: Again | None = None,
     observe: Observe = unobserved,
     tell: Callable[[int, int, Outcome], None] = lambda number, of, outcome: None,
 ) -> ParityReport:
@@ -83,6 +88,9 @@ def run_parity(
         steps: Steps of the optimizer; with two, state that drifts apart is seen.
         seconds: The time limit of one configuration.
         stand_ins: Replacements for what a CPU lacks: see `stand_ins.STAND_INS`.
+        ranks: `"threads"` of this process, gloo `"processes"`, or `"auto"`: threads, and processes
+            where these fail or share state that changes.
+        again: Makes the target in another process; default: it is sent by its name.
         observe: A context manager that is entered around each forward and backward.
         tell: Called after each configuration.
 
@@ -96,19 +104,26 @@ def run_parity(
         raise cannot("parity", f"{len(questions)} configurations, {steps} steps", why, "world=4")
     wanted = ("dropout", *getattr(target, "stand_ins", ()), *stand_ins)
     outcomes = []
+    again = again or functools.partial(_same, target)
+    every = Ranks(seconds, observe, ranks, again, wanted)
     with installed(wanted, getattr(target, "patches", ())):
-        for number, outcome in enumerate(Sweep(questions, steps, seconds, observe).outcomes(), 1):
+        for number, outcome in enumerate(Sweep(questions, steps, every).outcomes(), 1):
             outcomes.append(outcome)
             tell(number, len(questions), outcome)
     name = str(getattr(target, "__qualname__", type(target).__qualname__))
     shown = tuple(dict.fromkeys(wanted[1:]))
     notes = tuple(getattr(target, "notes", ()))
-    report = ParityReport(name, tuple(outcomes), shown, notes, time.monotonic() - begin)
+    took = time.monotonic() - begin
+    report = ParityReport(name, tuple(outcomes), shown, notes, tuple(every.notes), took)
     if all(outcome.refused for outcome in outcomes):
         what = f"every layout is refused; the last: {outcomes[-1].refused}"
         why = "a check that has run nothing must not pass"
         raise cannot("TARGET", what, why, "layouts=... that it can do, or axes=... by its names")
     return report
+
+
+def _same(target: AnyTarget) -> AnyTarget:
+    return target
 
 
 def _questions(

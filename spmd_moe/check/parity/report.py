@@ -22,6 +22,7 @@ class ParityReport:
     outcomes: tuple[Outcome, ...]
     stand_ins: tuple[str, ...]
     notes: tuple[str, ...]  # of an adapter
+    ways: tuple[str, ...]  # how ranks ran, where not all ran as threads
     seconds: float
 
     @property
@@ -63,7 +64,7 @@ class ParityReport:
             yield f"{text}\n"
         for text, questions in self._failures().items():
             yield f"could not compare {questions[0]}{self._more(questions)}\n{text}\n"
-        for note in self._notes():
+        for note in (*self.ways, *self._notes()):
             yield f"note: {note}"
         for name in self.stand_ins:
             yield f"stand-in: {STAND_INS[name][1]}"
@@ -129,7 +130,12 @@ class ParityReport:
             | ({"failed": o.failed} if o.failed else {})
             for o in self.outcomes
         ]
-        whole = {"target": self.target, "status": self.status, "seconds": round(self.seconds, 3)}
+        whole = {
+            "target": self.target,
+            "status": self.status,
+            "notes": [*self.ways],
+            "seconds": round(self.seconds, 3),
+        }
         return json.dumps(whole | {"findings": found, "runs": runs}, indent=2)
 
 

@@ -25,6 +25,7 @@ from spmd_moe.check.parity.alone import (
     record_state,
     take_gradients,
 )
+from spmd_moe.check.parity.axes import Axes
 from spmd_moe.check.parity.placements import (
     Part,
     Shape,
@@ -36,7 +37,7 @@ from spmd_moe.check.parity.placements import (
     of_words,
 )
 from spmd_moe.check.parity.setup import Question, Setup, prepare
-from spmd_moe.check.parity.weights import Table, fill, read_parts
+from spmd_moe.check.parity.weights import Telling, fill, read_parts
 from spmd_moe.check.parity.words import Lies, lies, lies_of
 from spmd_moe.check.target import cannot
 from spmd_moe.core.mesh import MoEMesh
@@ -52,13 +53,13 @@ class RankRun:
     steps: list[Step]
     parts: dict[str, Part]
     scale: float  # of the gradients of inputs: a trainer that averages has a larger loss
-    setup: Setup
+    axes: Axes
 
 
 def run_rank(
     question: Question,
     alone: Alone,
-    table: Table,
+    table: Telling,
     known: Mapping[str, set[str]],
     observe: Observe,
 ) -> RankRun:
@@ -69,7 +70,7 @@ def run_rank(
 def _run_rank(
     question: Question,
     alone: Alone,
-    table: Table,
+    table: Telling,
     known: Mapping[str, set[str]],
     observe: Observe,
 ) -> RankRun:
@@ -87,7 +88,7 @@ def _run_rank(
     scale = 1.0
     if kind in ("average", "fully_shard"):
         scale = float(len(setup.axes.joined(over, rank)))
-    run = RankRun([], parts, scale, setup)
+    run = RankRun([], parts, scale, setup.axes)
     for number, upstream in enumerate(alone.upstream):
         args = take_gradients(_taken(setup, alone, given))
         with observe(setup.module, rank):
@@ -112,14 +113,14 @@ def _run_rank(
 
 
 def read_rank(
-    question: Question, alone: Alone, table: Table, known: Mapping[str, set[str]]
+    question: Question, alone: Alone, table: Telling, known: Mapping[str, set[str]]
 ) -> dict[str, Part]:
     """What a rank holds of each weight, without running anything."""
     with table.held():
         return read_parts(prepare(question), alone.weights, table, known)
 
 
-def _argument_parts(setup: Setup, alone: Alone, table: Table) -> dict[int, Part]:
+def _argument_parts(setup: Setup, alone: Alone, table: Telling) -> dict[int, Part]:
     """What of each argument this rank has."""
     case, rank = setup.case, dist.get_rank()
     given = (*case.placements, *[None] * (len(case.args) - len(case.placements)))
@@ -174,7 +175,7 @@ def _output_parts(
     outputs: Mapping[str, Tensor],
     alone: Alone,
     given: Mapping[int, Part],
-    table: Table,
+    table: Telling,
     number: int,
 ) -> dict[str, Part]:
     """How each output lies: by its type, by words, as the first argument, or by its shape."""
@@ -260,7 +261,12 @@ def _root(out: Tensor, part: Part, upstream: Tensor, setup: Setup) -> Tensor:
 
 
 def _train(
-    setup: Setup, parts: Mapping[str, Part], kind: str, over: Sequence[str], table: Table, step: int
+    setup: Setup,
+    parts: Mapping[str, Part],
+    kind: str,
+    over: Sequence[str],
+    table: Telling,
+    step: int,
 ) -> None:
     """What follows backward; sums are over the ranks that hold the same part."""
     if kind == "hook":

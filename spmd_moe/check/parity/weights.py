@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,13 @@ from spmd_moe.check.target import cannot
 from spmd_moe.core.declare_placements import declared
 from spmd_moe.core.errors import describe
 from spmd_moe.core.placement import Placement
+
+
+class Telling(Protocol):
+    """How ranks tell each other what they hold, as threads or as processes."""
+
+    def tell(self, key: object, value: Any, /) -> list[Any]: ...
+    def held(self) -> AbstractContextManager[None]: ...
 
 
 @final
@@ -81,7 +88,7 @@ def enliven(module: nn.Module) -> dict[str, Tensor]:
 
 
 def read_parts(
-    setup: Setup, whole: Mapping[str, Tensor], table: Table, known: Mapping[str, set[str]]
+    setup: Setup, whole: Mapping[str, Tensor], table: Telling, known: Mapping[str, set[str]]
 ) -> dict[str, Part]:
     """Of each parameter and buffer, under its name on one process: what this rank holds."""
     rank, module = dist.get_rank(), setup.module
