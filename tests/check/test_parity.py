@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
 
 from spmd_moe.check import Case, MeshSizes, parity, run_parity
 from spmd_moe.check.parity.report import ParityReport
@@ -212,3 +213,65 @@ def test_the_scale_of_a_loss_term() -> None:
 def test_a_finding_is_raised_in_a_test() -> None:
     with pytest.raises(PlacementError, match="summed over tp it is right"):
         parity(named(mlp, fault="input not reduced"), layouts=[TP2], tokens=(8,))
+
+
+# --- low precision ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [mlp, tp_moe, ep_moe, block, gate], ids=lambda t: t.__name__)
+def test_a_right_module_has_no_finding_in_bfloat16(target: Target) -> None:
+    tokens = (8,) if target is mlp else ()
+    report = run_parity(target, layouts=ALL, tokens=tokens, dtype=torch.bfloat16)
+    assert report.status == 0 and report.compared > 15
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_the_same_is_found_in_bfloat16(fault: str) -> None:
+    what, right = WRONG[fault]
+    wrong = named(mlp, fault=fault)
+    text = only_finding(run_parity(wrong, layouts=[TP2], tokens=(8,), dtype=torch.bfloat16))
+    assert text.startswith(what) and f"why: {right}" in text and "bf16" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "fault", "layout"),
+    [
+        (tp_moe, "router not reduced", TP2),
+        (gate, "gate not reduced", TP2),
+        (ep_moe, "wrong order", DP2),
+        (ep_moe, "rank 1 answers with zeros", DP2),
+    ],
+)
+def test_other_faults_in_bfloat16(target: Target, fault: str, layout: MeshSizes) -> None:
+    low = run_parity(named(target, fault=fault), layouts=[layout], dtype=torch.bfloat16)
+    wide = run_parity(named(target, fault=fault), layouts=[layout])
+    assert [c.key for c in low.causes()] == [c.key for c in wide.causes()] != []
+
+
+# --- a rank that has no part in it --------------------------------------------------------------
+
+
+def halves(mesh: DeviceMesh) -> Case:
+    """Two DTensors, of which each half of the tokens uses one: ranks of dp lack a gradient."""
+    module = nn.ParameterList(nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    whole = [0, 0, 0, 0, 1, 1, 1, 1]
+    if mesh.size() > 1:
+        for n, parameter in enumerate(module):
+            module[n] = nn.Parameter(DTensor.from_local(parameter.data, mesh["tp"], [Replicate()]))
+
+    def call(x: Tensor, which: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for n, parameter in enumerate(module):
+            rows = (which == n).nonzero()[:, 0]
+            if len(rows):
+                weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                out = out.index_add(0, rows, x[rows] @ weight)
+        return out
+
+    args = torch.randn(8, 4), torch.tensor(whole)
+    return Case(module, args, ("dp 0", "dp 0"), call=call, trainer="sum dp")
+
+
+def test_a_dtensor_without_a_gradient_on_some_ranks() -> None:
+    report = parity(halves, layouts=[DP2, DP2_TP2])
+    assert report.status == 0 and report.compared == 2 * 2 * 6  # layouts, steps, tensors

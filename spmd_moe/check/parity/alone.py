@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten_with_path
 
@@ -67,6 +67,8 @@ class Alone:
     steps: list[Step] = field(default_factory=list)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of the first step
     low: frozenset[torch.dtype] = frozenset()  # the low precisions that it computes in
+    # By kind and name, what rounding does: the usual distance, and the largest that was seen.
+    rounding: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
 
 # --- one process --------------------------------------------------------------------------------
@@ -80,20 +82,25 @@ def run_alone(
     arguments: Sequence[object] | None = None,
 ) -> Alone:
     """The target on one process; with weights and arguments that are given, if they are."""
+    first = arguments is None
     setup = prepare(question)
-    setup.module.to(torch.float64)
+    setup.module.to(question.dtype)
     found = {setup.name(name): t for name, t in enliven(setup.module).items()}
     if weights is not None:
         fill(setup, weights, {name: Part() for name in found})
         found = {name: weights[name] for name in found}
-    alone = Alone(setup, found, list(whole_arguments(setup) if arguments is None else arguments))
+    alone = Alone(
+        setup,
+        found,
+        list(whole_arguments(setup, question.dtype) if arguments is None else arguments),
+    )
     optimizer = make_optimizer(setup)
     random = torch.Generator().manual_seed(2)
     for number in range(steps):
         args = take_gradients(alone.arguments)
         precisions = LowPrecisions()
         # The run whose inputs are given is a second one, of which nothing is observed.
-        with observe(setup.module, None) if arguments is None else precisions:
+        with observe(setup.module, None) if first else precisions:
             outputs = {n: whole_of(out) for n, out in named_tensors(setup.call(args)).items()}
             _check_outputs(outputs)
             upstream = {
@@ -139,12 +146,30 @@ def _check_outputs(outputs: Mapping[str, Tensor]) -> None:
         raise cannot("TARGET", "the call returns no tensor", why, "call=lambda x: module(x)[0]")
 
 
-def make_optimizer(setup: Setup) -> Optimizer | None:
+@final
+class Descent:
+    """Gradient descent; torch's own optimizers import its compiler, which takes a second."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.add_(parameter.grad, alpha=-RATE)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def make_optimizer(setup: Setup) -> Optimizer | Descent | None:
     parameters = [p for p in setup.module.parameters() if p.requires_grad]
     if not parameters:
         return None
     make = setup.case.optimizer
-    return make(parameters) if make else SGD(parameters, lr=RATE, foreach=False)
+    return make(parameters) if make else Descent(parameters)
 
 
 def take_gradients(args: Sequence[object]) -> list[object]:
@@ -177,7 +202,7 @@ def backward(roots: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def record_state(
-    setup: Setup, step: Step, optimizer: Optimizer | None, parts: Mapping[str, Part]
+    setup: Setup, step: Step, optimizer: Optimizer | Descent | None, parts: Mapping[str, Part]
 ) -> None:
     """Gradients, then buffers and parameters as the optimizer leaves them."""
     for here, p in setup.module.named_parameters():

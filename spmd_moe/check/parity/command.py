@@ -68,6 +68,12 @@ def _options(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("--steps", type=int, default=2, help="optimizer steps (2)")
     parity.add_argument("--seconds", type=float, default=SECONDS, help="most for one run (60)")
     parity.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "bfloat16"),
+        default="float64",
+        help="in a lower one, what counts is what rounding of inputs does on one process",
+    )
+    parity.add_argument(
         "--ranks",
         choices=WAYS,
         default="auto",
@@ -114,6 +120,7 @@ def _parity(args: argparse.Namespace) -> int:
         steps=args.steps,
         seconds=args.seconds,
         stand_ins=args.stand_in,
+        dtype=getattr(torch, args.dtype),
         ranks=args.ranks,
         again=again,
         tell=tell,

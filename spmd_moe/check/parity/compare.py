@@ -19,10 +19,12 @@ from spmd_moe.check.parity.explain import (
     distance,
     lacks,
     stories,
+    tolerance,
     zeros,
 )
 from spmd_moe.check.parity.run import RankRun
 
+TIMES = 4.0  # what rounding of inputs does: the ranks round sums in another order as well
 DEAD = 1e-6  # beside the largest value of its kind: nothing but rounding
 KINDS = ("output", "gradient of input", "gradient of", "buffer", "parameter after the step")
 
@@ -53,6 +55,7 @@ class Compared:
 
     tensors: int = 0
     dead: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)  # off, as far as rounding reaches at times
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -129,13 +132,21 @@ def _one(
     ):
         found.dead.append(f"{kind} {name}")
         return
+    usual, most = alone.rounding.get(key, (0.0, 0.0))
+    if alone.rounding and lone.value.is_floating_point():
+        usual = max(usual, torch.finfo(lone.value.dtype).eps)  # sums of exact values are rounded
+    limit = max(CLOSE, TIMES * usual)
     offs = [distance(h, w, floor) for h, w in zip(have, want, strict=True)]
-    bad = tuple(r for r, off in zip(here, offs, strict=True) if off > CLOSE)
+    bad = tuple(r for r, off in zip(here, offs, strict=True) if off > limit)
     if not bad:
         return
     story = None
     if len(here) == axes.world:
-        story = _story(alone, runs, axes, without, key, have, want)
+        with tolerance(limit):
+            story = _story(alone, runs, axes, without, key, have, want)
+    if story is None and max(offs) <= 2 * most:
+        found.doubtful.append(f"{kind} {name}")
+        return
     if kind == "buffer" and story is not None and story.key[0] == "sum":
         over = " and ".join(story.key[1:])
         found.notes.append(f"buffer {name} is read as a part of a sum over {over}")

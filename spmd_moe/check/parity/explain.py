@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias, final
@@ -14,6 +16,7 @@ from spmd_moe.check.parity.axes import Axes
 
 CLOSE = 1e-5  # largest difference beside largest value, in float64 with parts in float32
 EXACT = 1e-4  # of a factor
+_close = ContextVar("close", default=CLOSE)
 Tensors: TypeAlias = Sequence[Tensor]
 # Runs the lone module without the weights that ranks at one place of an axis hold.
 Without: TypeAlias = Callable[[str, int], Mapping[str, Tensor]]
@@ -29,6 +32,24 @@ class Story:
     fixes: tuple[str, ...] = ()
 
 
+@contextmanager
+def tolerance(off: float) -> Iterator[None]:
+    """Inside, tensors are alike up to this distance."""
+    token = _close.set(off)
+    try:
+        yield
+    finally:
+        _close.reset(token)
+
+
+def close() -> float:
+    return _close.get()
+
+
+def exact() -> float:
+    return max(EXACT, close())
+
+
 def distance(have: Tensor, want: Tensor, floor: float = 1e-12) -> float:
     """The largest difference beside the largest value due; infinite where shapes differ."""
     if have.shape != want.shape:
@@ -41,7 +62,7 @@ def distance(have: Tensor, want: Tensor, floor: float = 1e-12) -> float:
 
 
 def right(have: Tensors, want: Tensors, floor: float = 1e-12) -> bool:
-    return all(distance(h, w, floor) < CLOSE for h, w in zip(have, want, strict=True))
+    return all(distance(h, w, floor) < close() for h, w in zip(have, want, strict=True))
 
 
 def stories(have: Tensors, want: Tensors, axes: Axes, kind: str) -> Iterator[Story]:
@@ -68,8 +89,8 @@ def factor(have: Tensor, want: Tensor) -> float | None:
     if square == 0:
         return None if a.any() else 1.0
     c = float(a @ b) / square
-    close = float((a - c * b).abs().max()) < EXACT * abs(c) * float(b.abs().max())
-    return c if close and abs(c) > 1e-9 else None
+    fits = float((a - c * b).abs().max()) < exact() * abs(c) * float(b.abs().max())
+    return c if fits and abs(c) > 1e-9 else None
 
 
 def common_factor(have: Tensors, want: Tensors) -> float | None:
@@ -79,13 +100,13 @@ def common_factor(have: Tensors, want: Tensors) -> float | None:
         return None
     first = found[0]
     assert first is not None
-    alike = all(c is not None and abs(c - first) <= EXACT * abs(first) for c in found)
+    alike = all(c is not None and abs(c - first) <= exact() * abs(first) for c in found)
     return first if alike else None
 
 
 def _factor(have: Tensors, want: Tensors, axes: Axes, kind: str) -> Iterator[Story]:
     c = common_factor(have, want)
-    if c is None or abs(c - 1) < EXACT:
+    if c is None or abs(c - 1) < exact():
         return
     names = _of_size(c, axes)
     because = f", the size of {names}" if names else ""
@@ -109,14 +130,14 @@ def _of_size(c: float, axes: Axes) -> str:
     size = max(abs(c), 1 / abs(c))
     found = []
     for names in axes.subsets():
-        if abs(len(axes.joined(names, 0)) - size) < 1e-3:
+        if abs(len(axes.joined(names, 0)) - size) < max(1e-3, exact() * size):
             found.append(" x ".join(names))
     return " or ".join(found) if c > 0 else ""
 
 
 def _ratio(c: float) -> str:
     fraction = Fraction(c).limit_denominator(64)
-    near = abs(float(fraction) - c) < EXACT * max(1e-9, abs(c))
+    near = abs(float(fraction) - c) < exact() * max(1e-9, abs(c))
     return str(fraction) if near and fraction else f"{c:.4g}"
 
 
@@ -135,7 +156,7 @@ def _summed(have: Tensors, want: Tensors, axes: Axes, kind: str) -> Iterator[Sto
         if c is not None and not _alike(have, axes, names):
             told = f"summed over {over} it is {_ratio(c)} times what is right"
             fixes = [f"sum it over {over}, and multiply by {_ratio(1 / c)}"]
-            if abs(c - len(axes.joined(names, 0))) < 1e-3:
+            if abs(c - len(axes.joined(names, 0))) < max(1e-3, exact() * c):
                 told = f"averaged over {over} it is right"
                 fixes = [f"average it over {over}"]
             yield Story(("sum by factor", *names, _ratio(c)), told, tuple(fixes))
@@ -163,7 +184,7 @@ def _sums(have: Tensors, axes: Axes, names: Sequence[str]) -> list[Tensor] | Non
 def _alike(have: Tensors, axes: Axes, names: Sequence[str]) -> bool:
     """All ranks along the axes hold the same: a sum is then a factor."""
     return all(
-        distance(have[q], have[rank]) < CLOSE
+        distance(have[q], have[rank]) < close()
         for rank in range(axes.world)
         for q in axes.joined(names, rank)
     )
@@ -174,10 +195,10 @@ def _alike(have: Tensors, axes: Axes, names: Sequence[str]) -> bool:
 
 def _other_rank(have: Tensors, want: Tensors, axes: Axes) -> Iterator[Story]:
     """Each rank holds what is another's."""
-    differ = [r for r in range(axes.world) if distance(have[r], want[r]) >= CLOSE]
+    differ = [r for r in range(axes.world) if distance(have[r], want[r]) > close()]
     taken = {}
     for rank in differ:
-        near = (q for q in range(axes.world) if distance(have[rank], want[q]) < CLOSE)
+        near = (q for q in range(axes.world) if distance(have[rank], want[q]) < close())
         taken[rank] = next(near, None)
     if not taken or None in taken.values() or not all(have[r].any() for r in differ):
         return
@@ -217,7 +238,7 @@ def _drifted(have: Tensors, want: Tensors, axes: Axes) -> Iterator[Story]:
     for name in axes.wide():
         pairs = [(rank, q) for group in axes.groups[name] for rank in group for q in group]
         due = all(torch.equal(want[a], want[b]) for a, b in pairs)
-        if due and not all(distance(have[a], have[b]) < CLOSE for a, b in pairs):
+        if due and not all(distance(have[a], have[b]) < close() for a, b in pairs):
             text = f"its copies on the ranks of {name} drift apart, and are due to be the same"
             fix = f"reduce over {name} what it is updated from, or update it on one and broadcast"
             yield Story(("drift", name), text, (fix,))
@@ -226,25 +247,25 @@ def _drifted(have: Tensors, want: Tensors, axes: Axes) -> Iterator[Story]:
 
 def _same_rows(have: Tensor, want: Tensor, dim: int) -> bool:
     if have.ndim <= dim or have.shape[dim] < 2:
-        return distance(have, want) < CLOSE
+        return distance(have, want) < close()
     a, b = (t.movedim(dim, 0).flatten(1) if t.ndim > 1 else t[:, None] for t in (have, want))
     random = torch.Generator().manual_seed(5)
     line = torch.randn(a.shape[1], dtype=torch.float64, generator=random)
     a, b = a[(a @ line).argsort()], b[(b @ line).argsort()]
-    return distance(a, b) < CLOSE
+    return distance(a, b) < close()
 
 
 def zeros(have: Tensors, want: Tensors) -> Iterator[Story]:
     """Right where it is not zero."""
     ranks, rows = [], 0
     for rank, (h, w) in enumerate(zip(have, want, strict=True)):
-        if distance(h, w) < CLOSE:
+        if distance(h, w) < close():
             continue
         lost = (h == 0) & (w != 0)
         scale = float(w.abs().max())
         if (
             not lost.any()
-            or float((h - w)[~lost].abs().max() if (~lost).any() else 0) > CLOSE * scale
+            or float((h - w)[~lost].abs().max() if (~lost).any() else 0) > close() * scale
         ):
             return
         ranks.append(rank)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from spmd_moe.check.layouts import layouts as all_layouts
 from spmd_moe.check.parity.alone import Observe, unobserved
@@ -71,6 +74,7 @@ def run_parity(
     steps: int = 2,
     seconds: float = SECONDS,
     stand_ins: Sequence[str] = (),
+    dtype: torch.dtype = torch.float64,
     ranks: str = "auto",
     again: Again | None = None,
     observe: Observe = unobserved,
@@ -88,6 +92,8 @@ def run_parity(
         steps: Steps of the optimizer; with two, state that drifts apart is seen.
         seconds: The time limit of one configuration.
         stand_ins: Replacements for what a CPU lacks: see `stand_ins.STAND_INS`.
+        dtype: The precision; with another than float64 one step is run, and a difference counts
+            when it is larger than several times what rounding of inputs does on one process.
         ranks: `"threads"` of this process, gloo `"processes"`, or `"auto"`: threads, and processes
             where these fail or share state that changes.
         again: Makes the target in another process; default: it is sent by its name.
@@ -103,6 +109,9 @@ def run_parity(
         why = "there must be a layout of at least two ranks, and a step"
         raise cannot("parity", f"{len(questions)} configurations, {steps} steps", why, "world=4")
     wanted = ("dropout", *getattr(target, "stand_ins", ()), *stand_ins)
+    if dtype != torch.float64:
+        questions = [dataclasses.replace(q, dtype=dtype) for q in questions]
+        steps, wanted = 1, tuple(name for name in wanted if name != "float64")
     outcomes = []
     again = again or functools.partial(_same, target)
     every = Ranks(seconds, observe, ranks, again, wanted)

@@ -50,6 +50,7 @@ class Work:
     layout: AnyLayout
     tokens: int | None
     options: tuple[tuple[str, object], ...]
+    dtype: torch.dtype
     alone: Alone
     known: dict[str, set[str]]
     stand_ins: tuple[str, ...]
@@ -76,8 +77,8 @@ def in_processes(
     # No process needs the module and the results of one process; they may not be sent either.
     given = dataclasses.replace(alone, setup=cast(Setup, None), steps=[])
     layout, world = question.layout, question.layout.world
-    told_all = layout, question.tokens, question.options, given, dict(known), tuple(stand_ins)
-    work = Work(list(sys.path), again, *told_all, seconds)
+    asked = layout, question.tokens, question.options, question.dtype
+    work = Work(list(sys.path), again, *asked, given, dict(known), tuple(stand_ins), seconds)
     try:
         packed = pickle.dumps(work)
         pickle.loads(pickle.dumps(again))
@@ -125,7 +126,7 @@ def _join(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, seconds: float
     end, started, failed = time.monotonic() + START, False, False
     while any(process.poll() is None for process in ranks) and time.monotonic() < end:
         time.sleep(0.02)
-        if not started and all(Path(folder, f"stacks{r}").is_file() for r in range(len(ranks))):
+        if not started and all(Path(folder, f"started{r}").is_file() for r in range(len(ranks))):
             started, end = True, time.monotonic() + seconds
         if not failed and any(process.poll() for process in ranks):
             failed, end = True, min(end, time.monotonic() + GRACE)
@@ -225,7 +226,7 @@ def _run(folder: str, rank: int) -> RankRun:
     sys.path[:] = [*work.path, *(entry for entry in sys.path if entry not in work.path)]
     world = work.layout.world
     target = work.again()
-    question = Question(target, work.layout, work.tokens, work.options)
+    question = Question(target, work.layout, work.tokens, work.options, work.dtype)
     patience = timedelta(seconds=work.seconds + 2 * START)
     store = dist.FileStore(str(Path(folder, "told")), world)
     store.set_timeout(patience)
@@ -233,6 +234,7 @@ def _run(folder: str, rank: int) -> RankRun:
     groups = dist.FileStore(str(Path(folder, "groups")), world)
     with installed(work.stand_ins, getattr(target, "patches", ())):
         dist.init_process_group("gloo", store=groups, rank=rank, world_size=world, timeout=patience)
+        Path(folder, f"started{rank}").touch()
         run = run_rank(question, work.alone, table, work.known, unobserved)
         table.tell("end", None)  # none leaves while another still needs it
         return run

@@ -76,7 +76,7 @@ def _run_rank(
 ) -> RankRun:
     setup = prepare(question)
     rank = dist.get_rank()
-    setup.module.to(torch.float64)
+    setup.module.to(question.dtype)
     kind, over = setup.trainer_axes()
     if kind == "fully_shard":
         assert not isinstance(setup.mesh, MoEMesh)
@@ -297,6 +297,11 @@ def _train(
                 total = total / len(axes.joined(over, rank))
             if isinstance(p, DTensor) and isinstance(p.grad, DTensor):
                 local_of(p.grad).copy_(total)
+            elif isinstance(p, DTensor):  # of a rank on which nothing used it
+                places = p.device_mesh, p.placements
+                p.grad = DTensor.from_local(
+                    total.clone(), *places, shape=p.shape, stride=p.stride()
+                )
             else:
                 p.grad = total.clone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from spmd_moe.check.layouts import Layout
 from spmd_moe.check.parity.axes import Axes, MeshSizes, axes_of
 from spmd_moe.check.target import CannotCheckError, Case, cannot
 from spmd_moe.core.declare_placements import declarations
-from spmd_moe.core.errors import PlacementError
+from spmd_moe.core.errors import PlacementError, short_dtype
 from spmd_moe.core.mesh import MoEMesh
 
 AnyTarget: TypeAlias = Callable[..., object]
@@ -39,20 +40,23 @@ class Question:
     layout: AnyLayout
     tokens: int | None = None
     options: tuple[tuple[str, object], ...] = ()
+    dtype: torch.dtype = torch.float64
 
     def alone(self) -> Question:
         """The same on one process, which has the tokens of all cells of dp and cp."""
         if isinstance(self.layout, MeshSizes):
-            return Question(self.target, self.layout.alone(), self.tokens, self.options)
+            return dataclasses.replace(self, layout=self.layout.alone())
         cells = self.layout.dp * self.layout.cp
         tokens = None if self.tokens is None else self.tokens * cells
-        return Question(self.target, Layout(), tokens, self.options)
+        return dataclasses.replace(self, layout=Layout(), tokens=tokens)
 
     def __str__(self) -> str:
         said = [str(self.layout)]
         if self.tokens is not None:
             said.append(f"{self.tokens} token{'' if self.tokens == 1 else 's'}")
         said += [f"{name} {value}" for name, value in self.options]
+        if self.dtype != torch.float64:
+            said.append(short_dtype(self.dtype))
         return ", ".join(said)
 
 
@@ -191,14 +195,14 @@ def _trainer(case: Case, mesh: DeviceMesh | MoEMesh) -> str | Callable[[nn.Modul
     return "ours" if ours else "nothing"
 
 
-def whole_arguments(setup: Setup) -> list[object]:
-    """The arguments on one process, in float64."""
+def whole_arguments(setup: Setup, dtype: torch.dtype) -> list[object]:
+    """The arguments on one process."""
     found: list[object] = []
     for arg in setup.case.args:
         if isinstance(arg, Tensor):
             arg = arg.full_tensor() if isinstance(arg, DTensor) else arg
             arg = arg.detach().clone()
-            arg = arg.to(torch.float64) if arg.is_floating_point() else arg
+            arg = arg.to(dtype) if arg.is_floating_point() else arg
         found.append(arg)
     return found
 

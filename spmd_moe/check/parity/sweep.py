@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import final
 
 import torch
@@ -23,6 +24,7 @@ from spmd_moe.check.target import CannotCheckError, cannot
 from spmd_moe.check.thread_ranks import RanksError
 from spmd_moe.core.errors import SpmdMoeError, short_dtype
 
+ROUNDINGS = 5  # runs of one process in a low precision, each rounded in another way
 STEADY = 1e-7  # of float64: what a disturbance of 1e-10 may grow to
 
 
@@ -78,6 +80,9 @@ class Sweep:
                 if [d.title for d in other.differences] == [d.title for d in found.differences]:
                     self.ranks.agree()
                 found, runs = other, instead
+            if found.doubtful and not found.differences:
+                outcome.failed = at_target(_doubtful(found), question)
+                return outcome
             if alone.low and found.differences and all(map(_may_be_rounding, found.differences)):
                 outcome.failed = at_target(_too_low(alone, found), question)
                 return outcome
@@ -93,6 +98,8 @@ class Sweep:
         if question not in self._alone:
             found = self._run_alone(question, self.steps)
             self._check_steady(question, found)
+            if question.dtype != torch.float64:
+                self._round(question, found)
             self._alone[question] = found
         return self._alone[question]
 
@@ -125,9 +132,10 @@ class Sweep:
             if isinstance(arg, Tensor) and arg.is_floating_point():
                 arg = arg * (1 + 1e-10)
             disturbed.append(arg)
-        for arguments in (disturbed, found.arguments):
+        wide = question.dtype == torch.float64
+        for arguments in (disturbed, found.arguments) if wide else (found.arguments,):
             again = self._run_alone(question, 1, found.weights, arguments)
-            found.low |= again.low
+            found.low |= again.low if wide else frozenset()
             name, off = _unlike(found, again)
             if off < STEADY:
                 return
@@ -136,12 +144,28 @@ class Sweep:
             what = f"{name} is not the same when it is run again on one process: off by {off:.2g}"
             why = "what one process does not repeat cannot be compared; dropout is off already"
             raise cannot("TARGET", what, why, "turn random draws off, or seed them in the target")
+        if not wide:
+            return
         name, off = _unlike(found, self._run_alone(question, 1, found.weights, disturbed))
         if off < CLOSE / 10:
             return
         what = f"{name} moves by {off:.2g} when the input moves by 1e-10"
         why = "something inside is chosen between equals, or divided by what is nearly zero"
         raise cannot("TARGET", what, why, "inputs and weights without equal values")
+
+    def _round(self, question: Question, found: Alone) -> None:
+        """How far each tensor moves when inputs and weights are rounded in another way."""
+        random = torch.Generator().manual_seed(4)
+        moved: dict[tuple[str, str], list[float]] = {}
+        for _ in range(ROUNDINGS):
+            weights = {name: _rounded(t, random) for name, t in found.weights.items()}
+            args = [_rounded(a, random) if isinstance(a, Tensor) else a for a in found.arguments]
+            again = self._run_alone(question, 1, weights, args)
+            for key, held in found.steps[0].tensors.items():
+                other = again.steps[0].tensors.get(key)
+                if held is not None and other is not None:
+                    moved.setdefault(key, []).append(distance(other.value, held.value))
+        found.rounding = {key: (median(offs), max(offs)) for key, offs in moved.items()}
 
     def _without(
         self, question: Question, alone: Alone, runs: Sequence[RankRun]
@@ -173,6 +197,20 @@ class Sweep:
                 return {}
 
         return outputs
+
+
+def _rounded(t: Tensor, random: torch.Generator) -> Tensor:
+    """Each value moved by up to one step of its precision."""
+    if not t.is_floating_point():
+        return t
+    steps = torch.rand(t.shape, generator=random, dtype=torch.float64) * 2 - 1
+    return (t.double() * (1 + steps * torch.finfo(t.dtype).eps)).to(t.dtype)
+
+
+def _doubtful(found: Compared) -> str:
+    what = f"{', '.join(found.doubtful[:4])} differ no more than rounding moves them at times"
+    why = "rounding changes a choice, such as an expert, and may have done so between the ranks"
+    return str(cannot("TARGET", what, why, "without --dtype", "inputs without nearly equal scores"))
 
 
 def _may_be_rounding(difference: Difference) -> bool:
