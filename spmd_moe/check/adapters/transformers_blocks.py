@@ -80,7 +80,9 @@ def transformers_target(name: str, plan: str | None, path: str | None) -> Callab
     configured = member(f"{_MODELS}.{module}.configuration_{module}", config)
     kind = member(f"{_MODELS}.{module}.modeling_{module}", block)
 
-    def target(mesh: DeviceMesh, *, batch: int = 4, experts: str = "grouped_mm") -> Case:
+    def target(
+        mesh: DeviceMesh, *, batch: int = 4, length: int = 8, experts: str = "grouped_mm"
+    ) -> Case:
         made = configured(**SIZES, **sizes)
         made._experts_implementation = experts
         model: Any = nn.Module()
@@ -91,7 +93,7 @@ def transformers_target(name: str, plan: str | None, path: str | None) -> Callab
                 parameter.normal_(std=0.3)
         if mesh.size() > 1:
             _parallelize(model, mesh, type(made), plan)
-        x = torch.randn(batch, 8, 16)
+        x = torch.randn(batch, length, 16)
 
         def call(hidden_states: torch.Tensor) -> object:
             out = model.mlp(hidden_states)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import dis
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import TypeVar, TypeVarTuple, final
 
 import torch.distributed as dist
@@ -42,6 +43,7 @@ class Ranks:
     notes: list[str] = field(default_factory=list)
     known: dict[str, set[str]] = field(default_factory=dict)
     _useless: bool = False  # processes were tried, and did not help
+    _asked: bool = False  # whether processes agree with threads about a finding
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
@@ -99,13 +101,34 @@ class Ranks:
 
     def doubted(self, question: Question, alone: Alone) -> list[RankRun] | None:
         """After a finding: the runs in processes, once, if threads share variables."""
-        if self.way != "auto" or self._useless:
+        if self.way != "auto" or self._useless or self._asked:
             return None
-        self._useless = True  # whether they agree or not, they are not asked again
-        shared = shared_variables(alone.setup.module)
+        self._asked = True
+        shared = self._assigned(question, alone)
         if not shared:
             return None
         return self._instead(question, alone, f"threads share {', '.join(shared[:3])}.")
+
+    def _assigned(self, question: Question, alone: Alone) -> list[str]:
+        """The variables of modules that functions assign while the ranks run once more."""
+        codes = shared_variables(alone.setup.module)
+        if not codes:
+            return []
+        called = set[CodeType]()
+
+        def note(frame: FrameType, event: str, arg: object) -> None:
+            if event == "call" and frame.f_code in codes:
+                called.add(frame.f_code)
+
+        before = threading.getprofile()
+        threading.setprofile(note)
+        try:
+            self._run(question, alone)
+        except (CannotCheckError, RanksError):
+            pass  # what was called until then
+        finally:
+            threading.setprofile(before)
+        return list(dict.fromkeys(name for code in called for name in codes[code]))
 
     def agree(self) -> None:
         """Processes say what threads say: on with threads."""
@@ -172,17 +195,20 @@ def _may_be_of_threads(error: RanksError) -> bool:
 # --- state that threads share -------------------------------------------------------------------
 
 
-def shared_variables(module: nn.Module) -> list[str]:
-    """Variables of modules that functions assign, in the code that a module is made of."""
-    found = []
+def shared_variables(module: nn.Module) -> dict[CodeType, list[str]]:
+    """The functions of a module's packages that assign variables of modules, and which."""
+    found: dict[CodeType, list[str]] = {}
     for loaded in _own_modules(module):
         functions = [v for v in vars(loaded).values() if _is_of(v, loaded)]
         members = [m for v in functions if isinstance(v, type) for m in vars(v).values()]
         for value in (*functions, *members):
             code = getattr(getattr(value, "__func__", value), "__code__", None)
-            if isinstance(code, CodeType):
-                found += [f"{loaded.__name__}.{name}" for name in _assigned(code)]
-    return list(dict.fromkeys(found))
+            for inner in _codes(code) if isinstance(code, CodeType) else ():
+                instructions = dis.get_instructions(inner)
+                names = [i.argval for i in instructions if i.opname == "STORE_GLOBAL"]
+                if names:
+                    found[inner] = [f"{loaded.__name__}.{name}" for name in names]
+    return found
 
 
 def _own_modules(module: nn.Module) -> list[ModuleType]:
@@ -211,8 +237,9 @@ def _is_of(value: object, loaded: ModuleType) -> bool:
     return _home(value) == loaded.__name__
 
 
-def _assigned(code: CodeType) -> list[str]:
-    """Global variables that a function assigns, with the functions in it."""
-    names = [i.argval for i in dis.get_instructions(code) if i.opname == "STORE_GLOBAL"]
-    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
-    return names + [name for c in inner for name in _assigned(c)]
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of the functions in it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
