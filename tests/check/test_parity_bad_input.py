@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from spmd_moe import CP, DP, TP, I, MoEMesh, R, V
 from spmd_moe.check import Case, Layout, MeshSizes, parity, run_parity
+from spmd_moe.check.parity import run as run_module
 from spmd_moe.check.parity.report import ParityReport
 from spmd_moe.check.parity.stand_ins import STAND_INS, installed
 from spmd_moe.check.target import CannotCheckError
@@ -136,7 +137,8 @@ SAID = {
 @pytest.mark.parametrize("fault", SAID)
 def test_what_cannot_be_compared_is_told(fault: str) -> None:
     seconds = 1.0 if fault in ("waits", "sleeps") else 20.0
-    report = run_parity(partial(linear, fault=fault), layouts=[DP2], seconds=seconds)
+    target = partial(linear, fault=fault)  # processes: test_parity_processes
+    report = run_parity(target, layouts=[DP2], seconds=seconds, ranks="threads")
     assert report.status == 2 and not report.findings()
     [outcome] = report.outcomes
     assert outcome.failed.startswith("TARGET") and "at:  tests/check/" in outcome.failed
@@ -170,7 +172,8 @@ def test_no_layout_and_no_step() -> None:
 
 
 def test_a_trainer_and_a_stand_in_that_there_are_not() -> None:
-    report = run_parity(partial(mlp, trainer="sum up"), layouts=[DP2], tokens=(8,))
+    target = partial(mlp, trainer="sum up")
+    report = run_parity(target, layouts=[DP2], tokens=(8,), ranks="threads")
     assert "'sum up' names 'up', which is no axis" in report.outcomes[0].failed
     with pytest.raises(CannotCheckError, match="there is no stand-in 'gpu'"):
         run_parity(mlp, layouts=[DP2], stand_ins=("gpu",))
@@ -201,7 +204,7 @@ def test_what_shapes_do_not_decide_is_asked() -> None:
 
 
 def test_other_layouts_run_on_when_one_cannot() -> None:
-    report = run_parity(only_two, layouts=[DP4, DP2])
+    report = run_parity(only_two, layouts=[DP4, DP2], ranks="threads")
     assert [bool(o.failed) for o in report.outcomes] == [True, False]
     assert report.status == 2 and "1 could not be compared" in str(report)
 
@@ -209,6 +212,18 @@ def test_other_layouts_run_on_when_one_cannot() -> None:
 def only_two(mesh: DeviceMesh) -> Case:
     call = raising if mesh.size() == 4 else None
     return Case(nn.Linear(4, 4), (torch.randn(8, 4),), ("dp 0",), call=call, trainer="sum dp")
+
+
+def test_a_defect_of_the_checker_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise KeyError("of the checker")
+
+    broken.__code__ = broken.__code__.replace(co_filename=run_module.__file__)
+    monkeypatch.setattr(run_module, "_argument_parts", broken)
+    report = run_parity(partial(linear, fault=""), layouts=[DP2], ranks="threads")
+    assert report.status == 2
+    assert "spmd-moe: the checker itself fails at" in report.outcomes[0].failed
+    assert "it says nothing about the module" in report.outcomes[0].failed
 
 
 # --- meshes, stand-ins, seams -------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import final
 import torch
 
 from spmd_moe.check.parity.setup import Question, RefusedError
-from spmd_moe.check.target import CannotCheckError, cannot
+from spmd_moe.check.target import CannotCheckError, cannot, checker_error
 from spmd_moe.check.thread_ranks import RanksError
 from spmd_moe.core.messages import is_users, short_path
 
@@ -20,9 +20,9 @@ from spmd_moe.core.messages import is_users, short_path
 class RemoteError(Exception):
     """What another process raised: its name and message, and the line of the user's code."""
 
-    def __init__(self, said: str, at: str) -> None:
-        super().__init__(said, at)
-        self.said, self.at = said, at
+    def __init__(self, said: str, at: str, checkers: bool = False) -> None:
+        super().__init__(said, at, checkers)
+        self.said, self.at, self.checkers = said, at, checkers
 
 
 def failure(error: RanksError, where: str = "") -> tuple[str, str]:
@@ -60,6 +60,8 @@ def at_target(text: str, question: Question) -> str:
 
 
 def raised_on(where: str, error: BaseException) -> str:
+    if is_checkers(error):
+        return str(checker_error(error, "unknown"))
     said = error.said if isinstance(error, RemoteError) else told(error)
     at = error.at if isinstance(error, RemoteError) else innermost_line(error)
     what = f"on {where} it raises {said}"
@@ -67,6 +69,20 @@ def raised_on(where: str, error: BaseException) -> str:
     fix = "raise ValueError   # where a layout is refused"
     text = str(cannot("TARGET", what, why, fix))
     return text.rpartition("\n")[0] + f"\n  at:  {at}"
+
+
+def is_checkers(error: BaseException) -> bool:
+    """Raised by parity's own lines, and not where these call the module or the target."""
+    if isinstance(error, RemoteError):
+        return error.checkers
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if not f.filename.startswith(str(Path(torch.__file__).parent))]
+    calls = {"prepare", "call", "backward", "_train"}
+    return bool(ours) and _is_ours(ours[-1].filename) and ours[-1].name not in calls
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(str(Path(__file__).parent))
 
 
 def told(error: BaseException) -> str:

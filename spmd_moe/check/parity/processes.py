@@ -26,7 +26,13 @@ import torch
 import torch.distributed as dist
 
 from spmd_moe.check.parity.alone import Alone, unobserved
-from spmd_moe.check.parity.failures import RemoteError, innermost_line, innermost_of_dump, told
+from spmd_moe.check.parity.failures import (
+    RemoteError,
+    innermost_line,
+    innermost_of_dump,
+    is_checkers,
+    told,
+)
 from spmd_moe.check.parity.run import RankRun, run_rank
 from spmd_moe.check.parity.setup import AnyLayout, AnyTarget, Question, RefusedError, Setup
 from spmd_moe.check.parity.stand_ins import installed
@@ -213,7 +219,7 @@ def main(folder: str, rank: int) -> None:
     except (CannotCheckError, RefusedError) as error:
         result = error
     except BaseException as error:
-        result = RemoteError(told(error), innermost_line(error))
+        result = RemoteError(told(error), innermost_line(error), is_checkers(error))
     whole = Path(folder, f"part{rank}")
     whole.write_bytes(pickle.dumps(result))
     whole.rename(Path(folder, f"result{rank}"))
