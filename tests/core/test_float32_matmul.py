@@ -66,9 +66,9 @@ def test_logits_and_their_gradients(dtype: torch.dtype, masked: bool) -> None:
     weight = torch.randn(4, 8).to(dtype).requires_grad_()
     mask = torch.tensor([True, False, True, True, True]) if masked else None
     with Seen() as seen:
-        logits = router_logits(x, weight, mask, torch.float32)
+        logits = router_logits(x, weight, mask, torch.float32, torch.float32)
         with torch.no_grad():
-            assert torch.equal(router_logits(x, weight, mask, torch.float32), logits)
+            assert torch.equal(router_logits(x, weight, mask, torch.float32, torch.float32), logits)
         # A penalty on the gradient: backward of backward.
         grads = torch.autograd.grad(logits.square().sum(), (x, weight), create_graph=True)
         torch.stack([g.float().square().sum() for g in grads]).sum().backward()
@@ -109,7 +109,7 @@ def test_a_compiled_graph_sets_the_precision_when_it_runs(
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
 
     def loss(x: Tensor, weight: Tensor) -> Tensor:
-        return router_logits(x, weight, None, torch.float32).square().sum()
+        return router_logits(x, weight, None, torch.float32, torch.float32).square().sum()
 
     want = torch.autograd.grad(loss(x, weight), (x, weight))
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -52,7 +52,7 @@ def mixtral(experts: int, **config: object) -> nn.Module:
     mlp.experts.gate_up_proj = nn.Parameter(torch.zeros(experts, 6, 4))
     mlp.experts.down_proj = nn.Parameter(torch.zeros(experts, 4, 3))
     mlp.experts.act_fn = nn.SiLU()
-    model.config = SimpleNamespace(**config)
+    cast(Any, model).config = SimpleNamespace(**config)
     return model
 
 

@@ -71,7 +71,10 @@ class Collectives(TorchDispatchMode):
             leaves = tree_leaves((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             groups = [leaf for leaf in leaves if isinstance(leaf, str) and leaf.isdigit()]
-            ranks = [distributed_c10d._resolve_process_group(g).size() for g in groups]
+            ranks = [
+                distributed_c10d._resolve_process_group(distributed_c10d.GroupName(g)).size()
+                for g in groups
+            ]
             self.issued.append(
                 Issued(
                     name.partition(".")[0],
@@ -101,7 +104,8 @@ def trained(name: str, tokens: int, dtype: torch.dtype) -> list[Issued]:
         reduce_gradients(layer, mesh)
         clip_grad_norm_(layer, mesh, 1.0, math.inf)
         update_selection_bias([layer.router], mesh, 0.01)
-    return seen.issued
+    issued: list[Issued] = seen.issued
+    return issued
 
 
 def unknown_to_nccl(issued: Issued) -> bool:
