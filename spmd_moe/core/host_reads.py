@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import _disable_current_modes
 
 from spmd_moe.core.spmd_types_compat import register_no_typecheck
 
@@ -85,7 +86,14 @@ class LateRead:
         return bool(self._copied.query())
 
     def value(self) -> int:
-        return int(self._copy)
+        with _disable_current_modes():  # no part of the program that a mode records
+            return int(self._copy)
+
+
+def is_replaying() -> bool:
+    """A forward runs again, in backward."""
+    reads = _reads.get()
+    return reads is not None and reads.replays
 
 
 def _plain(n: Any) -> int:

@@ -21,7 +21,7 @@ from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
 from spmd_moe.core.errors import RoutingError, explain, plural
-from spmd_moe.core.host_reads import LateRead, read_ints
+from spmd_moe.core.host_reads import LateRead, is_replaying, read_ints
 from spmd_moe.core.local_tensor import max_over_ranks
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.placement import P, S, Tokens
@@ -79,7 +79,7 @@ class AloneCheck:
             # spmd: allow unknown - it is read, and no tensor any more
             (found,) = read_ints(max_over_ranks(marked).view(1))
             _raise_alone(found, num_experts, logits_TE.numel())
-        elif marked.is_cuda and not is_capturing(marked):
+        elif marked.is_cuda and not is_capturing(marked) and not is_replaying():
             self._check_earlier(num_experts)
             self._late.append((LateRead(marked), logits_TE.numel()))
 

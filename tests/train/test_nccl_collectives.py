@@ -71,10 +71,8 @@ class Collectives(TorchDispatchMode):
             leaves = tree_leaves((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             groups = [leaf for leaf in leaves if isinstance(leaf, str) and leaf.isdigit()]
-            ranks = [
-                distributed_c10d._resolve_process_group(distributed_c10d.GroupName(g)).size()
-                for g in groups
-            ]
+            named: Any = distributed_c10d._resolve_process_group  # by a str of a type of its own
+            ranks = [named(group).size() for group in groups]
             self.issued.append(
                 Issued(
                     name.partition(".")[0],
