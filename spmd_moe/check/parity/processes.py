@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias, cast, final
 
@@ -247,6 +248,4 @@ def _run(folder: str, rank: int) -> RankRun:
 
 
 if __name__ == "__main__":
-    from spmd_moe.check.parity.processes import main as run_main  # not the copy that is __main__
-
-    run_main(sys.argv[1], int(sys.argv[2]))
+    import_module(MODULE).main(sys.argv[1], int(sys.argv[2]))  # not the copy that is __main__
