@@ -371,7 +371,8 @@ def test_a_step_is_where_the_saved_settings_want_it(fused: bool) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     optimizer.param_groups[0]["fused"] = not fused
     kept = {"weight": {"step": {"like_parameter": False, "dtype": "float32"}}}
-    saved = [{"settings": {"fused": fused}, "state": kept}]
+    numbers = {"lr": 0.1, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.0}
+    saved = [{"settings": {"fused": fused, **numbers}, "state": kept}]
     _, states, _ = awaited_state(model, MoEMesh.single(), optimizer, saved)
     (state,) = states.values()
     assert state["step"].is_meta is fused

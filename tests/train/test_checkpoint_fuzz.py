@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spmd_moe import CheckpointError
-from spmd_moe.train.checkpoint.optimizer_json import saved_by_name
+from spmd_moe.train.checkpoint.optimizer_json import check_settings, saved_by_name
 from tests.train.fuzz_checkpoints import fuzz
 
 
@@ -23,3 +23,11 @@ def test_an_optimizer_state_of_no_dtype(dtype: object) -> None:
     state = {"weight": {"exp_avg": {"like_parameter": True, "dtype": dtype}}}
     with pytest.raises(CheckpointError, match="the state of 'weight'"):
         saved_by_name([{"settings": {}, "state": state}])
+
+
+def test_a_learning_rate_that_is_missing() -> None:
+    """Found by the fuzzer: the optimizer kept the one that it had."""
+    now = {"lr": 0.1, "betas": (0.9, 0.99), "fused": None}
+    check_settings({"lr": 0.2, "betas": [0.8, 0.9]}, now, now)
+    with pytest.raises(CheckpointError, match="the setting 'lr', which is missing"):
+        check_settings({"betas": [0.8, 0.9]}, now, now)

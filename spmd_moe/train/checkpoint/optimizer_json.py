@@ -59,8 +59,17 @@ def _is_plain(value: Json) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def check_settings(saved: Mapping[str, Json], now: Mapping[str, Any]) -> None:
-    """A setting that the optimizer has already stays of its kind: a number, a flag, or a word."""
+def check_settings(
+    saved: Mapping[str, Json], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """A setting that the optimizer has already stays of its kind: a number, a flag, or a word.
+
+    Numbers among the optimizer's defaults, such as `lr`, must be there. Flags may be missing,
+    since a later version of torch can have more of them.
+    """
+    for key, value in defaults.items():
+        numbers = isinstance(value, int | float | tuple | Tensor) and not isinstance(value, bool)
+        _need(not numbers or key in saved, f"the setting {key!r}, which is missing")
     for key, value in saved.items():
         fits = _is_plain(value) and (key not in now or _like(value, now[key]))
         _need(fits, f"the setting {key!r}")

@@ -172,7 +172,7 @@ def awaited_state(
     for group, rows in _groups(model, mesh, optimizer):
         names = [prefix + row.name for row, _ in rows]
         kept_settings = _settings_of(names, by_name)
-        check_settings(kept_settings, group)
+        check_settings(kept_settings, group, optimizer.defaults)
         # Those of the checkpoint become the optimizer's, so its step counts where they say.
         on_device = bool(kept_settings.get("fused") or kept_settings.get("capturable"))
         for name, (row, parameter) in zip(names, rows, strict=True):
