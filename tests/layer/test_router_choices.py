@@ -254,3 +254,20 @@ def test_what_one_rank_refuses_all_ranks_hear_of(name: str) -> None:
     *others, own = threaded(4, refused_on_one_rank, name)
     assert own.startswith("MoE.forward: x f64[5, 3] does not end in the layer's dim 4")
     assert all("the input was refused on 1 of 4 ranks" in text for text in others), others
+
+
+def of_many_choices(degrees: dict[str, int]) -> Tensor:
+    config = replace(LAYERS["identity experts"], dim=4)
+    config = replace(config, router=replace(config.router, num_experts=2, top_k=4))
+    mesh = MoEMesh.init("cpu", **degrees)
+    made = MoE(config, mesh)
+    init_weights(made, mesh, seed=0, std=0.7)
+    hidden: Tensor = made.double()(given(config)["x"]).hidden
+    return hidden.detach()
+
+
+def test_more_choices_than_experts() -> None:
+    """Of identity experts, as of these there are three."""
+    (alone,) = threaded(1, of_many_choices, {})
+    for found in threaded(2, of_many_choices, {"dp": 2, "ep": 2}):
+        torch.testing.assert_close(found, alone)

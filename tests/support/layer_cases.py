@@ -132,7 +132,7 @@ def layouts(world: int) -> Iterator[Layout]:
 
 def choices(layout: Layout, number: int) -> Iterator[dict[str, Any]]:
     """`number` ways to fill the factors, the same on every run."""
-    draw = random.Random(f"{layout}/2")
+    draw = random.Random(f"{layout}/5")
     for _ in range(number):
         yield {name: draw.choice(values) for name, values in FACTORS.items()}
 

@@ -30,5 +30,6 @@ def expected_ranks(num_experts: int, top_k: int, ranks: int) -> float:
 
     A rank is left out if all choices are among the experts of the others.
     """
+    top_k = min(top_k, num_experts)  # other choices are of identity experts
     others = num_experts - num_experts // ranks
     return ranks * (1 - math.comb(others, top_k) / math.comb(num_experts, top_k))
