@@ -100,7 +100,7 @@ def main() -> None:
         parser.error("the tables of the docs have all layers")
     reads = ", ".join(f"{name} {number}" for name, number in waits(Sizes(64, 64, 4, 2)).items())
     machine = f"{date.today()}, {cpu_name()}, {versions()}, 1 thread"
-    command = "`python -m tests.bench.peers --compile --time SECONDS --write`"
+    command = "`python -m tests.bench.peers --write`"
     tables = {"peers": [*count_table(), "", f"Waits of the host: {reads}."]}
     if args.compile:
         tables["peers"] += ["", *kernel_table()]
