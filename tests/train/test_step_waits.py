@@ -91,7 +91,7 @@ def test_a_step_of_ranks_waits_once_for_its_exchange() -> None:
     for steps in run(4, two_steps, RANKS):
         for waits in steps:
             assert list(waits) == ["forward"] and len(waits["forward"]) == 1, waits
-            assert "dispatch/all_to_all.py" in waits["forward"][0]
+            assert "layer/dispatch/" in waits["forward"][0]
 
 
 def watched_steps() -> list[dict[str, list[str]]]:
