@@ -22,40 +22,41 @@ ROOT = PACKAGE.parent
 # A folder imports only from the folders above it, a file only from the files before it.
 FOLDERS = {
     "core": "messages errors spmd_types_compat placement declare_placements shard_shape validate "
-    "mesh_degrees host_reads torch_state dtypes float32_matmul local_tensor rank_device "
-    "ranks_agree mesh_binding mesh moves collectives redistribute",
-    "layer": "routing_faults router_logits router_scores router_config router_noise router permute "
-    "copies dispatch.forecast dispatch.protocol dispatch.local dispatch.ragged_exchange "
-    "dispatch.all_to_all dispatch.dedup_all_to_all dispatch.all_gather dispatch.fixed_capacity "
-    "dispatch.default_dispatcher dispatch activations "
-    "grouped_mm_support grouped_matmul choose_matmul scaled_rows grouped_ffn experts combine "
-    "shared_experts boundary balance_losses selection_bias check_inputs moe_output moe expert_load",
-    "train": "recompute obligations dtensor_storage init_weights reduced_gradients gradients "
-    "parallelize hang_stack hang_report hang_watch "
-    "checkpoint.strict_json checkpoint.safetensors_file "
-    "checkpoint.optimizer_json checkpoint.state checkpoint.index checkpoint.random_state "
-    "checkpoint.files checkpoint.planners checkpoint.checks checkpoint.save_load "
-    "checkpoint.convert checkpoint",
-    "hf": "safetensors_files file_tensors family_activations family families_softmax "
-    "families_sigmoid families conversions block read_model layout read_checkpoint "
-    "write_checkpoint pooled_loss model_methods swap",
-    "signatures": "allow_comments tensor_walk annotated_functions interception",
-    "sanitize": "tensor_digest boundaries compare_ranks gradient_sums watch_job",
-    "check": "rules mirror_world cut_dims target load_target signatures findings declarations "
-    "source_escapes layouts source_lines lineage observer trace compare_runs thread_ranks "
-    "whole_tensors values sweep parity.axes parity.words parity.stand_ins parity.placements "
-    "parity.setup parity.failures parity.weights parity.alone parity.run parity.processes "
-    "parity.ranks parity.explain parity.compare "
-    "parity.causes parity.sweep parity.report parity.parity adapters.overlay "
-    "adapters.transformers_blocks adapters.torchtitan_moe adapters reports forecast plan "
-    "supervise run subcommands parity.command "
-    "parity command_check command_plan command_convert command_line",
-    "static": "kinds operator_rules error_codes placed_types generic_placements role_variables "
-    "annotations syntax_tree messages collective_calls torch_names error_report end_of_module "
-    "reread_file daemon problems_found expression_hooks module_calls settings call_arguments "
-    "branch_placements declared_types override_placements strict_unknown strict_bypass "
-    "review_module hook_table plugin_entry",
-    "tooling": "operator_table",
+    "mesh_degrees host_values torch_modes compute_dtype float32_matmul per_rank_work "
+    "check_gpu ranks_agree bind_roles mesh moves collectives redistribute",
+    "layer": "routing_faults router_logits router_scores router_config router_noise router "
+    "permute copy_rows dispatch.forecast dispatch.protocol dispatch.local "
+    "dispatch.ragged_exchange dispatch.all_to_all dispatch.dedup_all_to_all "
+    "dispatch.all_gather dispatch.fixed_capacity dispatch.default_dispatcher dispatch "
+    "activations grouped_mm_support grouped_matmul choose_matmul scaled_rows grouped_ffn "
+    "experts combine shared_experts boundary balance_losses selection_bias check_inputs "
+    "moe_output moe expert_load",
+    "train": "recompute obligations storage_mesh init_weights reduced_gradients gradients "
+    "parallelize hang_stack hang_report hang_watch checkpoint.strict_json "
+    "checkpoint.safetensors_file checkpoint.optimizer_json checkpoint.rank_parts "
+    "checkpoint.index checkpoint.random_state checkpoint.on_disk checkpoint.planners "
+    "checkpoint.check_before_plan checkpoint.save_load checkpoint.convert checkpoint",
+    "hf": "safetensors_slices element_map family_activations family families_softmax "
+    "families_sigmoid families names_on_disk block find_blocks checkpoint_layout "
+    "read_checkpoint write_checkpoint pooled_loss model_methods swap",
+    "signatures": "allow_comments declared_tensors annotated_functions interception",
+    "sanitize": "tensor_digest observe_functions compare_ranks gradient_sums watch_job",
+    "check": "rules mirror_world follow_sharded_dims target load_target signatures findings "
+    "check_declarations checker_escapes layouts source_lines tensor_origin observer "
+    "trace compare_coordinates thread_ranks whole_tensors compare_one_process "
+    "check_layout parity.axis_groups parity.placement_words parity.cpu_stand_ins "
+    "parity.held_elements parity.built_target parity.cannot_compare parity.weights "
+    "parity.run_one_process parity.run_one_rank parity.processes parity.run_all_ranks "
+    "parity.explain parity.compare parity.merge_findings parity.sweep parity.report "
+    "parity.parity adapters.import_framework adapters.transformers_blocks "
+    "adapters.torchtitan_moe adapters reports forecast plan supervise run subcommands "
+    "parity.command parity command_check command_plan command_convert command_line",
+    "static": "kinds operator_rules error_codes placed_types generic_placements role_names "
+    "annotations syntax_tree messages collective_calls torch_names error_report "
+    "end_of_module refill_syntax_tree daemon problems_found expression_hooks "
+    "module_calls settings call_arguments branch_placements check_declared "
+    "override_placements strict_mode strict_code review_module hook_table plugin_entry",
+    "tooling": "write_ops_json",
 }
 ORDER = [
     name
@@ -64,11 +65,9 @@ ORDER = [
 ]
 ORDER += ["mypy_plugin", "__main__"]
 LAYER = [name for name in ORDER if name.startswith("layer.")]
-STORED = ["obligations", "dtensor_storage", "gradients", "parallelize", "hang_watch"]
-STORED += [
-    f"checkpoint.{name}"
-    for name in ["state", "random_state", "files", "planners", "checks", "save_load", "convert"]
-]
+STORED = ["obligations", "storage_mesh", "gradients", "parallelize", "hang_watch"]
+_FILES = "rank_parts random_state on_disk planners check_before_plan save_load convert"
+STORED += [f"checkpoint.{name}" for name in _FILES.split()]
 LONGEST = 400
 
 
@@ -131,7 +130,7 @@ def test_no_tensor_of_the_layer_goes_unchecked() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["spmd_moe"]["strict"]
     strict = [name.removeprefix("spmd_moe.") for name in listed]
     loose = [name for name in LAYER if not any(fnmatch(f"{name}.", f"{s}.") for s in strict)]
-    any_kind = ["layer.permute", "layer.copies"]
+    any_kind = ["layer.permute", "layer.copy_rows"]
     no_tensor = ["layer.dispatch"]
     assert sorted(loose) == sorted(any_kind + no_tensor)
 
@@ -165,14 +164,14 @@ def test_few_files_talk_to_torch_distributed() -> None:
     """
     files = {n: s for n, s in sources().items() if n.partition(".")[0] != "check"}
     talking = [name for name, source in files.items() if TALKS.search(source)]
-    core = "moves collectives torch_state host_reads mesh mesh_binding local_tensor redistribute "
-    core += "rank_device ranks_agree"
+    core = "moves collectives torch_modes host_values mesh bind_roles per_rank_work redistribute "
+    core += "check_gpu ranks_agree"
     allowed = [f"core.{name}" for name in core.split()] + [f"train.{name}" for name in STORED]
     allowed += ["hf.write_checkpoint"]
     allowed += ["sanitize.compare_ranks", "sanitize.gradient_sums"]
     assert sorted(talking) == sorted(allowed)
     moving = [n for n, s in files.items() if re.search(r"funcol\.|dist\.(all|reduce|broad)", s)]
-    assert sorted(moving) == ["core.collectives", "core.host_reads", "core.moves"]
+    assert sorted(moving) == ["core.collectives", "core.host_values", "core.moves"]
 
 
 def test_layer_code_has_no_statement_for_a_checker() -> None:
@@ -182,7 +181,7 @@ def test_layer_code_has_no_statement_for_a_checker() -> None:
 def test_one_file_is_not_followed_by_a_checker() -> None:
     files = {n: s for n, s in sources().items() if n.partition(".")[0] not in ("check", "static")}
     found = [name for name, source in files.items() if "@register_no_typecheck" in source]
-    assert found == ["core.host_reads"]
+    assert found == ["core.host_values"]
 
 
 def test_layer_code_does_not_name_axes() -> None:

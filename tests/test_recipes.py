@@ -178,17 +178,17 @@ spec = _checker._OP_REGISTRY[torch.flip]
 assert torch.tril not in _checker._OP_REGISTRY  # as a newer release of spmd_types would have it
 _checker._OP_REGISTRY[torch.tril] = spec
 from spmd_moe.static import operator_rules
-from spmd_moe.tooling import operator_table
+from spmd_moe.tooling import write_ops_json
 sums = [operator_rules.Operand(0, {"TP": "P"})]
 assert operator_rules.infer_operation("torch.tril", sums)[1] is not None
-operator_rules.TABLE_FILE.write_text(operator_table.text())
+operator_rules.TABLE_FILE.write_text(write_ops_json.text())
 operator_rules.table.cache_clear()
 assert operator_rules.infer_operation("torch.tril", sums) == ({"TP": "P"}, None)
 """
 
 
 def test_a_new_operator_in_the_static_table(copy: Path) -> None:
-    assert "spmd_moe.tooling.operator_table --write" in recipe("A new operator in the static table")
+    assert "spmd_moe.tooling.write_ops_json --write" in recipe("A new operator in the static table")
     before = (copy / "spmd_moe/static/ops.json").read_text()
     run(copy, OPERATOR)
     after = (copy / "spmd_moe/static/ops.json").read_text()
@@ -224,7 +224,7 @@ def test_a_new_rule(copy: Path) -> None:
         "        missing = unsaid(placement, mesh)\n"
     )
     edit(
-        copy / "spmd_moe/check/declarations.py",
+        copy / "spmd_moe/check/check_declarations.py",
         text,
         ("        missing = unsaid(placement, mesh)\n", found),
     )

@@ -2,16 +2,17 @@
 
 Read in this order:
 
-    target, layouts, run, sweep            what is checked, on which layouts, in which processes
-    trace, mirror_world                    one rank of a world, run in this process
-    signatures, declarations, cut_dims     declared placements, and what they say of each tensor
-    observer, source_lines, lineage        every operation of checked code
-    source_escapes, compare_runs           what is found in the source, and between several runs
-    values, thread_ranks, whole_tensors    all ranks as threads, with real numbers
-    parity/, adapters/                     any module beside one process, without types; frameworks
-    findings, reports                      the rules; how findings are shown
-    plan, forecast                         collectives and bytes, from sizes alone
-    command_line                           `spmd-moe`
+    target, layouts, run, check_layout        what is checked, on which layouts, in which processes
+    trace, mirror_world                       one rank of a world, run in this process
+    signatures, check_declarations            declared placements, compared with what exists
+    observer, source_lines, tensor_origin     every operation of checked code
+    follow_sharded_dims                       dims that are cut, followed to where it matters
+    checker_escapes, compare_coordinates      what the source shows, and several runs together
+    compare_one_process, thread_ranks, whole_tensors    all ranks as threads, with real numbers
+    parity/, adapters/                        any module beside one process, without types
+    findings, reports                         the rules; how findings are shown
+    plan, forecast                            collectives and bytes, from sizes alone
+    command_line                              `spmd-moe`
 """
 
 from importlib import import_module
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spmd_moe.check.layouts import Layout as Layout
     from spmd_moe.check.layouts import layouts as layouts
-    from spmd_moe.check.parity.axes import MeshSizes as MeshSizes
+    from spmd_moe.check.parity.axis_groups import MeshSizes as MeshSizes
     from spmd_moe.check.parity.parity import parity as parity
     from spmd_moe.check.parity.parity import run_parity as run_parity
     from spmd_moe.check.parity.report import ParityReport as ParityReport
@@ -36,7 +37,7 @@ else:
     _HOME = {
         "Layout": "layouts",
         "layouts": "layouts",
-        "MeshSizes": "parity.axes",
+        "MeshSizes": "parity.axis_groups",
         "parity": "parity.parity",
         "run_parity": "parity.parity",
         "ParityReport": "parity.report",

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from spmd_moe.check.check_layout import Result
 from spmd_moe.check.reports import failed_json, failed_junit, line
 from spmd_moe.check.rules import rules_text
 from spmd_moe.check.run import SECONDS, WORLD, run_checks
 from spmd_moe.check.subcommands import Subcommand, layout, number, seconds, shown
-from spmd_moe.check.sweep import Result
 from spmd_moe.check.target import COMMAND_LINE, cannot
 from spmd_moe.core.errors import SpmdMoeError, plural
 

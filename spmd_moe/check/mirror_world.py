@@ -211,7 +211,7 @@ _TYPED = (
     "spmd_types",
     "spmd_moe.core.collectives",
     "spmd_moe.core.moves",
-    "spmd_moe.core.host_reads",
+    "spmd_moe.core.host_values",
     "torch.distributed.tensor",
 )
 _BETWEEN = ("torch.", "contextlib", "spmd_moe.core.redistribute", "spmd_moe.check.")

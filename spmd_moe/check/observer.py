@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from spmd_moe.check.cut_dims import follow, is_given, keep_rows, moved, rows_are_given
 from spmd_moe.check.findings import Finding, allowed, finding, short_path
-from spmd_moe.check.lineage import Lineage, descend, lineage
+from spmd_moe.check.follow_sharded_dims import follow, is_given, keep_rows, moved, rows_are_given
 from spmd_moe.check.mirror_world import Issued
 from spmd_moe.check.source_lines import Lines
+from spmd_moe.check.tensor_origin import Lineage, descend, lineage
 from spmd_moe.core.errors import describe
 
 Types = tuple[tuple[str, str], ...]  # axis and kind, by axis

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import final
 from xml.etree import ElementTree
 
+from spmd_moe.check.check_layout import Result
 from spmd_moe.check.findings import Finding
-from spmd_moe.check.sweep import Result
 from spmd_moe.check.trace import Configuration
 from spmd_moe.core.errors import plural
 from spmd_moe.core.messages import parts_of, printable

@@ -12,12 +12,12 @@ from typing import Any, TypeVar, final
 
 import torch
 
+from spmd_moe.check.check_layout import Result, check_layout
 from spmd_moe.check.layouts import Layout, layouts
 from spmd_moe.check.load_target import load
 from spmd_moe.check.reports import Report, first_line
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.supervise import FailedError, LostError, Supervisor
-from spmd_moe.check.sweep import Result, check_layout
 from spmd_moe.check.target import CannotCheckError, Target, accounted, build, cannot, line_of
 from spmd_moe.core.errors import PlacementError, SpmdMoeError
 from spmd_moe.core.mesh import MoEMesh

@@ -32,15 +32,15 @@ from spmd_types.checker import typecheck
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from spmd_moe.check.cut_dims import cut_dims, mark
+from spmd_moe.check.follow_sharded_dims import cut_dims, mark
 from spmd_moe.check.target import cannot
 from spmd_moe.core.errors import PlacementError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE, EXPERT, Kind, Placement, Role, V, placement_of
-from spmd_moe.core.torch_state import is_unchecked
+from spmd_moe.core.torch_modes import is_unchecked
 from spmd_moe.signatures.annotated_functions import AnnotatedFunction, annotated_functions
+from spmd_moe.signatures.declared_tensors import DeclaredTensor
 from spmd_moe.signatures.interception import intercepted
-from spmd_moe.signatures.tensor_walk import DeclaredTensor
 
 
 class _Here(threading.local):

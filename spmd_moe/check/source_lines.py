@@ -46,7 +46,7 @@ def is_checked(frame: FrameType, packages: set[str]) -> bool:
     return name.partition(".")[0] in packages and not name.startswith(_NOT_CHECKED)
 
 
-_RUNS = ("spmd_moe.check.trace", "spmd_moe.check.values")
+_RUNS = ("spmd_moe.check.trace", "spmd_moe.check.compare_one_process")
 
 # The typed collectives are what checked code stands on; their insides have types of their own.
 _NOT_CHECKED = (
@@ -54,6 +54,6 @@ _NOT_CHECKED = (
     "spmd_moe.signatures",
     "spmd_moe.core.collectives",
     "spmd_moe.core.moves",
-    "spmd_moe.core.host_reads",
+    "spmd_moe.core.host_values",
     "spmd_moe.core.redistribute",
 )

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from spmd_moe.check.cut_dims import give
-from spmd_moe.check.declarations import declared_types, misdeclared, unsaid
+from spmd_moe.check.check_declarations import declared_types, misdeclared, unsaid
+from spmd_moe.check.checker_escapes import escapes
 from spmd_moe.check.findings import Finding, allowed, finding, short_path
+from spmd_moe.check.follow_sharded_dims import give
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import Issued, mirror_world
 from spmd_moe.check.observer import Observer, Record, run_operation
 from spmd_moe.check.signatures import axis, checked, declare
-from spmd_moe.check.source_escapes import escapes
 from spmd_moe.check.source_lines import is_checked
 from spmd_moe.check.target import (
     CannotCheckError,

@@ -6,7 +6,8 @@ Read in this order:
     shard_shape, mesh                       rows per rank; the ranks as two meshes
     moves, collectives, redistribute        the table of moves, and how a tensor takes one
 
-The rest are small helpers: `validate` (settings), `mesh_degrees`, `ranks_agree` (settings that
-differ between ranks), `dtypes`, `host_reads`, `torch_state` (is torch tracing?) and `local_tensor`
-(many ranks simulated in one process).
+The rest are small helpers: `validate` (settings), `mesh_degrees`, `bind_roles` (to a mesh that
+exists), `check_gpu`, `ranks_agree` (settings that differ between ranks), `compute_dtype`,
+`host_values`, `torch_modes` (is torch tracing?) and `per_rank_work` (many ranks simulated in one
+process).
 """

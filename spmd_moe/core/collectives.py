@@ -26,7 +26,7 @@ from spmd_moe.core.mesh import Axis
 from spmd_moe.core.moves import Step, awaitable, wait_for
 from spmd_moe.core.placement import P, Role, V
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_state import is_unchecked, is_unobserved
+from spmd_moe.core.torch_modes import is_unchecked, is_unobserved
 from spmd_moe.core.validate import describe_value
 
 Dtype: TypeAlias = torch.dtype | None

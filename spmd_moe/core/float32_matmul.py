@@ -1,4 +1,4 @@
-"""Matmuls of float32 that are in float32, whatever precision the program allows for its others.
+"""Float32 matmuls in full precision, also where the program allows TF32 for other matmuls.
 
 `torch.set_float32_matmul_precision("high")` lets CUDA take TF32, with 10 bits of mantissa, and a
 CPU take bfloat16. That suits most matmuls of a model, but not the choice of experts.

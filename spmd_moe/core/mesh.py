@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spmd_moe.core.errors import MeshError, explain, plural
-from spmd_moe.core.mesh_binding import (
+from spmd_moe.core.bind_roles import (
     Names,
     bind_roles,
     check_same_ranks,
@@ -35,6 +34,12 @@ from spmd_moe.core.mesh_binding import (
     role_names,
     size_of_role,
 )
+from spmd_moe.core.check_gpu import (
+    check_capability,
+    check_device_of_rank,
+    settings_of_device,
+)
+from spmd_moe.core.errors import MeshError, explain, plural
 from spmd_moe.core.mesh_degrees import (
     check_degrees,
     check_dense,
@@ -43,11 +48,6 @@ from spmd_moe.core.mesh_degrees import (
     tell_axes,
 )
 from spmd_moe.core.placement import DENSE, EXPERT, Role
-from spmd_moe.core.rank_device import (
-    check_capability,
-    check_device_of_rank,
-    settings_of_device,
-)
 from spmd_moe.core.ranks_agree import check_ranks_agree
 from spmd_moe.core.validate import check_instance
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _disable_current_modes
 
-from spmd_moe.core.local_tensor import map_ranks, map_ranks_to_ints
+from spmd_moe.core.per_rank_work import map_ranks, map_ranks_to_ints
 from spmd_moe.core.placement import Kind
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.core.spmd_types_compat import rules

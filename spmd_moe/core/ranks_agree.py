@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from spmd_moe.core.errors import MeshError, explain
-from spmd_moe.core.host_reads import all_gather_bytes
-from spmd_moe.core.local_tensor import is_simulating
+from spmd_moe.core.host_values import all_gather_bytes
+from spmd_moe.core.per_rank_work import is_simulating
 
 _LONG = 120  # letters of a setting that a message has room for
 

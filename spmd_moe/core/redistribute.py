@@ -26,12 +26,12 @@ from spmd_moe.core.errors import (
     plural,
     short_dtype,
 )
-from spmd_moe.core.local_tensor import is_local_tensor, shapes_by_rank
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.moves import MOVES, Step, letter
+from spmd_moe.core.per_rank_work import is_local_tensor, shapes_by_rank
 from spmd_moe.core.placement import Kind
 from spmd_moe.core.shard_shape import ShardShape
-from spmd_moe.core.torch_state import is_unchecked
+from spmd_moe.core.torch_modes import is_unchecked
 from spmd_moe.core.validate import describe_value
 
 T = TypeVar("T", bound=Tensor)

@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias, cast, final
 import torch
 from torch import nn
 
+from spmd_moe.hf.element_map import WHICH
 from spmd_moe.hf.family_activations import function_of, of_function
-from spmd_moe.hf.file_tensors import WHICH
 from spmd_moe.layer.activations import Activation
 from spmd_moe.layer.experts import ScoreApplication
 from spmd_moe.layer.moe import SharedConfig
@@ -29,7 +29,7 @@ Dims: TypeAlias = tuple[tuple[int, ...], ...]
 @final
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor of transformers' block: its name there, ours, and its dims (see file_tensors.py)."""
+    """A tensor of transformers' block: its name there, ours, and its dims (see element_map.py)."""
 
     theirs: str
     ours: tuple[str, ...]

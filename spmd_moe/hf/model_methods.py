@@ -10,7 +10,7 @@ from torch import nn
 from spmd_moe.core.errors import CheckpointError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
-from spmd_moe.hf.layout import layout_of
+from spmd_moe.hf.checkpoint_layout import layout_of
 from spmd_moe.hf.pooled_loss import MESH, with_pooled_loss
 from spmd_moe.hf.write_checkpoint import save
 from spmd_moe.layer.moe import MoE

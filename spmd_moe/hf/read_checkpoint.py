@@ -15,9 +15,15 @@ from torch import nn
 from spmd_moe.core.errors import CheckpointError, explain, short_dtype
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
-from spmd_moe.hf.file_tensors import FileTensor, Part
-from spmd_moe.hf.layout import Layout, agreed, needed_layout, rows_and_parts, zero_buffers
-from spmd_moe.hf.safetensors_files import (
+from spmd_moe.hf.checkpoint_layout import (
+    Layout,
+    agreed,
+    needed_layout,
+    rows_and_parts,
+    zero_buffers,
+)
+from spmd_moe.hf.element_map import FileTensor, Part
+from spmd_moe.hf.safetensors_slices import (
     DTYPES,
     DamagedFileError,
     FileIO,

@@ -20,11 +20,9 @@ from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import CP, DP, EP, TP, I, Kind, Placed, R, S
 from spmd_moe.core.validate import check_instance, check_one_of
 from spmd_moe.hf.block import block_of
-from spmd_moe.hf.conversions import NoConversionError, disk_tensors
-from spmd_moe.hf.file_tensors import FileTensor
-from spmd_moe.hf.layout import Layout, rows_and_parts, set_layout, zero_buffers
-from spmd_moe.hf.model_methods import override_methods
-from spmd_moe.hf.read_model import (
+from spmd_moe.hf.checkpoint_layout import Layout, rows_and_parts, set_layout, zero_buffers
+from spmd_moe.hf.element_map import FileTensor
+from spmd_moe.hf.find_blocks import (
     FoundBlock,
     Refusal,
     aliases,
@@ -34,6 +32,8 @@ from spmd_moe.hf.read_model import (
     tensor_at,
     uneven,
 )
+from spmd_moe.hf.model_methods import override_methods
+from spmd_moe.hf.names_on_disk import NoConversionError, disk_tensors
 from spmd_moe.layer.experts import ExpertRecompute
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
 from spmd_moe.layer.moe import MoE, MoEConfig

@@ -20,9 +20,9 @@ from spmd_moe.core.errors import CheckpointError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.core.validate import check_positive_ints
-from spmd_moe.hf.file_tensors import FileTensor, Part
-from spmd_moe.hf.layout import Layout, agreed, needed_layout, rows_and_parts, tensor_of
-from spmd_moe.hf.safetensors_files import (
+from spmd_moe.hf.checkpoint_layout import Layout, agreed, needed_layout, rows_and_parts, tensor_of
+from spmd_moe.hf.element_map import FileTensor, Part
+from spmd_moe.hf.safetensors_slices import (
     DTYPES,
     INDEX,
     NAMES,
@@ -34,8 +34,8 @@ from spmd_moe.hf.safetensors_files import (
     make_header,
     pieces,
 )
-from spmd_moe.train.dtensor_storage import REPLICA, shard_group
 from spmd_moe.train.obligations import Obligation
+from spmd_moe.train.storage_mesh import REPLICA, shard_group
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Rows: TypeAlias = Mapping[str, tuple[Obligation, Part]]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from spmd_moe.core.collectives import declare_sum
-from spmd_moe.core.dtypes import no_autocast
+from spmd_moe.core.compute_dtype import no_autocast
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import Axis, MoEMesh
 from spmd_moe.core.placement import CP, DENSE, DP, TP, I, P, Placed, R, Tokens

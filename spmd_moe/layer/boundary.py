@@ -17,15 +17,15 @@ from typing import final
 
 import torch
 
-from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.compute_dtype import sum_dtype
 from spmd_moe.core.errors import ConfigError, explain
-from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.moves import wait_for
 from spmd_moe.core.placement import CallersTokens, I, Kind, R, S, Tokens
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
-from spmd_moe.core.torch_state import is_unobserved
+from spmd_moe.core.torch_modes import is_unobserved
 
 INSIDE = S(0)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.core.dtypes import dtypes_match
+from spmd_moe.core.compute_dtype import dtypes_match
 from spmd_moe.core.errors import (
     DtypeError,
     GradientError,
@@ -23,7 +23,7 @@ from spmd_moe.core.errors import (
     plural,
     short_dtype,
 )
-from spmd_moe.core.torch_state import fsdp_casts, function_transform, is_dtensor
+from spmd_moe.core.torch_modes import fsdp_casts, function_transform, is_dtensor
 from spmd_moe.core.validate import check_instance
 from spmd_moe.layer.experts import Experts
 from spmd_moe.layer.router import Router

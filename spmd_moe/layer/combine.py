@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from spmd_moe.core.placement import Tokens
-from spmd_moe.layer.copies import Copies, add_copies
+from spmd_moe.layer.copy_rows import Copies, add_copies
 from spmd_moe.layer.permute import Slots, fold, take_scores
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
-from spmd_moe.core.dtypes import as_dtype, dtypes_match, matmul_dtype
+from spmd_moe.core.compute_dtype import as_dtype, dtypes_match, matmul_dtype
 from spmd_moe.core.errors import DtypeError, ShapeError, describe, explain, plural
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import (

@@ -20,7 +20,7 @@ import torch
 from spmd_types import register_local_autograd_function
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype, no_autocast
+from spmd_moe.core.compute_dtype import as_dtype, no_autocast
 from spmd_moe.core.errors import GradientError, explain
 from spmd_moe.core.placement import (
     ExpertHiddenBias,
@@ -29,7 +29,7 @@ from spmd_moe.core.placement import (
     GatheredRows,
     Rows,
 )
-from spmd_moe.core.torch_state import is_vmapped
+from spmd_moe.core.torch_modes import is_vmapped
 from spmd_moe.layer.activations import Activation
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, RowGroups
 from spmd_moe.layer.permute import Gather, fold_gathered, gather_rows

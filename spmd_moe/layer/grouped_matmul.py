@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype
+from spmd_moe.core.compute_dtype import as_dtype
 from spmd_moe.core.errors import ShapeError, explain
 from spmd_moe.core.validate import check_positive_ints
 from spmd_moe.layer.grouped_mm_support import writes_empty_groups

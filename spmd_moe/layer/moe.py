@@ -17,12 +17,12 @@ from typing import Any, Literal, Protocol, final
 import torch
 from torch import nn
 
-from spmd_moe.core.dtypes import as_dtype
+from spmd_moe.core.compute_dtype import as_dtype
 from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
-from spmd_moe.core.local_tensor import is_simulating
 from spmd_moe.core.mesh import MoEMesh, check_mesh
+from spmd_moe.core.per_rank_work import is_simulating
 from spmd_moe.core.placement import DENSE, TP, CallersTokens, Kind, Tokens
-from spmd_moe.core.torch_state import is_unchecked
+from spmd_moe.core.torch_modes import is_unchecked
 from spmd_moe.core.validate import check_instance, check_one_of, check_positive_ints, settings_of
 from spmd_moe.layer.activations import SWIGLU, Activation
 from spmd_moe.layer.balance_losses import (

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype, sum_dtype
-from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.compute_dtype import as_dtype, sum_dtype
+from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.placement import GatheredRows, Tokens
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_state import is_unobserved
+from spmd_moe.core.torch_modes import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 

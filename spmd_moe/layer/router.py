@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar, cast, final
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.core.dtypes import as_dtype, sum_dtype
+from spmd_moe.core.compute_dtype import as_dtype, sum_dtype
 from spmd_moe.core.mesh import Axis, MoEMesh
 from spmd_moe.core.placement import DENSE, TP, I, R, RouterWeight, Tokens, TokenSums, Whole
 from spmd_moe.core.redistribute import redistribute

@@ -33,8 +33,6 @@ class RouterConfig:
         force_balance: Ignore the scores and assign experts round-robin, with a different first
             expert on each rank (benchmarks only).
         bias: Whether a learned bias is added to the logits.
-        in_model_dtype: Whether the matmul is computed in the dtype of the tokens, as transformers
-            does. In bfloat16 a few percent of tokens then choose other experts.
         logit_softcap: A bound of the logits, `cap * tanh(logits / cap)`. Default: none.
         norm_eps: A number that is added to the divisor of `route_norm`.
         choose_by: The score that ranks the experts of a token, `"logits"` or a score function.
@@ -48,6 +46,8 @@ class RouterConfig:
             Default: the router reads the input of the experts.
         given: Whether each call is given `expert_ids` and `expert_weights`. The router then has no
             parameters.
+        in_model_dtype: Whether the matmul is computed in the dtype of the tokens, as transformers
+            does. In bfloat16 a few percent of tokens then choose other experts.
 
     Raises:
         ConfigError: Values contradict each other, with the nearest legal value.

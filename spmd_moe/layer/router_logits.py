@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype, no_autocast
+from spmd_moe.core.compute_dtype import as_dtype, no_autocast
 from spmd_moe.core.float32_matmul import float32_matmul, is_reduced
 from spmd_moe.core.placement import Tokens, Whole
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_state import is_unobserved
+from spmd_moe.core.torch_modes import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 U = TypeVar("U", bound=Tensor)

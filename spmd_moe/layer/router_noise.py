@@ -9,11 +9,11 @@ from typing import final
 
 import torch
 
-from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.compute_dtype import sum_dtype
 from spmd_moe.core.errors import ConfigError, explain
-from spmd_moe.core.host_reads import draw_seed
+from spmd_moe.core.host_values import draw_seed
 from spmd_moe.core.placement import Tokens
-from spmd_moe.core.torch_state import is_capturing
+from spmd_moe.core.torch_modes import is_capturing
 
 
 @final

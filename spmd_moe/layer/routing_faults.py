@@ -21,12 +21,12 @@ from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
 from spmd_moe.core.errors import RoutingError, explain, plural
-from spmd_moe.core.host_reads import LateRead, is_replaying, read_ints
-from spmd_moe.core.local_tensor import max_over_ranks
+from spmd_moe.core.host_values import LateRead, is_replaying, read_ints
 from spmd_moe.core.mesh import Axis
+from spmd_moe.core.per_rank_work import max_over_ranks
 from spmd_moe.core.placement import P, S, Tokens
 from spmd_moe.core.redistribute import redistribute
-from spmd_moe.core.torch_state import is_capturing
+from spmd_moe.core.torch_modes import is_capturing
 
 # A rank's mark: how many of its scores are not finite, and on top of it if any of its ids is wrong,
 # or if it was given what the layer cannot take. Marks of thousands of ranks can be added up.

@@ -10,8 +10,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype
-from spmd_moe.core.torch_state import is_unobserved
+from spmd_moe.core.compute_dtype import as_dtype
+from spmd_moe.core.torch_modes import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 
@@ -33,8 +33,8 @@ def _scale(x_RA: Tensor, scores_R: Tensor) -> Tensor:
     return torch.mul(x_RA, scores_R.unsqueeze(1), out=torch.empty_like(x_RA))
 
 
-# As an operator, because of no operator may the result be written to later: a checkpoint may have
-# kept it, and with `out=` that would be the memory that is written to.
+# An operator of its own: a selective checkpoint may keep the result of any operator, so nothing may
+# write into that memory later, as `out=` would.
 _OPERATORS = torch.library.Library("spmd_moe", "FRAGMENT")
 _OPERATORS.define("scale(Tensor x, Tensor scores) -> Tensor")
 _OPERATORS.impl("scale", _scale, "CompositeExplicitAutograd")

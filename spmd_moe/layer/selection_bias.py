@@ -16,7 +16,7 @@ from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE, Tokens, TokenSums, Whole
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_state import is_unobserved
+from spmd_moe.core.torch_modes import is_unobserved
 from spmd_moe.core.validate import check_number, describe_value
 from spmd_moe.layer.balance_losses import sum_over
 from spmd_moe.layer.router import Router

@@ -16,7 +16,7 @@ import torch.nn.functional as fn
 from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
-from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.compute_dtype import sum_dtype
 from spmd_moe.core.mesh import Axis, MoEMesh
 from spmd_moe.core.placement import (
     TP,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmd_moe.core.errors import SanitizerError, explain
-from spmd_moe.core.host_reads import all_gather_bytes, read_ints
+from spmd_moe.core.host_values import all_gather_bytes, read_ints
 from spmd_moe.core.mesh import Axis, MoEMesh
 from spmd_moe.core.placement import DENSE, EXPERT, I, Placement, R, S
 from spmd_moe.core.ranks_agree import ranks_by_text

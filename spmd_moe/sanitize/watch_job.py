@@ -24,9 +24,9 @@ from spmd_moe.core.declare_placements import declared
 from spmd_moe.core.errors import ConfigError, describe, explain, users_line
 from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import Placement
-from spmd_moe.sanitize.boundaries import Boundaries
 from spmd_moe.sanitize.compare_ranks import ROLES, Seen, as_stored, compare, same_on
 from spmd_moe.sanitize.gradient_sums import Gradients, Named
+from spmd_moe.sanitize.observe_functions import Boundaries
 from spmd_moe.sanitize.tensor_digest import fingerprint
 
 VARIABLE = "SPMD_MOE_SANITIZE"

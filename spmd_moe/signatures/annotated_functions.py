@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spmd_moe.core.placement import Placement, annotations_of
-from spmd_moe.signatures.tensor_walk import DeclaredTensor, declared_tensors, placements_in
+from spmd_moe.signatures.declared_tensors import DeclaredTensor, declared_tensors, placements_in
 
 _NOT_THE_PROGRAM = {"torch", "spmd_types", *sys.stdlib_module_names}
 _CHECKERS = tuple(f"spmd_moe.{f}" for f in ("signatures", "sanitize", "check", "static"))

@@ -22,7 +22,7 @@ from mypy.types import (
 from spmd_moe.static.error_codes import CODES
 from spmd_moe.static.kinds import PRESENTATIONS, subscript
 from spmd_moe.static.placed_types import declare, is_tensor_class, kinds_of, place
-from spmd_moe.static.role_variables import is_role, role_name
+from spmd_moe.static.role_names import is_role, role_name
 
 PLACED = "spmd_moe.core.placement.Placed"
 KIND_NAMES = {f"spmd_types.types.{name}": name for name in "RIVP"}

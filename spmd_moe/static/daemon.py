@@ -37,7 +37,7 @@ from spmd_moe.static.end_of_module import (
 )
 from spmd_moe.static.error_report import Line
 from spmd_moe.static.placed_types import forget_unused, restore_declared
-from spmd_moe.static.reread_file import read_again
+from spmd_moe.static.refill_syntax_tree import read_again
 
 _LAST_LINE = 1 << 30  # in this order the daemon checks functions of a module
 

@@ -48,7 +48,7 @@ from spmd_moe.static.placed_types import (
     with_role,
 )
 from spmd_moe.static.problems_found import Notes
-from spmd_moe.static.role_variables import Modules, is_role, role_made_by, role_name
+from spmd_moe.static.role_names import Modules, is_role, role_made_by, role_name
 from spmd_moe.static.syntax_tree import below
 from spmd_moe.static.torch_names import is_foreign
 

@@ -32,7 +32,7 @@ from spmd_moe.static.placed_types import (
 )
 from spmd_moe.static.problems_found import Notes, raises
 from spmd_moe.static.review_module import review
-from spmd_moe.static.role_variables import ROLE
+from spmd_moe.static.role_names import ROLE
 from spmd_moe.static.settings import Config
 from spmd_moe.static.torch_names import function_operation, is_foreign, method_operation
 

@@ -1,6 +1,6 @@
 """The typing rules of operations, per axis: spmd_types' own, as a table and one function.
 
-The table `ops.json` is generated from spmd_types (`python -m spmd_moe.tooling.operator_table
+The table `ops.json` is generated from spmd_types (`python -m spmd_moe.tooling.write_ops_json
 --write`); a test compares both with spmd_types' own inference on every combination of kinds.
 """
 

@@ -52,17 +52,17 @@ from spmd_moe.static.call_arguments import (
     operator_calls,
     signatures,
 )
-from spmd_moe.static.declared_types import Comparison, Found
+from spmd_moe.static.check_declared import Comparison, Found
 from spmd_moe.static.error_report import Line, Report
 from spmd_moe.static.kinds import shown
 from spmd_moe.static.messages import Problem, declared_problem, named
 from spmd_moe.static.override_placements import attribute_overrides, override_problem
 from spmd_moe.static.placed_types import as_found, kinds_of, signature_of
 from spmd_moe.static.problems_found import Notes
-from spmd_moe.static.role_variables import is_role
+from spmd_moe.static.role_names import is_role
 from spmd_moe.static.settings import Config
-from spmd_moe.static.strict_bypass import Bypasses
-from spmd_moe.static.strict_unknown import unknown_problems
+from spmd_moe.static.strict_code import Bypasses
+from spmd_moe.static.strict_mode import unknown_problems
 from spmd_moe.static.syntax_tree import children
 
 

@@ -1,4 +1,4 @@
 """Programs that write data files of the package. Nothing else imports them.
 
-operator_table    static/ops.json, from spmd_types and the table of moves
+write_ops_json    static/ops.json, from spmd_types and the table of moves
 """

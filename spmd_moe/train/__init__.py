@@ -3,5 +3,5 @@
 Read `obligations` first: from the declared placements it derives over which ranks the gradient of
 each parameter is summed, and which part of it is counted in a norm. The rest follows from that
 table: `init_weights`, `gradients` (reduce and clip) with `reduced_gradients`, `parallelize` (FSDP2)
-with `dtensor_storage`, and `checkpoint/`. `recompute` is activation checkpointing.
+with `storage_mesh`, and `checkpoint/`. `recompute` is activation checkpointing.
 """

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.compute_dtype import sum_dtype
 from spmd_moe.core.errors import ConfigError, GradientError, explain
 from spmd_moe.core.mesh import Axis, MoEMesh, check_mesh
 from spmd_moe.core.moves import wait_for
 from spmd_moe.core.placement import P, R, Role, S
 from spmd_moe.core.redistribute import redistribute
-from spmd_moe.train.dtensor_storage import shard_group
 from spmd_moe.train.obligations import Obligation, trained
 from spmd_moe.train.reduced_gradients import is_sum, note_sum, rest_of_sum
+from spmd_moe.train.storage_mesh import shard_group
 
 BUCKET_BYTES = 64 * 2**20  # of a sum that travels at once; twice as much exists meanwhile
 

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from spmd_moe.core.errors import ConfigError, explain
-from spmd_moe.core.local_tensor import is_simulating
 from spmd_moe.core.messages import printable
+from spmd_moe.core.per_rank_work import is_simulating
 from spmd_moe.train.hang_report import (
     Beat,
     Beats,

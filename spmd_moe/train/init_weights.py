@@ -20,7 +20,7 @@ from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import Placement
 from spmd_moe.core.validate import check_number
 from spmd_moe.layer.router import Router
-from spmd_moe.train.dtensor_storage import (
+from spmd_moe.train.storage_mesh import (
     cut_by_others,
     local,
     place_in_whole,

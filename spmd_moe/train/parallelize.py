@@ -24,8 +24,8 @@ from torch.distributed.tensor import Shard as StoredShard
 
 from spmd_moe.core.errors import ConfigError, DtypeError, explain, short_dtype
 from spmd_moe.core.mesh import MoEMesh, check_mesh
-from spmd_moe.train.dtensor_storage import Store, Stores, shard_dim
 from spmd_moe.train.obligations import Obligation, Obligations, obligations
+from spmd_moe.train.storage_mesh import Store, Stores, shard_dim
 
 Model = TypeVar("Model", bound=nn.Module)
 

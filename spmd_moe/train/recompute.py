@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from spmd_moe.core.errors import ConfigError, explain
-from spmd_moe.core.host_reads import Reads
+from spmd_moe.core.host_values import Reads
 from spmd_moe.core.validate import describe_value
 
 Contexts: TypeAlias = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]

@@ -9,7 +9,7 @@ from tests.bench.peers.layers import FINE, WIDE, Sizes, layers
 from tests.bench.peers.measure import counts, tokens, waits
 
 # Operators that move data, and the MiB that they read and write, rounded up. Fewer is better:
-# whoever needs fewer lowers the number here.
+# a change that needs fewer lowers the number here.
 MOST = {
     (WIDE, torch.float32, False): (27, 609),
     (WIDE, torch.float32, True): (60, 2187),

@@ -7,12 +7,12 @@ import linecache
 from collections.abc import Callable
 
 from spmd_moe.check import Layout, run_checks
+from spmd_moe.check.compare_one_process import check_values
 from spmd_moe.check.findings import Finding
 from spmd_moe.check.reports import Report
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.subcommands import layout
 from spmd_moe.check.target import Target
-from spmd_moe.check.values import check_values
 from tests.catalogue import proof, static, targets
 from tests.catalogue.bug import TARGETS, Bug, Fact
 from tests.catalogue.bugs_gradients import GRADIENTS, SUMS

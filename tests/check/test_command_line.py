@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 import pytest
 
 from spmd_moe.check import Layout, command_check
+from spmd_moe.check.check_layout import Result
 from spmd_moe.check.rules import RULES
-from spmd_moe.check.sweep import Result
 from tests.support.command_server import Commands, Done
 
 ROOT = Path(__file__).resolve().parents[2]

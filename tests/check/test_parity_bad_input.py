@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from spmd_moe import CP, DP, TP, I, MoEMesh, R, V
 from spmd_moe.check import Case, Layout, MeshSizes, parity, run_parity
-from spmd_moe.check.parity import run as run_module
+from spmd_moe.check.parity import run_one_rank as run_module
+from spmd_moe.check.parity.cpu_stand_ins import STAND_INS, installed
 from spmd_moe.check.parity.report import ParityReport
-from spmd_moe.check.parity.stand_ins import STAND_INS, installed
 from spmd_moe.check.target import CannotCheckError
 from spmd_moe.core.placement import Placement
 from tests.check.test_parity import DP2, DP2_TP2, TP2, mlp

@@ -33,7 +33,7 @@ def test_every_rule_is_used_and_every_use_has_a_row() -> None:
 def test_every_word_is_used() -> None:
     asked = set(re.findall(r'allowed\("(\w+)"', SOURCES))
     asked |= set(re.findall(r'_say\("\w+", "(\w+)"', SOURCES))
-    asked |= set(re.findall(r'^    "(\w+)": "', SOURCES, re.M)) & WORDS  # source_escapes.ESCAPES
+    asked |= set(re.findall(r'^    "(\w+)": "', SOURCES, re.M)) & WORDS  # checker_escapes.ESCAPES
     assert asked == WORDS == TRACED
 
 

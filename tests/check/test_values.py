@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spmd_moe.check import Layout
+from spmd_moe.check.compare_one_process import CLOSE, check_values
 from spmd_moe.check.signatures import signatures
-from spmd_moe.check.values import CLOSE, check_values
 from spmd_moe.check.whole_tensors import distance
 from spmd_moe.layer import router
 from spmd_moe.layer.dispatch import all_to_all

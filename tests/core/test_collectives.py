@@ -19,7 +19,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from spmd_moe import TP, I, MoEMesh, P, R, S, ShardShape, V, redistribute
 from spmd_moe.core.collectives import Move, declare_sum, exchange
-from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.moves import MOVES, Step
 from spmd_moe.core.placement import Kind
 from tests.support.operator_log import operators

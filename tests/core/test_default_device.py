@@ -1,4 +1,4 @@
-"""`torch.set_default_device`: what the host keeps stays on the host, and nobody waits for long."""
+"""`torch.set_default_device`: what the host keeps stays on the host, and no rank waits for long."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from spmd_moe import (
     save_checkpoint,
     update_selection_bias,
 )
-from spmd_moe.core.host_reads import draw_seed
-from spmd_moe.core.torch_state import is_unchecked
+from spmd_moe.core.host_values import draw_seed
+from spmd_moe.core.torch_modes import is_unchecked
 from spmd_moe.sanitize import tensor_digest
 from tests.support.workers import run
 

@@ -1,4 +1,4 @@
-"""Float32 matmuls of the router: in float32 whatever precision the program allows."""
+"""Float32 matmuls of the router: in float32, also where the program allows TF32."""
 
 from __future__ import annotations
 

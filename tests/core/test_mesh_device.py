@@ -12,7 +12,7 @@ from spmd_moe import MeshError, MoEMesh
 from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.core import mesh as mesh_file
 from spmd_moe.core import ranks_agree
-from spmd_moe.core.host_reads import all_gather_bytes
+from spmd_moe.core.host_values import all_gather_bytes
 from tests.support.workers import run
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spmd_moe import DP, MoEMesh, obligations
-from spmd_moe.hf.file_tensors import Part
-from spmd_moe.hf.layout import layout_of
-from spmd_moe.train.dtensor_storage import local, place_in_whole
+from spmd_moe.hf.checkpoint_layout import layout_of
+from spmd_moe.hf.element_map import Part
+from spmd_moe.train.storage_mesh import local, place_in_whole
 
 LAYOUTS = [
     {"dp": 4, "ep": 4},

@@ -10,7 +10,7 @@ import torch
 
 import spmd_moe.hf as hf
 from spmd_moe import MoEMesh
-from spmd_moe.hf.layout import rows_and_parts
+from spmd_moe.hf.checkpoint_layout import rows_and_parts
 from tests.hf.models import config_of
 from tests.support.workers import run
 

@@ -14,9 +14,9 @@ from torch import nn
 import spmd_moe.hf as hf
 from spmd_moe import CheckpointError, ConfigError, MoEMesh, parallelize
 from spmd_moe.check.thread_ranks import threaded
-from spmd_moe.hf.layout import rows_and_parts
-from spmd_moe.hf.safetensors_files import read_folder
-from spmd_moe.train.dtensor_storage import settled
+from spmd_moe.hf.checkpoint_layout import rows_and_parts
+from spmd_moe.hf.safetensors_slices import read_folder
+from spmd_moe.train.storage_mesh import settled
 from tests.hf.models import MODELS, empty_model_of, model_of, parts_beside, tokens
 from tests.support.workers import run
 

@@ -56,7 +56,7 @@ def worst_error(family: Family, dtype: torch.dtype) -> dict[str, float]:
     torch.manual_seed(0)
     theirs = Holder(tiny_block(family)).to(dtype)
     ours = hf.swap(copy.deepcopy(theirs), MoEMesh.single())
-    layout = hf.layout.layout_of(ours)
+    layout = hf.checkpoint_layout.layout_of(ours)
     assert layout is not None
     wide = dtype is torch.float64
     theirs_too = bool(family.after) or family.routed is not None  # modules that we keep
@@ -71,7 +71,7 @@ def worst_error(family: Family, dtype: torch.dtype) -> dict[str, float]:
         whole = grads[tensor.names[0]].shape
         fine = grads_theirs[tensor.key].view(tensor.fine_shape(whole))
         parts = [
-            hf.file_tensors.Part(grads[n], tuple(whole), (0,) * len(whole)) for n in tensor.names
+            hf.element_map.Part(grads[n], tuple(whole), (0,) * len(whole)) for n in tensor.names
         ]
         box = tensor.box(parts[0])
         assert box is not None

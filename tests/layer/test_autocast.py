@@ -24,7 +24,7 @@ from spmd_moe import (
     SharedConfig,
     init_weights,
 )
-from spmd_moe.core.dtypes import matmul_dtype
+from spmd_moe.core.compute_dtype import matmul_dtype
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, Masked, TorchGroupedMM
 from tests.bench.layer import grad_of
 

@@ -68,7 +68,7 @@ def in_buffers(mesh: MoEMesh) -> FixedCapacity:
     return FixedCapacity(mesh, 8, rows_per_rank=5)
 
 
-SIZES = {"host_reads.read_ints"}  # how many rows will come
+SIZES = {"host_values.read_ints"}  # how many rows will come
 CASES = {
     # all that a layer can have, on tokens that tp shares out
     "exchange": Case(

@@ -30,7 +30,7 @@ from spmd_moe import (
 )
 from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.check.thread_ranks import threaded
-from spmd_moe.layer.copies import Copies, add_copies, copy
+from spmd_moe.layer.copy_rows import Copies, add_copies, copy
 from spmd_moe.layer.dispatch.default_dispatcher import expected_ranks
 from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Routing, count_choices

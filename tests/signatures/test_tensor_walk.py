@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spmd_moe import DP, TP, I, P, Placed, R
-from spmd_moe.signatures.tensor_walk import declared_tensors, placements_in
+from spmd_moe.signatures.declared_tensors import declared_tensors, placements_in
 
 A: TypeAlias = Placed[Tensor, TP[R]]
 B: TypeAlias = Placed[Tensor, TP[I]]

@@ -42,7 +42,7 @@ from spmd_moe.static.operator_rules import (
     table,
     why_not,
 )
-from spmd_moe.tooling.operator_table import names_of, text
+from spmd_moe.tooling.write_ops_json import names_of, text
 from tests.static.test_typecheck import ROOT, mypy
 from tests.support.simulated_ranks import fake_world
 
@@ -67,7 +67,7 @@ def theirs(kinds: Sequence[str], linearity: str) -> str | None:
 
 def test_the_table_is_fresh() -> None:
     assert text() == TABLE_FILE.read_text(), (
-        "run: python -m spmd_moe.tooling.operator_table --write"
+        "run: python -m spmd_moe.tooling.write_ops_json --write"
     )
 
 

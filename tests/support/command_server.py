@@ -71,7 +71,7 @@ class _Running:
 
 def _serve() -> None:
     from spmd_moe.__main__ import main
-    from spmd_moe.check import command_line, values  # noqa: F401  # what a fork need not import
+    from spmd_moe.check import command_line, compare_one_process  # noqa: F401  # what a fork need not import
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spmd_moe.check import Case
 from spmd_moe.core.collectives import declare_sum
 from spmd_moe.core.declare_placements import declare_placements
-from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import CP, DP, TP, P, Placed, R, S, V
 from spmd_moe.core.redistribute import redistribute

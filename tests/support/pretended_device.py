@@ -235,7 +235,7 @@ def _note(kind: str, operation: str) -> None:
 
 def _is_in_package(filename: str) -> bool:
     """In the package, and not in the helper through which it reads: its caller is the place."""
-    return filename.startswith(_PACKAGE) and not filename.endswith("host_reads.py")
+    return filename.startswith(_PACKAGE) and not filename.endswith("host_values.py")
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from spmd_moe import MoEMesh, declare_placements, load_checkpoint, save_checkpoint
 from spmd_moe.core.placement import SharedWeight
 from spmd_moe.train.checkpoint import convert as convert_module
-from spmd_moe.train.checkpoint import files
-from spmd_moe.train.checkpoint.checks import refuse_unknown
+from spmd_moe.train.checkpoint import on_disk
+from spmd_moe.train.checkpoint.check_before_plan import refuse_unknown
 from spmd_moe.train.checkpoint.convert import convert
 from spmd_moe.train.checkpoint.planners import SaveParts
-from spmd_moe.train.checkpoint.state import model_parts
+from spmd_moe.train.checkpoint.rank_parts import model_parts
 from tests.support.simulated_ranks import fake_world
 
 Optimizer = torch.optim.Optimizer
@@ -159,7 +159,7 @@ def unwanted() -> None:
 
 
 def too_large() -> None:
-    with patch.object(files, "MAX_BYTES", 10):
+    with patch.object(on_disk, "MAX_BYTES", 10):
         loading(lambda path: None)()
 
 
@@ -255,7 +255,7 @@ def of_part_of_the_ranks(act: Callable[..., object]) -> Callable[[], object]:
 
 def no_room() -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    with TemporaryDirectory() as folder, patch.object(files, "_to_disk", side_effect=full):
+    with TemporaryDirectory() as folder, patch.object(on_disk, "_to_disk", side_effect=full):
         saved(Path(folder))
 
 

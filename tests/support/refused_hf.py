@@ -17,9 +17,9 @@ import spmd_moe.hf as hf
 from spmd_moe import MoEMesh, declare_placements
 from spmd_moe.core.placement import SharedWeight
 from spmd_moe.hf import model_methods, pooled_loss
-from spmd_moe.hf.file_tensors import FileTensor
-from spmd_moe.hf.layout import Layout, set_layout
-from spmd_moe.hf.safetensors_files import FileIO
+from spmd_moe.hf.checkpoint_layout import Layout, set_layout
+from spmd_moe.hf.element_map import FileTensor
+from spmd_moe.hf.safetensors_slices import FileIO
 from tests.support.simulated_ranks import fake_world
 
 MESH = MoEMesh.single()

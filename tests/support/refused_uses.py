@@ -20,7 +20,7 @@ from spmd_moe import (
     init_weights,
     watch_hangs,
 )
-from spmd_moe.core import rank_device
+from spmd_moe.core import check_gpu
 from tests.support.pretended_device import on_device, pretended_device, to_device
 from tests.support.simulated_ranks import fake_world
 
@@ -53,7 +53,7 @@ def _on_gpus(check: Callable[[str, str], None], count: int, major: int = 9) -> o
         "get_arch_list": lambda: ["sm_75", "sm_90"],
     }
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(rank_device, "_on_gpus", lambda device_type: True))
+        patches.enter_context(mock.patch.object(check_gpu, "_on_gpus", lambda device_type: True))
         patches.enter_context(mock.patch.dict("os.environ", {"LOCAL_WORLD_SIZE": "2"}))
         for name, value in pretended.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -83,8 +83,8 @@ BAD_USES: dict[str, Callable[[], object]] = {
     "output_attribute": lambda: _output().sum(),
     "output_operator": lambda: _output() * 2,
     "router_captured": _captured,
-    "mesh_no_gpu": lambda: _on_gpus(rank_device.check_device_of_rank, 0),
-    "mesh_few_gpus": lambda: _on_gpus(rank_device.check_device_of_rank, 1),
-    "mesh_old_gpus": lambda: _on_gpus(rank_device.check_capability, 2, 7),
+    "mesh_no_gpu": lambda: _on_gpus(check_gpu.check_device_of_rank, 0),
+    "mesh_few_gpus": lambda: _on_gpus(check_gpu.check_device_of_rank, 1),
+    "mesh_old_gpus": lambda: _on_gpus(check_gpu.check_capability, 2, 7),
     "watch_seconds": _watched,
 }

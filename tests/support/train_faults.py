@@ -109,7 +109,7 @@ ACTS: dict[str, Callable[[], None]] = {
 def main() -> None:
     import train
 
-    from spmd_moe.train.checkpoint import files
+    from spmd_moe.train.checkpoint import on_disk
 
     act, wanted, rank, step, marker = os.environ["FAULT"].split()
     steps = 0
@@ -144,7 +144,7 @@ def main() -> None:
     train.one_step = one_step  # type: ignore[assignment]  # it takes anything
     train.build = build
     train.reduce_gradients = before("reduction", train.reduce_gradients)
-    files.Writer.write_data = before("save", files.Writer.write_data)  # type: ignore[method-assign]  # a fault
+    on_disk.Writer.write_data = before("save", on_disk.Writer.write_data)  # type: ignore[method-assign]  # a fault
     train.main(sys.argv[1:])
 
 

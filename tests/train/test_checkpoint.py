@@ -32,8 +32,8 @@ from spmd_moe import (
 )
 from spmd_moe.core.placement import P, SharedWeight
 from spmd_moe.layer.router import Router
-from spmd_moe.train.checkpoint import files
-from spmd_moe.train.checkpoint.state import awaited_state
+from spmd_moe.train.checkpoint import on_disk
+from spmd_moe.train.checkpoint.rank_parts import awaited_state
 from spmd_moe.train.obligations import Obligation
 from tests.support.layer_layouts import Layout
 from tests.support.models import Model, batch, part
@@ -176,13 +176,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(fsdp: bool, tmp_path: Path) -> N
 def test_asynchronous_saves_are_of_the_moment_of_the_call(tmp_path: Path) -> None:
     run_ = trained_alone()
     whole = everything(*run_)
-    go, bytes_of = threading.Event(), files._bytes_of
+    go, bytes_of = threading.Event(), on_disk._bytes_of
 
     def later(tensor: Tensor) -> memoryview:
         assert go.wait(60)
         return bytes_of(tensor)
 
-    with patch.object(files, "_bytes_of", later):
+    with patch.object(on_disk, "_bytes_of", later):
         saves = [save_checkpoint(tmp_path / name, *run_, asynchronous=True) for name in ("1", "2")]
         train(*run_, range(3, 5))
         assert not any(save.done() for save in saves)
@@ -238,7 +238,7 @@ def save_and_fail(way: Way, folder: str, how: str) -> str:
 
     train(model, mesh, optimizer, range(1))
     try:
-        with patch.object(files, "_to_disk", fail):
+        with patch.object(on_disk, "_to_disk", fail):
             save_checkpoint(f"{folder}/2", model, mesh, optimizer, asynchronous=True).result()
     except CheckpointError as error:
         return str(error)
@@ -353,14 +353,14 @@ def test_the_latest_is_that_of_the_highest_number(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / "notes").mkdir()
     assert latest_checkpoint(tmp_path) is None
-    empty = files.encode(files.Index({}, {}, None))
+    empty = on_disk.encode(on_disk.Index({}, {}, None))
     for name in ("best", "epoch_2_step_5", "epoch_1_step_9", "step_900", "step_1000", "step_1001"):
         (tmp_path / name).mkdir()
         if name != "step_1001":
-            (tmp_path / name / files.INDEX).write_bytes(empty)
+            (tmp_path / name / on_disk.INDEX).write_bytes(empty)
     for name in ("step_1000", "step_900", "epoch_2_step_5", "epoch_1_step_9", "best"):
         assert latest_checkpoint(tmp_path) == tmp_path / name
-        (tmp_path / name / files.INDEX).unlink()
+        (tmp_path / name / on_disk.INDEX).unlink()
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -26,7 +26,7 @@ from spmd_moe import (
     load_checkpoint,
     save_checkpoint,
 )
-from spmd_moe.train.checkpoint import files as files_of
+from spmd_moe.train.checkpoint import on_disk
 
 MESH = MoEMesh.single()
 SAYS = "save_checkpoint: '2', on rank 0: "
@@ -85,7 +85,7 @@ class Full:
 @contextmanager
 def full(disk: Full) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(patch.object(files_of, "open", disk.open, create=True))
+        stack.enter_context(patch.object(on_disk, "open", disk.open, create=True))
         for owner, name in ((os, "fsync"), (Path, "mkdir"), (Path, "rename")):
             instead = disk.watched(name, getattr(owner, name))
             stack.enter_context(patch.object(owner, name, instead))

@@ -24,7 +24,7 @@ from spmd_moe import (
     load_checkpoint,
     save_checkpoint,
 )
-from spmd_moe.train.checkpoint import files
+from spmd_moe.train.checkpoint import on_disk
 
 MESH = MoEMesh.single()
 JOBS, PATHS = 3, 20
@@ -80,7 +80,7 @@ def test_of_three_jobs_one_gets_each_name(tmp_path: Path) -> None:
 
 def while_writing(path: Path, act: Callable[[], object]) -> None:
     """Save, and do something when all data is written and nothing is claimed."""
-    real, done = files._folder_to_disk, list[int]()
+    real, done = on_disk._folder_to_disk, list[int]()
 
     def then(folder: Path) -> None:
         if not done:
@@ -88,7 +88,7 @@ def while_writing(path: Path, act: Callable[[], object]) -> None:
             act()
         real(folder)
 
-    with patch.object(files, "_folder_to_disk", then):
+    with patch.object(on_disk, "_folder_to_disk", then):
         save_checkpoint(path, made(0), MESH)
     assert done
 

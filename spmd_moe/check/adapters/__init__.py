@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from spmd_moe.check.adapters.torchtitan_moe import torchtitan_target
 from spmd_moe.check.adapters.transformers_blocks import transformers_target
-from spmd_moe.check.parity.setup import AnyTarget
+from spmd_moe.check.parity.built_target import AnyTarget
 from spmd_moe.check.target import cannot
 
 # By the first word of FRAMEWORK:NAME; given are the name, the plan, and a directory to import from.

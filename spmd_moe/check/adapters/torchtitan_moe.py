@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spmd_moe.check.adapters.overlay import empty_modules, framework, member
+from spmd_moe.check.adapters.import_framework import empty_modules, framework, member
 from spmd_moe.check.target import Case, cannot
 
 # Imported by torchtitan, and not used by its MoE layer on a CPU.

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spmd_moe.check.adapters.overlay import framework, has, member
+from spmd_moe.check.adapters.import_framework import framework, has, member
 from spmd_moe.check.target import Case, cannot
 
 # Of each block: module of the models package, class, configuration, and its own sizes.

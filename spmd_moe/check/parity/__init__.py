@@ -2,24 +2,24 @@
 
 Needs no types and no annotations. The files, in reading order:
 
-    axes        mesh axes as groups of ranks
-    words       placements in words: "dp 0, tp 1"
-    stand_ins   replacements for what CPUs lack, installed for one run
-    placements  what each rank holds of a tensor: DTensors, words, declarations, shapes
-    setup       the target called for one mesh: module, inputs, trainer
-    failures    what stood in the way of a comparison
-    weights     the weights of the lone module, cut for each rank
-    alone       one step or several on one process
-    run         the same on a rank
-    processes   ranks as gloo processes
-    ranks       all ranks, as threads or as processes
-    explain     what would make a wrong tensor right
-    compare     all tensors of all ranks against one process
-    causes      differences with one cause, told as one finding
-    sweep       all layouts, token counts and options
-    report      text, JSON
-    parity      the entry points
-    command     the command line
+    axis_groups      mesh axes as groups of ranks
+    placement_words  placements in words: "dp 0, tp 1"
+    cpu_stand_ins    replacements for what CPUs lack, installed for one run
+    held_elements    what each rank holds of a tensor: by DTensors, words, declarations, shapes
+    built_target     the target called for one mesh: module, inputs, trainer
+    cannot_compare   what stood in the way of a comparison
+    weights          the weights of the lone module, cut for each rank
+    run_one_process  one step or several on one process
+    run_one_rank     the same on a rank
+    processes        ranks as gloo processes
+    run_all_ranks    all ranks, as threads or as processes
+    explain          what would make a wrong tensor right
+    compare          all tensors of all ranks against one process
+    merge_findings   differences with one cause, told as one finding
+    sweep            all layouts, token counts and options
+    report           text, JSON
+    parity           the entry points
+    command          the command line
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ import re
 from spmd_moe.check.adapters import ADAPTERS, adapted
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.load_target import load
-from spmd_moe.check.parity.axes import MeshSizes
+from spmd_moe.check.parity.axis_groups import MeshSizes
+from spmd_moe.check.parity.built_target import AnyLayout, AnyTarget, wants_moe_mesh
+from spmd_moe.check.parity.cpu_stand_ins import STAND_INS
 from spmd_moe.check.parity.parity import SECONDS, WORLD, run_parity
 from spmd_moe.check.parity.processes import Again
-from spmd_moe.check.parity.ranks import WAYS
 from spmd_moe.check.parity.report import line
-from spmd_moe.check.parity.setup import AnyLayout, AnyTarget, wants_moe_mesh
-from spmd_moe.check.parity.stand_ins import STAND_INS
+from spmd_moe.check.parity.run_all_ranks import WAYS
 from spmd_moe.check.parity.sweep import Outcome
 from spmd_moe.check.subcommands import Subcommand
 from spmd_moe.check.target import cannot

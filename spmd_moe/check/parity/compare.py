@@ -9,8 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from spmd_moe.check.parity.alone import Alone, Held
-from spmd_moe.check.parity.axes import Axes, Groups
+from spmd_moe.check.parity.axis_groups import Axes, Groups
 from spmd_moe.check.parity.explain import (
     CLOSE,
     Story,
@@ -22,7 +21,8 @@ from spmd_moe.check.parity.explain import (
     tolerance,
     zeros,
 )
-from spmd_moe.check.parity.run import RankRun
+from spmd_moe.check.parity.run_one_process import Alone, Held
+from spmd_moe.check.parity.run_one_rank import RankRun
 
 TIMES = 4.0  # what rounding of inputs does: the ranks round sums in another order as well
 DEAD = 1e-6  # beside the largest value of its kind: nothing but rounding

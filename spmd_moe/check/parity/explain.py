@@ -12,7 +12,7 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from spmd_moe.check.parity.axes import Axes
+from spmd_moe.check.parity.axis_groups import Axes
 
 CLOSE = 1e-5  # largest difference beside largest value, in float64 with parts in float32
 EXACT = 1e-4  # of a factor

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from spmd_moe.check.layouts import layouts as all_layouts
-from spmd_moe.check.parity.alone import Observe, unobserved
-from spmd_moe.check.parity.axes import MeshSizes, default_sizes
-from spmd_moe.check.parity.processes import Again
-from spmd_moe.check.parity.ranks import Ranks
-from spmd_moe.check.parity.report import ParityReport
-from spmd_moe.check.parity.setup import (
+from spmd_moe.check.parity.axis_groups import MeshSizes, default_sizes
+from spmd_moe.check.parity.built_target import (
     AnyLayout,
     AnyTarget,
     Question,
     takes_tokens,
     wants_moe_mesh,
 )
-from spmd_moe.check.parity.stand_ins import installed
+from spmd_moe.check.parity.cpu_stand_ins import installed
+from spmd_moe.check.parity.processes import Again
+from spmd_moe.check.parity.report import ParityReport
+from spmd_moe.check.parity.run_all_ranks import Ranks
+from spmd_moe.check.parity.run_one_process import Observe, unobserved
 from spmd_moe.check.parity.sweep import Outcome, Sweep
 from spmd_moe.check.target import cannot
 from spmd_moe.core.errors import PlacementError
@@ -91,7 +91,7 @@ def run_parity(
         vary: Further arguments of the target, each with the values that are tried.
         steps: Steps of the optimizer; with two, state that drifts apart is seen.
         seconds: The time limit of one configuration.
-        stand_ins: Replacements for what a CPU lacks: see `stand_ins.STAND_INS`.
+        stand_ins: Replacements for what a CPU lacks: see `cpu_stand_ins.STAND_INS`.
         dtype: The precision; with another than float64 one step is run, and a difference counts
             when it is larger than several times what rounding of inputs does on one process.
         ranks: `"threads"` of this process, gloo `"processes"`, or `"auto"`: threads, and processes

@@ -26,17 +26,17 @@ from typing import Any, TypeAlias, cast, final
 import torch
 import torch.distributed as dist
 
-from spmd_moe.check.parity.alone import Alone, unobserved
-from spmd_moe.check.parity.failures import (
+from spmd_moe.check.parity.built_target import AnyLayout, AnyTarget, Question, RefusedError, Setup
+from spmd_moe.check.parity.cannot_compare import (
     RemoteError,
     innermost_line,
     innermost_of_dump,
     is_checkers,
     told,
 )
-from spmd_moe.check.parity.run import RankRun, run_rank
-from spmd_moe.check.parity.setup import AnyLayout, AnyTarget, Question, RefusedError, Setup
-from spmd_moe.check.parity.stand_ins import installed
+from spmd_moe.check.parity.cpu_stand_ins import installed
+from spmd_moe.check.parity.run_one_process import Alone, unobserved
+from spmd_moe.check.parity.run_one_rank import RankRun, run_rank
 from spmd_moe.check.target import CannotCheckError, cannot
 from spmd_moe.check.thread_ranks import RanksError
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from spmd_moe.check.parity.causes import Cause, merged
-from spmd_moe.check.parity.stand_ins import STAND_INS
+from spmd_moe.check.parity.cpu_stand_ins import STAND_INS
+from spmd_moe.check.parity.merge_findings import Cause, merged
 from spmd_moe.check.parity.sweep import Outcome
 from spmd_moe.core.messages import plural
 

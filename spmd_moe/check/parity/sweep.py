@@ -11,15 +11,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from spmd_moe.check.parity.alone import Alone, run_alone
-from spmd_moe.check.parity.axes import MeshSizes
-from spmd_moe.check.parity.causes import Cause, causes
+from spmd_moe.check.parity.axis_groups import MeshSizes
+from spmd_moe.check.parity.built_target import Question, RefusedError
+from spmd_moe.check.parity.cannot_compare import at_target, failure, raised_on
 from spmd_moe.check.parity.compare import Compared, Difference, compare
 from spmd_moe.check.parity.explain import CLOSE, distance
-from spmd_moe.check.parity.failures import at_target, failure, raised_on
-from spmd_moe.check.parity.ranks import Ranks
-from spmd_moe.check.parity.run import RankRun
-from spmd_moe.check.parity.setup import Question, RefusedError
+from spmd_moe.check.parity.merge_findings import Cause, causes
+from spmd_moe.check.parity.run_all_ranks import Ranks
+from spmd_moe.check.parity.run_one_process import Alone, run_alone
+from spmd_moe.check.parity.run_one_rank import RankRun
 from spmd_moe.check.target import CannotCheckError, cannot
 from spmd_moe.check.thread_ranks import RanksError
 from spmd_moe.core.errors import SpmdMoeError, short_dtype

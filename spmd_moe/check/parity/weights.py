@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from spmd_moe.check.parity.placements import (
+from spmd_moe.check.parity.built_target import Setup, tensors_of
+from spmd_moe.check.parity.held_elements import (
     Part,
     Shape,
     by_shape,
@@ -26,8 +27,7 @@ from spmd_moe.check.parity.placements import (
     of_dtensor,
     of_words,
 )
-from spmd_moe.check.parity.setup import Setup, tensors_of
-from spmd_moe.check.parity.words import Lies, lies, lies_of
+from spmd_moe.check.parity.placement_words import Lies, lies, lies_of
 from spmd_moe.check.target import cannot
 from spmd_moe.core.declare_placements import declared
 from spmd_moe.core.errors import describe

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from spmd_moe.core.collectives import declare_sum
-from spmd_moe.core.dtypes import sum_dtype
-from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.compute_dtype import sum_dtype
+from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import (
     EP,

@@ -29,7 +29,7 @@ import torch.nn.functional as fn
 
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import GatheredRows, Rows, RowSums, Tokens
-from spmd_moe.layer.copies import Copies, add_copies, copy
+from spmd_moe.layer.copy_rows import Copies, add_copies, copy
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.layer.dispatch.ragged_exchange import Load, RaggedExchange, Traffic

@@ -28,7 +28,7 @@ from typing import final
 import torch
 
 from spmd_moe.core.collectives import exchange
-from spmd_moe.core.dtypes import sum_dtype
+from spmd_moe.core.compute_dtype import sum_dtype
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens

@@ -32,7 +32,7 @@ from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import Axis, MoEMesh, check_mesh
 from spmd_moe.core.placement import EP, GatheredRows, RowSums, Tokens
 from spmd_moe.core.validate import check_positive_ints, describe_value, split_evenly
-from spmd_moe.layer.copies import Copies
+from spmd_moe.layer.copy_rows import Copies
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.permute import Gather, Slots
 from spmd_moe.layer.router import Routing

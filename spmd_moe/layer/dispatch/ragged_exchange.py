@@ -6,7 +6,7 @@ answer, for which it waits; where all slots have experts, it waits nowhere else.
 
 # Shape letters in this file:
 #   e  experts on this rank    D  model width
-#   C  numbers told to a rank: rows for each of its experts, other numbers of rows, what is wrong
+#   C  numbers told to a rank: rows for each of its experts, further counts of rows, faults
 #   S  ranks of ep; in what all ranks of etp told, ep ranks of each etp rank in turn
 #   i, s  ranks of ep that send and receive    j  ranks of etp
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from spmd_moe.core.collectives import exchange
-from spmd_moe.core.dtypes import sum_dtype
-from spmd_moe.core.host_reads import read_ints
+from spmd_moe.core.compute_dtype import sum_dtype
+from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, S, Tokens
 from spmd_moe.core.redistribute import redistribute

@@ -37,8 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from spmd_moe.core.errors import CheckpointError, explain
-from spmd_moe.train.checkpoint.files import INDEX, UNFINISHED, Reader, Writer, damaged, read_index
 from spmd_moe.train.checkpoint.index import MAX_BYTES, is_grid
+from spmd_moe.train.checkpoint.on_disk import INDEX, UNFINISHED, Reader, Writer, damaged, read_index
 from spmd_moe.train.checkpoint.planners import run_plan
 from spmd_moe.train.checkpoint.safetensors_file import DTYPE_NAMES, check_storable
 from spmd_moe.train.checkpoint.save_load import PathLike

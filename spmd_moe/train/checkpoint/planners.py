@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from spmd_moe.core.errors import CheckpointError, SpmdMoeError, explain
 from spmd_moe.train.checkpoint.random_state import PREFIX as RANDOM
-from spmd_moe.train.checkpoint.state import Parts
+from spmd_moe.train.checkpoint.rank_parts import Parts
 from spmd_moe.train.checkpoint.strict_json import Json
 
 

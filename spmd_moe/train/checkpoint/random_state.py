@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import CP, DENSE, DP, EXPERT
 from spmd_moe.train.checkpoint.index import Index
-from spmd_moe.train.checkpoint.state import Part, Parts
+from spmd_moe.train.checkpoint.rank_parts import Part, Parts
 from spmd_moe.train.checkpoint.strict_json import Json
 
 PREFIX = "random:"

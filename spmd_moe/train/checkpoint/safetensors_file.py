@@ -4,8 +4,8 @@
     n bytes   {"weight": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]}, ...}
     the rest  the tensors, contiguous, without gaps
 
-Only the header is made here; `files.py` writes and reads the tensors. A file can be opened with the
-`safetensors` package and any tool built on it; this package does not need it.
+Only the header is made here; `on_disk.py` writes and reads the tensors. The `safetensors`
+package, and any tool built on it, opens such a file; this package does not need it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     save_checkpoint(folder / "000100", model, mesh, optimizer, {"step": 100})
     extra = load_checkpoint(latest_checkpoint(folder), model, mesh, optimizer)
 
-torch.distributed.checkpoint plans which rank writes and reads what; `files.py` does both.
+torch.distributed.checkpoint plans which rank writes and reads what; `on_disk.py` does both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 from spmd_moe.core.errors import CheckpointError, SpmdMoeError
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
-from spmd_moe.train.checkpoint.checks import (
+from spmd_moe.train.checkpoint.check_before_plan import (
     agree,
     check_name,
     check_whole_world,
@@ -40,7 +40,7 @@ from spmd_moe.train.checkpoint.checks import (
     unstorable,
     wanted_names,
 )
-from spmd_moe.train.checkpoint.files import (
+from spmd_moe.train.checkpoint.on_disk import (
     INDEX,
     UNFINISHED,
     Reader,
@@ -56,8 +56,7 @@ from spmd_moe.train.checkpoint.random_state import (
     layout_of,
     random_parts,
 )
-from spmd_moe.train.checkpoint.safetensors_file import check_storable
-from spmd_moe.train.checkpoint.state import (
+from spmd_moe.train.checkpoint.rank_parts import (
     Parts,
     awaited_state,
     give_state,
@@ -67,6 +66,7 @@ from spmd_moe.train.checkpoint.state import (
     sums_awaited,
     sums_taken,
 )
+from spmd_moe.train.checkpoint.safetensors_file import check_storable
 from spmd_moe.train.checkpoint.strict_json import Json
 
 PathLike: TypeAlias = str | os.PathLike[str]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from spmd_moe import GroupedMatmul, MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
-from spmd_moe.check.adapters.overlay import empty_modules
+from spmd_moe.check.adapters.import_framework import empty_modules
 from spmd_moe.check.adapters.torchtitan_moe import OPTIONAL
 from spmd_moe.layer.grouped_matmul import TorchGroupedMM
 

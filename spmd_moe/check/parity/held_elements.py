@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-from spmd_moe.check.parity.axes import Axes, Groups, groups_along
-from spmd_moe.check.parity.words import Cut, Lies
+from spmd_moe.check.parity.axis_groups import Axes, Groups, groups_along
+from spmd_moe.check.parity.placement_words import Cut, Lies
 from spmd_moe.check.target import CannotCheckError, cannot
 from spmd_moe.core.errors import short_dtype
 

@@ -17,7 +17,7 @@ from typing import final
 
 from spmd_types import Shard
 
-from spmd_moe.check.parity.axes import Axes
+from spmd_moe.check.parity.axis_groups import Axes
 from spmd_moe.check.target import cannot
 from spmd_moe.core.placement import P, Placement, R, V
 

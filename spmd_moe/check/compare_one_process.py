@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from spmd_moe.check.declarations import declared_types
+from spmd_moe.check.check_declarations import declared_types
 from spmd_moe.check.findings import Finding, finding
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import mirror_world

@@ -14,13 +14,13 @@ from typing import TypeVar, TypeVarTuple, final
 import torch.distributed as dist
 from torch import nn
 
-from spmd_moe.check.parity.alone import Alone, Observe
-from spmd_moe.check.parity.axes import MeshSizes
-from spmd_moe.check.parity.failures import failure
-from spmd_moe.check.parity.placements import AmbiguousError, Part
+from spmd_moe.check.parity.axis_groups import MeshSizes
+from spmd_moe.check.parity.built_target import Question, RefusedError
+from spmd_moe.check.parity.cannot_compare import failure
+from spmd_moe.check.parity.held_elements import AmbiguousError, Part
 from spmd_moe.check.parity.processes import Again, in_processes
-from spmd_moe.check.parity.run import RankRun, read_rank, run_rank
-from spmd_moe.check.parity.setup import Question, RefusedError
+from spmd_moe.check.parity.run_one_process import Alone, Observe
+from spmd_moe.check.parity.run_one_rank import RankRun, read_rank, run_rank
 from spmd_moe.check.parity.weights import Table
 from spmd_moe.check.target import CannotCheckError, cannot
 from spmd_moe.check.thread_ranks import RanksError, threaded

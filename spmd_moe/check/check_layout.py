@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from spmd_moe.check.compare_runs import compare
+from spmd_moe.check.compare_coordinates import compare
+from spmd_moe.check.compare_one_process import check_values
 from spmd_moe.check.findings import Finding
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.target import Target
 from spmd_moe.check.trace import Configuration, Trace, standing, trace
-from spmd_moe.check.values import check_values
 from spmd_moe.core.placement import DENSE, EXPERT, TP
 
 

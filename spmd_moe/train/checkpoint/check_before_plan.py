@@ -17,10 +17,10 @@ from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.core.ranks_agree import check_ranks_agree
 from spmd_moe.core.validate import describe_value
-from spmd_moe.train.checkpoint.files import UNFINISHED, damaged, read_index
 from spmd_moe.train.checkpoint.index import Index
+from spmd_moe.train.checkpoint.on_disk import UNFINISHED, damaged, read_index
 from spmd_moe.train.checkpoint.random_state import PREFIX as RANDOM
-from spmd_moe.train.checkpoint.state import OPTIMIZER, Parts
+from spmd_moe.train.checkpoint.rank_parts import OPTIMIZER, Parts
 from spmd_moe.train.checkpoint.strict_json import FLOAT, MAX_DEPTH, Json
 
 

@@ -13,7 +13,20 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from spmd_moe.check.parity.alone import (
+from spmd_moe.check.parity.axis_groups import Axes
+from spmd_moe.check.parity.built_target import Question, Setup, prepare
+from spmd_moe.check.parity.held_elements import (
+    Part,
+    Shape,
+    axes_beside,
+    by_shape,
+    composed,
+    local_of,
+    of_dtensor,
+    of_words,
+)
+from spmd_moe.check.parity.placement_words import Lies, lies, lies_of
+from spmd_moe.check.parity.run_one_process import (
     Alone,
     Held,
     Observe,
@@ -25,20 +38,7 @@ from spmd_moe.check.parity.alone import (
     record_state,
     take_gradients,
 )
-from spmd_moe.check.parity.axes import Axes
-from spmd_moe.check.parity.placements import (
-    Part,
-    Shape,
-    axes_beside,
-    by_shape,
-    composed,
-    local_of,
-    of_dtensor,
-    of_words,
-)
-from spmd_moe.check.parity.setup import Question, Setup, prepare
 from spmd_moe.check.parity.weights import Telling, fill, read_parts
-from spmd_moe.check.parity.words import Lies, lies, lies_of
 from spmd_moe.check.target import cannot
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import Placement, placement_of

@@ -19,9 +19,9 @@ from typing import Any, TypeVar, cast, final
 import torch
 from torch import Tensor
 
-from spmd_moe.core.dtypes import as_dtype, sum_dtype
+from spmd_moe.core.compute_dtype import as_dtype, sum_dtype
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_state import is_unobserved
+from spmd_moe.core.torch_modes import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 

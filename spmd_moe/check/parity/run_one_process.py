@@ -18,13 +18,13 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten_with_path
 
-from spmd_moe.check.parity.placements import (
+from spmd_moe.check.parity.built_target import Question, Setup, prepare, tensors_of, whole_arguments
+from spmd_moe.check.parity.held_elements import (
     Part,
     local_of,
     of_dtensor,
     whole_of,
 )
-from spmd_moe.check.parity.setup import Question, Setup, prepare, tensors_of, whole_arguments
 from spmd_moe.check.parity.weights import enliven, fill
 from spmd_moe.check.target import cannot
 

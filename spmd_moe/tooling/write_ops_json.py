@@ -1,6 +1,6 @@
 """Operator table: writes `static/ops.json` from spmd_types and from the table of moves.
 
-    python -m spmd_moe.tooling.operator_table --write
+    python -m spmd_moe.tooling.write_ops_json --write
 
 This is the only file that reads private names of spmd_types for the static check.
 """

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from spmd_moe.core.errors import plural
 from spmd_moe.core.mesh import Axis
 from spmd_moe.hf.block import LAYER
+from spmd_moe.hf.element_map import FileTensor
 from spmd_moe.hf.families import FAMILIES, UNSUPPORTED
 from spmd_moe.hf.family import Family, Settings, attribute, held, read_block
-from spmd_moe.hf.file_tensors import FileTensor
 
 
 @final

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from spmd_moe.core.errors import CheckpointError, ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
-from spmd_moe.hf.file_tensors import FileTensor, Part
-from spmd_moe.hf.safetensors_files import DamagedFileError, Folder
-from spmd_moe.train.dtensor_storage import local, place_in_whole, settled
+from spmd_moe.hf.element_map import FileTensor, Part
+from spmd_moe.hf.safetensors_slices import DamagedFileError, Folder
 from spmd_moe.train.obligations import Obligation, obligations
+from spmd_moe.train.storage_mesh import local, place_in_whole, settled
 
 _NAME = "_spmd_moe_hf_layout"  # in the model's own dict, so that copies have it too
 

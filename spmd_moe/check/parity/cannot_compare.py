@@ -10,7 +10,7 @@ from typing import final
 
 import torch
 
-from spmd_moe.check.parity.setup import Question, RefusedError
+from spmd_moe.check.parity.built_target import Question, RefusedError
 from spmd_moe.check.target import CannotCheckError, cannot, checker_error
 from spmd_moe.check.thread_ranks import RanksError
 from spmd_moe.core.messages import is_users, short_path

@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from spmd_moe.hf.file_tensors import WHICH, FileTensor
+from spmd_moe.hf.element_map import WHICH, FileTensor
 
 _EXPERTS = 3  # of a probe; a key for each is a pattern for all
 _SIZES, _OF_EXPERTS = (12, 20, 28, 44, 52), (_EXPERTS, 4, 10)  # dims of a probe

@@ -34,7 +34,7 @@ from mypy.types import Instance, Type, get_proper_type
 from spmd_moe.static.collective_calls import MEETINGS
 from spmd_moe.static.messages import Problem, named
 from spmd_moe.static.placed_types import tensor, tensors_in
-from spmd_moe.static.strict_unknown import is_kernel
+from spmd_moe.static.strict_mode import is_kernel
 from spmd_moe.static.syntax_tree import below, children
 
 TypeOf = Callable[[Expression], Type | None]

@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from spmd_moe.check.cut_dims import is_given
+from spmd_moe.check.follow_sharded_dims import is_given
 
 _ATTRIBUTE = "_spmd_moe_lineage"
 

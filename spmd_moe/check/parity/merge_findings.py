@@ -12,8 +12,8 @@ from typing import final
 from torch import nn
 
 from spmd_moe.check.layouts import Layout
+from spmd_moe.check.parity.built_target import Question
 from spmd_moe.check.parity.compare import Difference
-from spmd_moe.check.parity.setup import Question
 from spmd_moe.core.errors import explain
 from spmd_moe.core.messages import plural, short_path
 

@@ -34,8 +34,8 @@ from spmd_moe.train.checkpoint.optimizer_json import (
     unknown_state,
 )
 from spmd_moe.train.checkpoint.strict_json import Json
-from spmd_moe.train.dtensor_storage import local, place_in_whole, settled
 from spmd_moe.train.obligations import Obligation, obligations
+from spmd_moe.train.storage_mesh import local, place_in_whole, settled
 
 
 @final

@@ -18,7 +18,7 @@ from typing import final
 
 from torch import Tensor
 
-from spmd_moe.hf.safetensors_files import Range
+from spmd_moe.hf.safetensors_slices import Range
 
 WHICH = -1  # the dim that says which of several parameters of one shape an element belongs to
 

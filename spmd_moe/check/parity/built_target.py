@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from spmd_moe.check.layouts import Layout
-from spmd_moe.check.parity.axes import Axes, MeshSizes, axes_of
+from spmd_moe.check.parity.axis_groups import Axes, MeshSizes, axes_of
 from spmd_moe.check.target import CannotCheckError, Case, cannot
 from spmd_moe.core.declare_placements import declarations
 from spmd_moe.core.errors import PlacementError, short_dtype
