@@ -166,8 +166,9 @@ LAYOUTS = [
         "a buffer for this rank's rows is made as long as the batch of all ranks",
         edit(
             "layer.moe",
-            "y_TD = combine(rows_ND, slots, late_TK)",
-            "y_TD = combine(rows_ND, slots, late_TK) + x.new_zeros(x.flatten(0, -2).shape)",
+            "y_TD = combine(rows_ND, slots, late_TK, arrived.sums)",
+            "y_TD = combine(rows_ND, slots, late_TK, arrived.sums)\n"
+            "        y_TD = y_TD + x.new_zeros(x.flatten(0, -2).shape)",
         ),
         target="whole",
         layout=TP_2,

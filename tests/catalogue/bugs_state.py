@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.catalogue.bug import Bug, edit, part
 
 TP_2 = "dp 2 tp 2"
-IN_BACKWARD = "y_TD = count_in_backward(y_TD, routing.counts_E, self.router.seen_E)"
+IN_BACKWARD = "y_TD = count_in_backward(y_TD, chosen_E, self.router.seen_E)"
 
 STATE = [
     Bug(
