@@ -56,15 +56,17 @@ def in_lanes(words: list[str], *, long: bool) -> int:
     """mypy and all tests, in several processes; what those beside say is shown at the end."""
     # Else each process that tests start compiles all files again, and pytest rewrites all asserts.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    tests = [sys.executable, "-m", *words, "-p", "tests.support.shared_queue", "--queue"]
+    tests = [sys.executable, "-m", *words, "-p", "tests.support.shared_queue"]
     chosen = [] if long else ["-m", "not long"]
     with tempfile.TemporaryDirectory() as queue, ExitStack() as ending:
-        beside = [ending.enter_context(aside([*tests, queue, *chosen])) for _ in range(LANES - 1)]
+        # In one word: pytest takes a folder in a word of its own for the root of the tests.
+        tests += [f"--queue={queue}", *chosen]
+        beside = [ending.enter_context(aside(tests)) for _ in range(LANES - 1)]
         with mypy_alone():
             status = checked(*CHECKS[-1])
         if status:
             return status
-        status = subprocess.run([*tests, queue, "--with-mypy", *chosen], cwd=ROOT).returncode
+        status = subprocess.run([*tests, "--with-mypy"], cwd=ROOT).returncode
         for finish in beside:
             status = finish() or status
     return status

@@ -1,6 +1,6 @@
 """A pytest plugin: several processes divide the test files of one run among them.
 
-    python -m pytest -p tests.support.shared_queue --queue FOLDER      # in each process
+    python -m pytest -p tests.support.shared_queue --queue=FOLDER      # in each process
 
 Each process collects all files, and runs those that it is the first to claim: a file in FOLDER is
 the claim. Tests of one file stay together, since they share fixtures and caches. Files that take
