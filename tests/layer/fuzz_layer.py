@@ -62,7 +62,7 @@ def drawn(seed: int) -> Drawn:
     layout = draw.choice(list(layouts(draw.choice(WORLDS))))
     batch = draw.choice((1, 1, 2, 3))
     dispatcher = draw.choice(("", "", "all_to_all", "all_gather", "fixed"))
-    most = 12 if dispatcher != "fixed" else ROOM // (4 * batch)
+    most = 12 if dispatcher != "fixed" else min(12, ROOM // (4 * batch))
     router = _router(draw, layout)
     return Drawn(
         layout,

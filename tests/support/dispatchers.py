@@ -16,7 +16,7 @@ from spmd_moe.layer.dispatch import (
 )
 
 Make = Callable[[MoEMesh, int], Dispatcher[Any]]
-ROOM = 40  # rows for each pair of ranks: enough for the cases of the tests
+ROOM = 240  # rows for each pair of ranks: enough for the cases of the tests
 
 DISPATCHERS: dict[str, Make] = {
     "local": lambda mesh, num_experts: Local(mesh),
