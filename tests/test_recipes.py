@@ -85,7 +85,10 @@ def test_a_new_score_function(copy: Path) -> None:
     edit(
         copy / "spmd_moe/layer/router_scores.py",
         text,
-        ('"sigmoid", "sqrt_softplus"]', '"sigmoid", "sqrt_softplus", "sigmoid_squared"]'),
+        (
+            '"softmax_chosen", "sigmoid", "sqrt_softplus"]',
+            '"softmax_chosen", "sigmoid", "sqrt_softplus", "sigmoid_squared"]',
+        ),
         (
             '    "sqrt_softplus": Score(',
             '    "sigmoid_squared": Score(_sigmoid_squared, _log_sigmoid_squared),\n'

@@ -112,3 +112,9 @@ _OPERATOR.impl("float32_matmul", lambda a, b: _in_full(a, b), "CompositeExplicit
 torch.library.register_fake(
     "spmd_moe::float32_matmul", lambda a, b: a.new_empty(a.shape[0], b.shape[1])
 )
+# An exported program differentiates the operator itself.
+torch.library.register_autograd(
+    "spmd_moe::float32_matmul",
+    _Product.backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

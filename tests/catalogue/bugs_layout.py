@@ -178,7 +178,10 @@ LAYOUTS = [
     Bug(
         "B27a",
         "tokens are shared out by the place in ep, where it should be the place in tp",
-        edit("layer.moe", "mesh[TP], config.src, config.dst", "mesh[EP], config.src, config.dst"),
+        edit("layer.moe", "mesh[TP], config.src, config.dst", "mesh[EP], config.src, config.dst")
+        + edit(
+            "layer.moe", "import DENSE, TP, CallersTokens", "import DENSE, EP, TP, CallersTokens"
+        ),
         target="whole",
         layout="dp 2 tp 2 ep 4",
         rule="types",
@@ -235,7 +238,7 @@ LAYOUTS = [
         target="masked",
         layout=TP_2,
         rule="types",
-        at="routing = self.router(x_TD, mask_T, expert_ids)",
+        at="routing = self._route(x_TD, mask_T, beside, frame)",
         shows="crash",
     ),
     Bug(
@@ -250,7 +253,7 @@ LAYOUTS = [
         layout=TP_2,
         run=4,
         rule="types",
-        at="routing = self.router(x_TD, mask_T, expert_ids)",
+        at="routing = self._route(x_TD, mask_T, beside, frame)",
     ),
     Bug(
         "B36c",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import partial
 from typing import Any
@@ -76,7 +77,9 @@ def run(way: str, ranks: str = "auto") -> ParityReport:
 def test_sends_and_receives_run_in_processes() -> None:
     report = run("right")
     assert report.status == 0 and report.compared > 3
-    assert "ranks run as gloo processes: as threads, on ranks 0, 1 it raises" in str(report)
+    # The first rank that raises ends the run; the other may have raised by then.
+    said = r"ranks run as gloo processes: as threads, on ranks? [01, ]+ it raises"
+    assert re.search(said, str(report))
     wrong = run("wrong", "processes")
     [finding] = wrong.findings()
     assert wrong.status == 1 and "summed over tp it is right" in finding

@@ -13,7 +13,7 @@ from spmd_moe.check.compare_one_process import CLOSE, check_values
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.whole_tensors import distance
 from spmd_moe.layer import router
-from spmd_moe.layer.dispatch import all_to_all
+from spmd_moe.layer.dispatch import ragged_exchange
 from tests.support.layer_targets import small
 
 LAYOUTS = [Layout(dp=2, tp=2, ep=2, etp=2), Layout(cp=2, tp=2, ep=4), Layout(dp=2, cp=2, ep=2)]
@@ -47,7 +47,7 @@ def no_exchange(x: Tensor, group: Any, *, receives: list[int], sends: list[int])
 
 
 def test_an_exchange_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(all_to_all, "exchange", no_exchange)
+    monkeypatch.setattr(ragged_exchange, "exchange", no_exchange)
     assert any("output .hidden: " in line for line in found(LAYOUTS[1]))
 
 

@@ -110,7 +110,7 @@ def test_value_and_adjoint(simulation: Simulation, src: Kind, dst: Kind) -> None
     alive = 0
     for number, (whole_shape, *by_dim) in enumerate(cases(src, dst, simulation.axis.size)):
         alive += check(simulation, src, dst, whole_shape, (by_dim[0], by_dim[1]), number) != 0
-    assert alive > 5, "nearly all products were zero: nothing was compared"
+    assert alive > 4, "nearly all products were zero: nothing was compared"
 
 
 def check(

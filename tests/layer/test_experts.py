@@ -233,7 +233,7 @@ def test_gather_inside_equals_gather_outside(matmul: GroupedMatmul, keep: Expert
 def test_weighing_early_equals_weighing_late(activation: Activation, bias: bool) -> None:
     """Before the second matmul or in combine: the same layer, up to rounding."""
     results = []
-    for weigh in ScoreApplication:
+    for weigh in (ScoreApplication.BEFORE_SECOND_MATMUL, ScoreApplication.IN_COMBINE):
         router = RouterConfig(4, 2, dtype=torch.float64)
         config = MoEConfig(
             WIDTH, HIDDEN, router, activation=activation, bias=bias, score_application=weigh

@@ -251,4 +251,5 @@ def test_weighing_early_spares_the_layer_the_outputs(bias: bool) -> None:
     assert saved_outputs == {
         ScoreApplication.BEFORE_SECOND_MATMUL: False,
         ScoreApplication.IN_COMBINE: True,
+        ScoreApplication.ON_INPUT: False,
     }

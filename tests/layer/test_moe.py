@@ -107,7 +107,7 @@ def test_the_grid_is_alive() -> None:
                 alive[name] += bool(tensor.count_nonzero())
             hit |= set(whole["counts"].nonzero().flatten().tolist())
             starved += bool((whole["counts"] == 0).any())
-    assert hit == set(range(24)) and starved > 10
+    assert hit >= set(range(24)) and starved > 10  # identity experts have ids above these
     assert all(count > 10 for name, count in alive.items() if name != "router.bias_E"), alive
 
 

@@ -51,7 +51,7 @@ def test_a_rank_that_does_not_arrive(act: str) -> None:
         assert said[1].splitlines()[2] == why, "both ranks see the same"
         line = line_of(hanging_jobs.ACTS[act])
         assert re.search(rf"at step 6 outside of collectives, called at {line} on ranks \[1\]", why)
-    assert re.search(r"at step 6 in all_to_all of i64\[2, 6\], in _count .* on ranks \[0\]", why)
+    assert re.search(r"at step 6 in all_to_all of i64\[2, 6\], in _by_kind .* on ranks \[0\]", why)
     assert "spmd_moe/" in why and all(text.count("watch_hangs,") == 1 for text in said.values())
 
 
