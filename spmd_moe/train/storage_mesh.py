@@ -5,7 +5,8 @@
     HSDP          replica 2 x shard 2: Replicate, Strided(0), ...
 
 FSDP cuts a parameter over the joined axis, which is there for every parameter that owes anything.
-The device meshes made here are for storage; they present the same ranks once more.
+The device meshes made here are for storage; they present the same ranks once more. Groups are new
+only on the joined axes; on the others they are those of the layer's mesh.
 """
 
 from __future__ import annotations
@@ -105,10 +106,21 @@ class Stores:
         names = (SHARD, *(role.name for role in rest))
         if replicas > 1:
             sizes, names = [replicas, *sizes], (REPLICA, *names)
+        laid_out = ranks.reshape(sizes)
+        groups = [_new_group(laid_out, dim) for dim in range(len(names) - len(rest))]
+        groups += [mesh[role].group for role in rest]
         device_type = mesh.dense.device_type
-        stored = DeviceMesh(device_type, ranks.reshape(sizes), mesh_dim_names=names)
+        stored = DeviceMesh.from_group(groups, device_type, laid_out, mesh_dim_names=names)
         data = stored[REPLICA, SHARD] if replicas > 1 else stored[SHARD]
         return Store(stored, data, rest, copies // replicas)
+
+
+def _new_group(ranks: Tensor, dim: int) -> ProcessGroup:
+    """A group for FSDP alone: its gathers then run beside what the layer sends on its own axes."""
+    members = ranks.movedim(dim, -1).reshape(-1, ranks.size(dim)).tolist()
+    if len(members) == 1:
+        return dist.group.WORLD  # type: ignore[return-value]  # torch types it as an optional
+    return dist.new_subgroups_by_enumeration(members)[0]
 
 
 def _others(axes: tuple[Role, ...], reduced: tuple[Role, ...]) -> list[Role]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,18 @@ def test_an_item_that_fails_is_a_row() -> None:
     assert rows[1].text.startswith("ValueError at test_gpu.py:") and "a / b on cpu" in rows[1].text
     assert rows[2].text == "no answer within 3 s" and rows[2].seconds < 20
     assert table(rows, "here").count("|\n") == 6
+
+
+def test_what_an_item_started_can_end_its_own(tmp_path: Path) -> None:
+    """As torchrun ends its ranks, which are in sessions of their own and would hold the GPU."""
+
+    def slow(device: str) -> str:
+        script = f"trap 'touch {tmp_path}/ended; exit' TERM; sleep 60 & wait"
+        subprocess.run(["sh", "-c", script])
+        return ""
+
+    assert run_item(Item("", slow, 3), "cpu").text == "no answer within 3 s"
+    assert (tmp_path / "ended").exists()
 
 
 def test_it_takes_at_most_minutes() -> None:

@@ -148,8 +148,8 @@ def groups() -> list[int]:
 @pytest.mark.parametrize(
     ("degrees", "made", "stored"),
     [
-        ({"dp": 4, "tp": 4, "ep": 4, "etp": 2}, [2, 2, 4, 4, 4], [2, 2, 4, 4, 4]),
-        ({"dp": 16, "ep": 8}, [2, 8], [2, 8]),
+        ({"dp": 4, "tp": 4, "ep": 4, "etp": 2}, [2, 2, 4, 4, 4], [2, 4]),
+        ({"dp": 16, "ep": 8}, [2, 8], [2]),
     ],
     ids=str,
 )
@@ -158,7 +158,8 @@ def test_how_many_groups_a_rank_is_in(
 ) -> None:
     """Besides that of all ranks, and those of one rank, in which nothing is ever sent.
 
-    `parallelize` makes groups for storage, on which its gathers do not wait for the layer's.
+    `parallelize` makes groups for what FSDP gathers, which then does not wait for the layer's
+    exchanges; one for each kind of parameter, experts and the others.
     """
     with fake_world(16):
         mesh = MoEMesh.init("cpu", **degrees)
@@ -168,3 +169,21 @@ def test_how_many_groups_a_rank_is_in(
         parallelize(layer, mesh)
         assert [size for size in groups() if 1 < size < 16] == sorted([*made, *stored])
         assert groups()[-1] == 16 and groups().count(16) == 1
+
+
+def test_what_construction_exchanges() -> None:
+    """Settings are compared, by the mesh over all ranks, then along each dense axis."""
+    with fake_world(16), Collectives() as seen:
+
+        def issued() -> list[str]:
+            found, seen.issued = [i.name for i in seen.issued], []
+            return found
+
+        mesh = MoEMesh.init("cpu", dp=4, tp=4, ep=4, etp=2)
+        assert issued() == ["allgather_"]
+        layer = MoE(CONFIG, mesh)
+        assert issued() == ["allgather_"] * 4, "the layer, and its dispatcher"
+        init_weights(layer, mesh, seed=0)
+        assert issued() == ["allgather_"] * 2
+        parallelize(layer, mesh)
+        assert issued() == ["allgather_"] * 2

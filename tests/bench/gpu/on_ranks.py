@@ -102,7 +102,7 @@ def fsdp(device: str) -> str:
     ranks = world(device)
     steps = 10 if device == "cuda" else 2
     words = f"{SMALL} --steps {steps}"
-    many, one = _losses(f"{words} --fsdp --tp 1", ranks), _losses(words, 1)
+    many, one = _losses(f"{words} --fsdp --tp 1", ranks), _losses(words, 0)
     off = max(abs(a - b) for a, b in zip(many, one, strict=True))
     if off > 2e-3:
         raise ArithmeticError(f"losses differ by {off:.1e} within {steps} steps")

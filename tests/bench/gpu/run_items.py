@@ -15,11 +15,14 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import final
 
 from tests.support.docs_blocks import ROOT
+
+GRACE = 15.0  # for torchrun, which gives its ranks some seconds
 
 
 class NotHereError(Exception):
@@ -46,9 +49,11 @@ class Row:
 
 
 def run_items(items: Sequence[Item], device: str) -> list[Row]:
+    """On a CPU, which other programs may share, limits only end what hangs."""
     rows = []
     for item in items:
-        rows.append(run_item(item, device))
+        limit = item.seconds if device == "cuda" else 10 * item.seconds
+        rows.append(run_item(replace(item, seconds=limit), device))
         print(f"{rows[-1].name}: {rows[-1].state}: {rows[-1].text}", flush=True)
     return rows
 
@@ -67,9 +72,9 @@ def run_item(item: Item, device: str) -> Row:
     except EOFError:
         process.join()
         text = f"the process ended with exit code {process.exitcode}"
-    if process.is_alive() and process.pid is not None:
-        process.join(2)
-        _end(process.pid)
+    process.join(2)
+    if process.is_alive():
+        _end(process)
     process.join()
     return Row(item.name, state, _one_line(text), time.perf_counter() - begun)
 
@@ -86,9 +91,20 @@ def _answer(item: Item, device: str, connection: Connection) -> None:
         connection.send(("not seen", f"{type(error).__name__} at {where}: {error}"))
 
 
-def _end(group: int) -> None:
-    """End the process and all that it started; it may have ended meanwhile."""
-    with suppress(ProcessLookupError):
+def _end(leader: ForkProcess) -> None:
+    """End an item and all that it started.
+
+    The ranks of torchrun are in sessions of their own, where torchrun alone ends them: it is asked.
+    """
+    group = leader.pid
+    assert group is not None
+    with suppress(ProcessLookupError):  # once all of the group have ended
+        os.killpg(group, signal.SIGTERM)
+        until = time.monotonic() + GRACE
+        while time.monotonic() < until:
+            leader.join(0)  # an ended child is in its group until its parent has joined it
+            os.killpg(group, 0)
+            time.sleep(0.1)
         os.killpg(group, signal.SIGKILL)
 
 
@@ -98,8 +114,12 @@ def _one_line(text: str) -> str:
 
 
 def on_ranks(words: Sequence[str], ranks: int, **environment: str) -> str:
-    """What a program prints under torchrun; an error has the last lines of what it said."""
+    """What a program prints under torchrun, or alone for 0 ranks.
+
+    An error has the last lines of what it said.
+    """
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node={ranks}".split()
+    launcher = launcher if ranks else []
     python_path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
     done = subprocess.run(
         [sys.executable, *launcher, *words],
