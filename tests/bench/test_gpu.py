@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from tests.bench.gpu import on_one, on_ranks
 from tests.bench.gpu.__main__ import ITEMS
 from tests.bench.gpu.run_items import Item, NotHereError, run_item, table
+from tests.support.docs_blocks import ROOT
 from tests.support.workers import run
 
 
@@ -75,3 +77,14 @@ def test_items_that_need_a_gpu(item: str) -> None:
 def test_what_ranks_run() -> None:
     assert all("2 ranks" in text for text in run(2, on_ranks.start, "cpu"))
     assert all("equal to one process" in text for text in run(2, on_ranks.empty_ranks, "cpu"))
+
+
+@pytest.mark.long
+def test_from_start_to_end() -> None:
+    words = [sys.executable, "-m", "tests.bench.gpu"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    states = [row.split(" | ")[1] for row in rows]
+    assert len(rows) == len(ITEMS)
+    assert set(states) <= {"seen", "not on this machine"}, done.stdout
