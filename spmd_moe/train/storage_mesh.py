@@ -120,7 +120,8 @@ def _new_group(ranks: Tensor, dim: int) -> ProcessGroup:
     members = ranks.movedim(dim, -1).reshape(-1, ranks.size(dim)).tolist()
     if len(members) == 1:
         return dist.group.WORLD  # type: ignore[return-value]  # torch types it as an optional
-    return dist.new_subgroups_by_enumeration(members)[0]
+    mine: ProcessGroup = dist.new_subgroups_by_enumeration(members)[0]
+    return mine
 
 
 def _others(axes: tuple[Role, ...], reduced: tuple[Role, ...]) -> list[Role]:
