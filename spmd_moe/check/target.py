@@ -137,6 +137,9 @@ def build(target: Target, mesh: MoEMesh, tokens: int) -> Case:
     except Exception as error:
         what = f"it raises {type(error).__name__} for {mesh} and {plural(tokens, 'token')}: {error}"
         fix, at = "raise ValueError   # where a layout is refused", line_of_error(error) or at
+        if isinstance(error, AttributeError) and isinstance(error.obj, MoEMesh):
+            why = "check and plan pass a MoEMesh; a target of a DeviceMesh is for spmd-moe parity"
+            fix = "mesh[TP].group   # also .rank and .size; from spmd_moe import TP"
         raise cannot("TARGET", what, why, fix, at=at) from error
     if callable(built) and not isinstance(built, nn.Module):
         what = "it returns a function, not a Case: it makes targets, and is none"

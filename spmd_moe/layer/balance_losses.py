@@ -204,7 +204,7 @@ def reduce_loss_terms(terms: LossTerms, mesh: MoEMesh) -> Totals:
         >>> out = layer(torch.ones(3, 8))
         >>> loss = 0.01 * balance_loss(out.losses, reduce_loss_terms(out.losses, mesh), mesh)
     """
-    _check_terms("totals", terms)
+    _check_terms("reduce_loss_terms", terms)
     over_tp = [] if terms.whole_on_tp else [mesh[TP]]
     token_axes = [mesh[CP], *over_tp]
     sequence_axes = token_axes if terms.by_sequence else [mesh[DP], *token_axes]

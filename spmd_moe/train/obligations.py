@@ -52,9 +52,12 @@ class Obligation:
 
 @final
 class Obligations(tuple[Obligation, ...]):
-    """The rows of a model, in the order of its parameters; `str` of them is a table."""
+    """The rows of a model, in the order of its parameters; `str` and `repr` give a table."""
 
     __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         head = ("name", "global", "local", "placement", "reduce", "div", "norm", "random", "stored")

@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from spmd_moe import AllToAll, ConfigError, DedupAllToAll, Dispatcher, FixedCapacity, MoE, MoEMesh
-from spmd_moe.check import Case, Layout, make_plan
+from spmd_moe import (
+    AllToAll,
+    ConfigError,
+    DedupAllToAll,
+    Dispatcher,
+    FixedCapacity,
+    MoE,
+    MoEMesh,
+    __version__,
+)
+from spmd_moe.check import CannotCheckError, Case, Layout, make_plan
 from spmd_moe.check.command_line import main
 from spmd_moe.check.target import Target
 from spmd_moe.core.placement import CP, DP, EDP, EP, ETP, TP, Placement, R, V
@@ -99,6 +108,20 @@ def test_a_dispatcher_that_forecasts_nothing_is_left_out_in_one_line() -> None:
     assert {row.divisor for row in plan.obligations} == {1} and plan.scales and plan.rows
     (line,) = (line for line in str(plan).splitlines() if "Own does" in line)
     assert line == "without those of layer: Own does not forecast its collectives"
+
+
+def test_a_target_of_a_device_mesh_is_told_what_a_moe_mesh_has() -> None:
+    def target(mesh: Any, tokens: int) -> Case:
+        return mesh.get_group("tp")  # type: ignore[no-any-return]
+
+    with pytest.raises(CannotCheckError, match=r"for spmd-moe parity\.\n  fix: mesh\[TP\]\.group"):
+        make_plan(target, LAYOUT, tokens=5)
+
+
+def test_the_command_line_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"spmd_moe {__version__}\n"
 
 
 def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

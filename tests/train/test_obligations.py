@@ -132,10 +132,12 @@ def test_reduced_and_measured_axes_and_invariant_ones_are_all_axes() -> None:
 
 
 def test_the_table_is_readable() -> None:
-    table = str(obligations(build(MoEMesh.single(), False), MoEMesh.single())).splitlines()
+    rows = obligations(build(MoEMesh.single(), False), MoEMesh.single())
+    assert repr(rows) == str(rows)
+    table = str(rows).splitlines()
     head = "name global local placement reduce div norm random stored"
     assert " ".join(table[0].split()) == head
-    assert len(table) == 1 + len(obligations(build(MoEMesh.single(), False), MoEMesh.single()))
+    assert len(table) == 1 + len(rows)
     line = next(line for line in table if line.startswith("blocks.0.moe.experts.w2_eDF"))
     cells = "[8, 8, 16] [8, 8, 16] edp:R ep:S(0) etp:S(2) edp 1 ep etp ep etp R S(0) S(2)"
     assert " ".join(line.split()[1:]) == cells

@@ -168,7 +168,7 @@ def _declared_sum(names: Sequence[str], kind: str) -> list[str]:
         return [f'trainer="sum {" ".join(names)}"   # of the target, if the trainer takes it']
     words = ", ".join(f"{name} {'R' if kind == 'gradient of input' else 'P'}" for name in names)
     if kind == "gradient of input":
-        return [f'"{words}"   # in its words, if what makes the input takes the sum']
+        return [f'"{words}" in Case   # if code outside the module takes this sum']
     return [f'out="{words}"   # of the target, if it is meant to be a part of a sum'] * (
         kind == "output"
     )
