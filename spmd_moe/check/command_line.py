@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from spmd_moe import __version__
 from spmd_moe.check.command_check import CHECK
 from spmd_moe.check.command_convert import CONVERT
 from spmd_moe.check.command_plan import PLAN
@@ -57,7 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     made = _Parser("spmd-moe", description=DESCRIPTION, epilog=EPILOG, formatter_class=RAW)
-    made.add_argument("--version", action="version", version=f"spmd_moe {__version__}")
+    version = sys.modules["spmd_moe"].__version__  # which no file of the package imports
+    made.add_argument("--version", action="version", version=f"spmd_moe {version}")
     commands = made.add_subparsers(required=True, metavar="COMMAND")
     for each in SUBCOMMANDS:
         sub = commands.add_parser(
