@@ -23,7 +23,16 @@ def block_of(moe: MoE, family: Family, theirs: nn.Module) -> nn.Module:
     if family.routed is not None:
         return ExpertsBlock(moe)
     after = {name: theirs.get_submodule(name) for name in family.after}
-    return Block(moe, family, after, type(attribute(theirs, family.gate)))
+    gate: nn.Module = attribute(theirs, family.gate)
+    block = Block(moe, family, after, type(gate))
+    for hook in filter(records_output, gate._forward_hooks.values()):
+        block.router_logits.register_forward_hook(hook)  # transformers registers them once
+    return block
+
+
+def records_output(hook: object) -> bool:
+    """Whether a hook is transformers' own, with which it records the outputs of routers."""
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 @final

@@ -9,7 +9,12 @@ from torch import nn
 
 from spmd_moe.hf.families_softmax import BIAS, GROUPS, JITTER
 from spmd_moe.hf.family import TRANSPOSED, UNGATED, Family, Need, attribute
-from spmd_moe.hf.family_activations import clamped_silu_glu, silu_glu_clamped_after, softcapped_glu
+from spmd_moe.hf.family_activations import (
+    clamped_silu_glu,
+    other_than_silu,
+    silu_glu_clamped_after,
+    softcapped_glu,
+)
 from spmd_moe.layer.activations import Activation, clamped_swiglu
 from spmd_moe.layer.experts import ScoreApplication
 
@@ -106,12 +111,17 @@ LLAMA4 = Family(
 )
 
 
-Reader = Callable[[nn.Module], Activation]
+Reader = Callable[[nn.Module], Activation | str]
 
 
 def _clamped(limit: str, clamp: Callable[[float], Activation] = clamped_silu_glu) -> Reader:
-    """The activation with the limit that an attribute of the block says."""
-    return lambda block: clamp(attribute(block, limit))
+    """The activation with the limit that an attribute of the block says, if it clamps silu."""
+    owner = limit.rpartition(".")[0]
+
+    def activation(block: nn.Module) -> Activation | str:
+        return other_than_silu(attribute(block, owner)) or clamp(attribute(block, limit))
+
+    return activation
 
 
 def _m3(owner: str) -> Reader:

@@ -122,6 +122,7 @@ COHERE = Family(
     "Cohere2MoeSparseMoeBlock",
     "gate.expert_selection_fn",
     norm="gate.norm_topk_prob",
+    choose_by="logits",
     shared="shared_experts",
     needs=(
         Need("shared_expert_combination_strategy", ("sum",), "a mean of routed and shared output"),

@@ -131,8 +131,8 @@ class Family:
     weight_bias: str | None = None  # a part of the logits
     bias: str | None = None  # steers the choice
     layout: tuple[Held, ...] = FUSED
-    activation: Callable[[nn.Module], Activation] | None = None
-    shared_activation: Callable[[nn.Module], Activation] | None = None
+    activation: Callable[[nn.Module], Activation | str] | None = None
+    shared_activation: Callable[[nn.Module], Activation | str] | None = None
     shared: str | None = None
     shared_gate: str | None = None
     after: tuple[str, ...] = ()  # modules that the output passes
@@ -291,12 +291,16 @@ _SCORE_OF_CLASS = {
     "Sigmoid": "sigmoid",
     "SqrtSoftplusActivation": "sqrt_softplus",
 }
+_SCORE_OF_NAME = {  # of the logits of the chosen experts
+    "softmax": "softmax_chosen",
+    "sigmoid": "sigmoid",
+}
 
 
 def _score(value: object) -> str | None:
-    """A name that the block has, such as `softmax`, or the class of a function."""
+    """Our score for the name that a block has for it, or for the class of its function."""
     if isinstance(value, str):
-        return value if value in SCORES else None
+        return _SCORE_OF_NAME.get(value)
     return _SCORE_OF_CLASS.get(type(value).__name__)
 
 

@@ -69,9 +69,13 @@ _GATED: Mapping[str, Callable[[], Activation]] = {
 }
 
 
+def _name(function: object) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 def of_function(function: object, *, gated: bool) -> Activation | str:
     """Our activation, for a function of transformers."""
-    name = getattr(function, "__name__", type(function).__name__)
+    name = _name(function)
     if not gated:
         return SQUARED_RELU if name == "ReLUSquaredActivation" else f"activation {name}, not gated"
     return _GATED[name]() if name in _GATED else f"activation {name}"
@@ -84,3 +88,11 @@ def function_of(owner: nn.Module) -> object:
         except AttributeError:
             continue
     return None
+
+
+def other_than_silu(owner: nn.Module) -> str | None:
+    """What the layer lacks for experts that clamp another function than silu; None for silu."""
+    function = function_of(owner)
+    if function is None or of_function(function, gated=True) is SWIGLU:
+        return None  # None: the experts call silu by name
+    return f"activation {_name(function)}, clamped"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spmd_moe.core.errors import plural
 from spmd_moe.core.mesh import Axis
-from spmd_moe.hf.block import LAYER
+from spmd_moe.hf.block import LAYER, records_output
 from spmd_moe.hf.element_map import FileTensor
 from spmd_moe.hf.families import FAMILIES, UNSUPPORTED
 from spmd_moe.hf.family import Family, Settings, attribute, held, read_block
@@ -44,6 +44,12 @@ class Refusal:
 
 def find_blocks(model: nn.Module) -> list[FoundBlock] | Refusal:
     """Every MoE block, if all of them can be expressed."""
+    if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
+        return Refusal(
+            f"{type(model).__name__} is compiled, or a module in it",
+            "compiled modules give their tensors other names than checkpoints have",
+            "model = torch.compile(hf.swap(model, mesh))",
+        )
     found = []
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -54,6 +60,8 @@ def find_blocks(model: nn.Module) -> list[FoundBlock] | Refusal:
         if kind not in FAMILIES:
             continue
         family = FAMILIES[kind]
+        if hooked := _hooked(name, family, module):
+            return hooked
         weight = attribute(module, family.weight)
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -80,6 +88,32 @@ def uneven(found: Sequence[FoundBlock], ep: Axis) -> Refusal | None:
                 f"{each.name!r} has {plural(experts, 'expert')}, for {ep}",
                 "every rank of ep has as many experts",
                 f"MoEMesh.init(..., ep={degree})",
+            )
+    return None
+
+
+def _hooked(name: str, family: Family, block: nn.Module) -> Refusal | None:
+    """A module of the block with a hook or a forward of its own, which nothing would call."""
+    for inside, module in block.named_modules():
+        if inside.partition(".")[0] in family.after:
+            continue  # it stays in the model
+        hooks = [
+            hook
+            for hooks in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                module._backward_pre_hooks,
+            )
+            for hook in hooks.values()
+            if not records_output(hook)
+        ]
+        if hooks or "forward" in vars(module):
+            whose = f"{name}.{inside}".rstrip(".")
+            return Refusal(
+                f"{whose!r} has {'a hook' if hooks else 'its own forward'}",
+                "the layer stands in its place and would not call it",
+                "remove it before hf.swap, and register it on the swapped model",
             )
     return None
 

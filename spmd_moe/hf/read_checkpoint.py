@@ -88,6 +88,9 @@ def load(
         rows = rows_and_parts(model, mesh)
     parts = {name: part for name, (_, part) in rows.items()}
     read = agreed("hf.load", path, mesh, lambda: _read(path, found, tensors, parts))
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.seen_E.zero_()  # choices that were made with other weights
     layout.source = found
     return read
 
@@ -125,7 +128,7 @@ def _read_folder(path: Path) -> Folder | str:
     try:
         config = json.loads((path / "config.json").read_bytes())
         quantized = isinstance(config, dict) and config.get("quantization_config")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         quantized = None  # the config is not needed
     if quantized:
         kind = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else ""

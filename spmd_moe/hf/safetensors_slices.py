@@ -41,6 +41,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Range = tuple[int, int]  # first index, and how many
 
 
+# What reading a damaged or hostile header or index may raise.
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
 class DamagedFileError(Exception):
     """What is wrong with a file, and its name; the caller says where that was found."""
 
@@ -85,7 +89,7 @@ def read_folder(path: Path) -> Folder:
         index = (path / INDEX).read_bytes()
         try:
             where = {str(key): str(file) for key, file in json.loads(index)["weight_map"].items()}
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except _UNREADABLE:
             raise DamagedFileError(INDEX, "is not an index: it has no weight_map") from None
         files = sorted(set(where.values()))
     entries: dict[str, Entry] = {}
@@ -129,7 +133,7 @@ def entries_of(header: bytes, file: str, size: int | None) -> dict[str, Entry]:
                 raise DamagedFileError(
                     file, f"is cut: it has {size} bytes, {key!r} ends at {len(header) + end}"
                 )
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except _UNREADABLE:
         raise DamagedFileError(file, "has a header that cannot be read") from None
     return entries
 

@@ -291,3 +291,27 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         hf.load(nn.Linear(2, 2), tmp_path, mesh)
     with pytest.raises(ConfigError, match="Linear has no block to swap: it has no MoE"):
         hf.swap(nn.Linear(2, 2), mesh)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[" * 100_000, b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,4]}}'],
+    ids=["nested", "infinite"],
+)
+def test_headers_that_python_cannot_read_are_refused(header: bytes, tmp_path: Path) -> None:
+    length = len(header).to_bytes(8, "little")
+    (tmp_path / "model.safetensors").write_bytes(length + header + bytes(8))
+    model = hf.swap(model_of("mixtral"), MoEMesh.single())
+    with pytest.raises(CheckpointError, match="has a header that cannot be read"):
+        hf.load(model, tmp_path, MoEMesh.single())
+
+
+def test_a_load_forgets_choices_made_with_other_weights(tmp_path: Path) -> None:
+    source(tmp_path, "deepseek_v3")
+    mesh = MoEMesh.single()
+    model = hf.swap(model_of("deepseek_v3"), mesh)
+    model.train()(tokens())
+    seen = [buffer for name, buffer in model.named_buffers() if name.endswith("seen_E")]
+    assert seen and all(int(buffer.sum()) for buffer in seen)
+    hf.load(model, tmp_path, mesh)
+    assert not any(int(buffer.sum()) for buffer in seen)

@@ -56,6 +56,19 @@ def mixtral(experts: int, **config: object) -> nn.Module:
     return model
 
 
+def compiled() -> nn.Module:
+    """A model as `torch.compile` wraps it."""
+    model = nn.Module()
+    model._orig_mod = mixtral(4)
+    return model
+
+
+def hooked() -> nn.Module:
+    model: Any = mixtral(4)
+    model.mlp.experts.register_forward_hook(lambda module, args, out: out)
+    return cast(nn.Module, model)
+
+
 def swap_on_four() -> None:
     with fake_world(4):
         hf.swap(mixtral(2), MoEMesh.init("cpu", dp=4, ep=4))
@@ -102,6 +115,8 @@ BAD_HF: dict[str, Callable[[], object]] = {
     "hf_unknown_experts": lambda: hf.swap(block("TinyExperts"), MESH),
     "hf_fewer_experts_than_ranks": swap_on_four,
     "hf_quantized_model": lambda: hf.swap(mixtral(4, quantization_config=object()), MESH),
+    "hf_compiled_model": lambda: hf.swap(compiled(), MESH),
+    "hf_hooked_block": lambda: hf.swap(hooked(), MESH),
     "hf_not_swapped": lambda: hf.load(nn.Linear(2, 2), "a", MESH),
     "hf_load_cut": loading(cut),
     "hf_load_other_shape": loading(wider),
