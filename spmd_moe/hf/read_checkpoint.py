@@ -90,7 +90,7 @@ def load(
     read = agreed("hf.load", path, mesh, lambda: _read(path, found, tensors, parts))
     for module in model.modules():
         if isinstance(module, Router):
-            module.seen_E.zero_()  # choices that were made with other weights
+            module.get_buffer("seen_E").zero_()  # choices that were made with other weights
     layout.source = found
     return read
 
