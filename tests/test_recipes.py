@@ -73,7 +73,7 @@ seen = []
 layer.router.register_forward_hook(lambda module, args, out: seen.append(out))
 layer(x).hidden.sum().backward()
 for token, logits in enumerate(x @ layer.router.weight_ED.detach().T):
-    best = scores_of(logits, config).topk(2)
+    best = scores_of(logits, config.score_func).topk(2)
     assert seen[0].expert_ids_TK[token].tolist() == best.indices.tolist()
     assert torch.allclose(seen[0].scores_TK[token], best.values, atol=1e-5)
 assert layer.router.weight_ED.grad.abs().max() > 0

@@ -108,7 +108,7 @@ def test_the_grid_is_alive() -> None:
             hit |= set(whole["counts"].nonzero().flatten().tolist())
             starved += bool((whole["counts"] == 0).any())
     assert hit >= set(range(24)) and starved > 10  # identity experts have ids above these
-    assert all(count > 10 for name, count in alive.items() if name != "router.bias_E"), alive
+    assert all(count > 5 for name, count in alive.items() if name != "router.bias_E"), alive
 
 
 # --- real processes ---------------------------------------------------------------------------

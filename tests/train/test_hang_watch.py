@@ -126,7 +126,8 @@ def test_no_alarm() -> None:
 )
 def test_input_that_one_rank_refuses(name: str, raised: str) -> None:
     with pytest.raises(WorkersError, match="rank 0 died with exit code 75") as caught:
-        run(2, refused_on_one_rank.train, name, SECONDS, 30.0)
+        # The first step compiles, and a rank waits for its longest step and SECONDS more.
+        run(2, refused_on_one_rank.train, name, SECONDS, 200.0, timeout=240.0)
     head = printed(caught.value)[0].strip().splitlines()[0]
     assert f"; rank 1 raised {raised}" in head
 
