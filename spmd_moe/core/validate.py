@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, Protocol
@@ -37,8 +38,14 @@ def check_number(
     why: str,
     fix: str,
 ) -> None:
-    """A number that fits: not a text, and not NaN, with which every comparison is False."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+    """A number that fits, and that a float can hold: no text, and not NaN."""
+    number = math.nan  # with which every comparison is False
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            value = number = math.inf  # an int of more than 308 digits
+    if not fits(number):
         what = f"{name} is {value!r}; it must be {need}"
         raise ConfigError(explain(where, what, why=why, fixes=[fix]))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from spmd_moe.core.placement import Tokens
 from spmd_moe.layer.copy_rows import Copies, add_copies
 from spmd_moe.layer.permute import Slots, fold, take_scores
+from spmd_moe.layer.scaled_rows import scaled
 
 
 def combine(
@@ -20,6 +21,5 @@ def combine(
     if sums is not None:
         return add_copies(rows_ND, sums)
     if scores_TK is not None:
-        scores_N = take_scores(scores_TK, slots)
-        rows_ND = (rows_ND * scores_N.unsqueeze(1)).to(rows_ND.dtype)
+        rows_ND = scaled(rows_ND, take_scores(scores_TK, slots))
     return fold(rows_ND, slots)

@@ -19,9 +19,10 @@ from typing import Any, TypeVar, cast, final
 import torch
 from torch import Tensor
 
-from spmd_moe.core.compute_dtype import as_dtype, sum_dtype
+from spmd_moe.core.compute_dtype import as_dtype
 from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_modes import is_unobserved
+from spmd_moe.layer.permute import sum_bags
 
 T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
 
@@ -84,12 +85,8 @@ def _run(
     x: Tensor, original_R: Tensor, row_R: Tensor, start_M: Tensor, adds: bool, dtype: torch.dtype
 ) -> Tensor:
     if adds:
-        # As in `permute.add_rows`: it adds in float32, but CPUs round halves away from zero.
-        wide = as_dtype(x, sum_dtype(x)) if x.is_cpu else x
-        x = torch.embedding_bag(wide.contiguous(), row_R, start_M, False, 0)[0]  # 0: the sum
-    else:
-        x = x.index_select(0, original_R)
-    return as_dtype(x, dtype)
+        return sum_bags(x, row_R, start_M, dtype)
+    return as_dtype(x.index_select(0, original_R), dtype)
 
 
 def _call(*args: object) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from spmd_moe.core.collectives import declare_sum
-from spmd_moe.core.compute_dtype import as_dtype, dtypes_match, matmul_dtype
+from spmd_moe.core.compute_dtype import dtypes_match, matmul_dtype
 from spmd_moe.core.errors import DtypeError, ShapeError, describe, explain, plural
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import (
@@ -46,6 +46,7 @@ from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul
 from spmd_moe.layer.permute import Gather, gather_rows
 from spmd_moe.layer.routing_faults import nan_parameter
+from spmd_moe.layer.scaled_rows import scaled
 
 
 class ScoreApplication(Enum):
@@ -175,7 +176,7 @@ def _weighed(
     if padded:  # there, scores may be NaN
         row_R = torch.arange(scores_R.shape[0], device=counts_e.device)
         scores_R = torch.where(row_R < counts_e.sum(), scores_R, 0.0)
-    return as_dtype(x_RD * scores_R.unsqueeze(1), x_RD.dtype)
+    return scaled(x_RD, scores_R)
 
 
 def _members(counts_e: GatheredRows, rows: int) -> GatheredRows:

@@ -12,6 +12,7 @@ Sorting is stable, so rows of one expert stand in the order of their tokens.
 # Shape letters in this file (a small letter is this rank's share of the capital):
 #   T  tokens    K  experts per token    D  model width    N  slots that have a row
 #   E  experts   e  experts on this rank   S  ranks that send rows here   R  rows received
+#   M  bags of rows    B  the rows in all bags
 
 from __future__ import annotations
 
@@ -244,10 +245,19 @@ def add_rows(x_ND: Tensor, row_TK: Tensor, every_slot: bool) -> Tensor:
         x_ND = _with_zeros(x_ND)
     if row_TK.shape[1] == 1:
         return x_ND.index_select(0, row_TK.flatten())
-    # It adds in the order of the choices, bfloat16 and float16 in float32, and rounds once. On CPUs
-    # it would round halves of bfloat16 away from zero, so there the cast is a step of its own.
-    wide_ND = as_dtype(x_ND, sum_dtype(x_ND)) if x_ND.is_cpu else x_ND
-    return as_dtype(fn.embedding_bag(row_TK, wide_ND, mode="sum"), x_ND.dtype)
+    first_T = torch.arange(0, row_TK.numel(), row_TK.shape[1], device=row_TK.device)
+    return sum_bags(x_ND, row_TK.flatten(), first_T, x_ND.dtype)
+
+
+def sum_bags(x_RD: Tensor, row_B: Tensor, start_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows of each bag, in their order; bag m begins at `start_M[m]` of `row_B`.
+
+    bfloat16 and float16 are added in float32, and rounded once. On CPUs the operator would round
+    halves of bfloat16 away from zero, so there the cast is a step of its own.
+    """
+    wide_RD = as_dtype(x_RD, sum_dtype(x_RD)) if x_RD.is_cpu else x_RD
+    sums_MD = torch.embedding_bag(wide_RD.contiguous(), row_B, start_M, False, 0)[0]  # 0: the sum
+    return as_dtype(sums_MD, dtype)
 
 
 def _with_zeros(x: Tensor) -> Tensor:

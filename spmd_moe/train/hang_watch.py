@@ -24,9 +24,9 @@ from typing import final
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.messages import printable
 from spmd_moe.core.per_rank_work import is_simulating
+from spmd_moe.core.validate import check_number
 from spmd_moe.train.hang_report import (
     Beat,
     Beats,
@@ -73,22 +73,18 @@ def watch_hangs(*, seconds: float = 30.0, first_seconds: float = 300.0) -> Itera
         ...     with watch.pause():
         ...         pass  # evaluation, or saving a checkpoint
     """
-    given: dict[str, object] = {"seconds": seconds, "first_seconds": first_seconds}
-    for name, value in given.items():
-        if not (isinstance(value, int | float) and 0 < value < threading.TIMEOUT_MAX):
-            raise ConfigError(
-                explain(
-                    "watch_hangs",
-                    f"{name} is not a number of seconds above 0",
-                    why="a rank is given that much longer than its longest step",
-                    fixes=[f"watch_hangs({name}=30)"],
-                )
-            )
+    for name, value in {"seconds": seconds, "first_seconds": first_seconds}.items():
+        check_number(
+            "watch_hangs",
+            name,
+            value,
+            lambda number: 0 < number < threading.TIMEOUT_MAX,
+            need="a number of seconds above 0",
+            why="a rank is given that much longer than its longest step",
+            fix=f"watch_hangs({name}=30)",
+        )
     watch = HangWatch(seconds, max(seconds, first_seconds))
-    if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulating():
-        yield watch
-        return
-    if dist.get_backend() == "fake":
+    if not _has_other_processes():
         yield watch
         return
     threads = _Threads(watch)
@@ -324,6 +320,13 @@ class _Threads:
             if all(beats[r].state not in (State.RUNS, State.PAUSED) for r in others):
                 break
         time.sleep(2 * self.period)  # until the others have read that this rank has told
+
+
+def _has_other_processes() -> bool:
+    """Other ranks of this job run in processes of their own."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    return not is_simulating() and dist.get_backend() != "fake"
 
 
 def _holds_the_store() -> bool:

@@ -51,6 +51,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+def test_an_integer_that_no_float_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="route_scale is inf; it must be a finite number above 0"):
+        RouterConfig(8, 2, route_scale=10**400)
+
+
 @pytest.mark.parametrize(("settings", "what", "why"), REFUSED, ids=lambda case: str(case))
 def test_refused(settings: dict[str, Any], what: str, why: str) -> None:
     """Says what is wrong and why; and the fix that it offers, taken as it stands, is accepted."""

@@ -212,6 +212,6 @@ def test_the_limit_follows_the_longest_step() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), "30"])
 def test_a_time_that_is_none(seconds: float) -> None:
-    match = "seconds is not a number of seconds above 0"
+    match = "seconds is .*; it must be a number of seconds above 0"
     with pytest.raises(ConfigError, match=match), watch_hangs(seconds=seconds):
         raise AssertionError
