@@ -38,6 +38,7 @@ LAYOUT = Layout(dp=2, tp=4, ep=2, etp=2)  # groups of tp, ep and etp are never t
 LAYOUT_OF = {"dispatch.local": Layout(dp=2, tp=4)}  # it is for ranks that have all experts
 TOKENS = (1, 9)  # of the traced check; with values, the larger
 PAGE = Path(__file__).parent / "MUTATIONS.md"
+RATES = ROOT / "docs" / "benchmarks.md"
 PASSED = "-"
 # Which tests know best what a file computes.
 TESTS_OF = {
@@ -236,10 +237,13 @@ def main() -> None:
     known = {name: found for name, found in known.items() if found != (PASSED, PASSED)}
     known |= verdicts([m for m in every if m.name not in known], args.jobs)
     found = {m.name: known[m.name] for m in every}
-    print(rates(list(found.values())))
+    table = rates(list(found.values()))
+    print(table)
     if args.write:
         PAGE.write_text(page(every, found, date.today().isoformat()))
-        print(f"{PAGE} is written")
+        text = RATES.read_text()
+        RATES.write_text(re.sub(r"\| \d+ mutants;.*?(?=\n\n)", table, text, flags=re.S))
+        print(f"{PAGE} and the rates in {RATES} are written")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.catalogue.mutants import FILES, mutants
-from tests.catalogue.mutations import PASSED, by_mypy, by_running, rates, written
+from tests.catalogue.mutations import PASSED, RATES, by_mypy, by_running, rates, written
 from tests.catalogue.survivors import ARGUED
-from tests.support.docs_blocks import ROOT
 
 SAMPLE = 25  # of so many mutants, one is run here
 
@@ -17,7 +16,7 @@ def test_the_page_is_of_these_mutants_and_the_docs_have_its_rates() -> None:
     names = [mutant.name for file in FILES for mutant in mutants(file)]
     assert names == list(page), "python -m tests.catalogue.mutations --write --new"
     assert {name for name, found in page.items() if found == (PASSED, PASSED)} == set(ARGUED)
-    assert rates(list(page.values())) in (ROOT / "docs" / "benchmarks.md").read_text()
+    assert rates(list(page.values())) in RATES.read_text()
 
 
 @pytest.mark.long
