@@ -1,6 +1,6 @@
 """The differentiable collectives: `Move` for a row of the table, `Exchange` for ragged rows.
 
-Data moves between ranks in this file and in `moves.py` alone: `host_reads.py` exchanges settings,
+Data moves between ranks in this file and in `moves.py` alone: `host_values.py` exchanges settings,
 and storing whole models is torch's.
 """
 

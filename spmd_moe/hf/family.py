@@ -116,7 +116,7 @@ class Family:
 
     name: str  # the folder in transformers.models
     block: str  # the class
-    score: ScoreName | str  # a name, or the attribute of a function that scores
+    score: str  # a ScoreName, or the attribute that has the name or the function
     norm: bool | str = True
     norm_eps: float = 0.0  # where transformers has one that is not lost in rounding
     softcap: str | None = None  # of the logits; 0 for none

@@ -164,9 +164,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def tensor_at(model: nn.Module, name: str) -> Tensor:
-    found = attribute(model, name) if "." not in name else None
-    prefix, _, own = name.rpartition(".")
-    found = getattr(model.get_submodule(prefix), own)
+    found = attribute(model, name)
     assert isinstance(found, Tensor)
     return found
 

@@ -73,12 +73,10 @@ class Ranks:
             RanksError: Ranks failed, or did not come to an end.
             CannotCheckError: A question to the user, or processes cannot get the target.
         """
-        if self.way == "processes":
-            return self._run(question, alone)
         try:
             return self._run(question, alone)
         except RanksError as error:
-            if self.way == "threads" or self._useless or not _may_be_of_threads(error):
+            if self.way != "auto" or self._useless or not _may_be_of_threads(error):
                 raise
             why = _first(failure(error)[1])
             found = self._instead(question, alone, f"as threads, {why}")
