@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
 from spmd_moe.core.errors import ConfigError, explain
+
+PathLike: TypeAlias = str | os.PathLike[str]
 
 
 def is_positive_int(value: object) -> bool:
@@ -100,6 +104,20 @@ def check_instance(
                 fixes=[fix],
             )
         )
+
+
+def check_path(where: str, name: str, value: object) -> Path:
+    """A path, from a text or an object that is one."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(
+            explain(
+                where,
+                f"{name} is {describe_value(value)}; it must be a str or a Path",
+                why="files are read and written there",
+                fixes=[f'{name}="checkpoints/000100"'],
+            )
+        )
+    return Path(value)
 
 
 def settings_of(config: Any) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +14,7 @@ from torch import nn
 from spmd_moe.core.errors import CheckpointError, explain, short_dtype
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
+from spmd_moe.core.validate import PathLike, check_path
 from spmd_moe.hf.checkpoint_layout import (
     Layout,
     agreed,
@@ -34,7 +34,6 @@ from spmd_moe.hf.safetensors_slices import (
 from spmd_moe.layer.router import Router
 from spmd_moe.train.obligations import Obligation
 
-PathLike: TypeAlias = str | os.PathLike[str]
 Rows: TypeAlias = Mapping[str, tuple[Obligation, Part]]
 
 
@@ -63,7 +62,7 @@ def load(
     Example:
         >>> spmd_moe.hf.load(model, "Qwen3-30B-A3B", mesh)
     """
-    path = Path(folder)
+    path = check_path("hf.load", "folder", folder)
     layout = needed_layout("hf.load", model, mesh)
     found = _read_folder(path)
     if isinstance(found, Folder):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from spmd_moe.core.errors import CheckpointError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
-from spmd_moe.core.validate import check_positive_ints
+from spmd_moe.core.validate import PathLike, check_path, check_positive_ints
 from spmd_moe.hf.checkpoint_layout import Layout, agreed, needed_layout, rows_and_parts, tensor_of
 from spmd_moe.hf.element_map import FileTensor, Part
 from spmd_moe.hf.safetensors_slices import (
@@ -37,7 +37,6 @@ from spmd_moe.hf.safetensors_slices import (
 from spmd_moe.train.obligations import Obligation
 from spmd_moe.train.storage_mesh import REPLICA, shard_group
 
-PathLike: TypeAlias = str | os.PathLike[str]
 Rows: TypeAlias = Mapping[str, tuple[Obligation, Part]]
 UNFINISHED = ".part"
 
@@ -66,7 +65,7 @@ def save(
     Example:
         >>> spmd_moe.hf.save(model, "trained", mesh)
     """
-    path = Path(folder)
+    path = check_path("hf.save", "folder", folder)
     layout = needed_layout("hf.save", model, mesh)
     check_positive_ints("hf.save", max_shard_bytes=max_shard_bytes)
     there = sorted(p.name for p in path.glob("*.safetensors*") if p.suffix != UNFINISHED)

@@ -118,6 +118,7 @@ BAD_HF: dict[str, Callable[[], object]] = {
     "hf_compiled_model": lambda: hf.swap(compiled(), MESH),
     "hf_hooked_block": lambda: hf.swap(hooked(), MESH),
     "hf_not_swapped": lambda: hf.load(nn.Linear(2, 2), "a", MESH),
+    "hf_load_no_folder": lambda: hf.load(nn.Linear(2, 2), None, MESH),  # type: ignore[arg-type]  # wrong on purpose
     "hf_load_cut": loading(cut),
     "hf_load_other_shape": loading(wider),
     "hf_save_twice": save_twice,

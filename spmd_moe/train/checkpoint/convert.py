@@ -37,11 +37,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from spmd_moe.core.errors import CheckpointError, explain
+from spmd_moe.core.validate import PathLike, check_path
 from spmd_moe.train.checkpoint.index import MAX_BYTES, is_grid
 from spmd_moe.train.checkpoint.on_disk import INDEX, UNFINISHED, Reader, Writer, damaged, read_index
 from spmd_moe.train.checkpoint.planners import run_plan
 from spmd_moe.train.checkpoint.safetensors_file import DTYPE_NAMES, check_storable
-from spmd_moe.train.checkpoint.save_load import PathLike
 from spmd_moe.train.checkpoint.strict_json import Json, from_json, to_json
 
 REST = "spmd_moe.rest"
@@ -65,7 +65,8 @@ def convert(source: PathLike, target: PathLike) -> None:
         >>> convert("runs/001/checkpoints/000100", "000100.dcp")
         >>> dcp_to_torch_save("000100.dcp", "000100.pt")   # torch's own
     """
-    source, target = Path(source), Path(target)
+    source = check_path("convert", "source", source)
+    target = check_path("convert", "target", target)
     is_dcp = (source / METADATA).is_file() and not (source / INDEX).exists()
     try:
         (_from_dcp if is_dcp else _to_dcp)(source, target)

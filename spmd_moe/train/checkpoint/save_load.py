@@ -9,7 +9,6 @@ torch.distributed.checkpoint plans which rank writes and reads what; `on_disk.py
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -18,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +28,7 @@ from torch.distributed import ProcessGroup
 from spmd_moe.core.errors import CheckpointError, SpmdMoeError
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
+from spmd_moe.core.validate import PathLike, check_path
 from spmd_moe.train.checkpoint.check_before_plan import (
     agree,
     check_name,
@@ -68,8 +68,6 @@ from spmd_moe.train.checkpoint.rank_parts import (
 )
 from spmd_moe.train.checkpoint.safetensors_file import check_storable
 from spmd_moe.train.checkpoint.strict_json import Json
-
-PathLike: TypeAlias = str | os.PathLike[str]
 
 
 def save_checkpoint(
@@ -117,7 +115,7 @@ def save_checkpoint(
         >>> init_weights(layer, mesh, seed=0)
         >>> _ = save_checkpoint(f"{folder}/step_1", layer, mesh, extra={"step": 1})
     """
-    where, path = "save_checkpoint", Path(path)
+    where, path = "save_checkpoint", check_path("save_checkpoint", "path", path)
     check_whole_world(where, mesh, pipeline)
     kept, unfit = json_of(extra)
     told = {f"extra[{key!r}]": json.dumps(value, sort_keys=True) for key, value in kept.items()}
@@ -192,7 +190,7 @@ def load_checkpoint(
         >>> load_checkpoint(f"{folder}/step_1", layer, mesh)
         {'step': 1}
     """
-    where, path = "load_checkpoint", Path(path)
+    where, path = "load_checkpoint", check_path("load_checkpoint", "path", path)
     check_whole_world(where, mesh, pipeline)
     index = index_of_all(path, model, mesh, pipeline)
     rest = rest_of(path, index)
@@ -253,7 +251,8 @@ def latest_checkpoint(folder: PathLike) -> Path | None:
         >>> latest_checkpoint(folder).name
         'step_1'
     """
-    complete = (p for p in Path(folder).glob(f"*/{INDEX}") if p.parent.suffix != UNFINISHED)
+    root = check_path("latest_checkpoint", "folder", folder)
+    complete = (p for p in root.glob(f"*/{INDEX}") if p.parent.suffix != UNFINISHED)
     for path in sorted((p.parent for p in complete), key=_in_numbers, reverse=True):
         try:
             read_index(path)
