@@ -16,7 +16,7 @@ from spmd_moe.check.signatures import presentation, readable
 from spmd_moe.core.declare_placements import declarations, declared
 from spmd_moe.core.errors import describe
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.placement import Placement, R, annotations_of
+from spmd_moe.core.placement import Placement, annotations_of, completed
 
 WHY = "what has no placement is not checked, and its gradient is not reduced"
 
@@ -44,8 +44,8 @@ def misdeclared(module: nn.Module, mesh: MoEMesh) -> Iterator[Finding]:
         missing = unsaid(placement, mesh)
         if missing:
             what = f"{name} {describe(tensor)} is declared {placement}, and nothing on {missing}"
-            all_of_it = f"Placed[Tensor, {_complete(placement)}]"
-            yield finding("X9", name, type(module).__name__, what, WHY, all_of_it)
+            fix = completed(placement, presentation(placement))
+            yield finding("X9", name, type(module).__name__, what, WHY, fix)
 
 
 def unsaid(placement: Placement, mesh: MoEMesh) -> str:
@@ -93,9 +93,3 @@ def _at(module: nn.Module, name: str) -> Tensor:
     prefix, _, own = name.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(prefix), own)
     return tensor
-
-
-def _complete(placement: Placement) -> str:
-    """With R where nothing is said."""
-    roles, said = presentation(placement), {k.role: k.kind for k in placement}
-    return ", ".join(f"{r!r}[{said.get(r, R)}]" for r in roles)

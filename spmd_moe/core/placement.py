@@ -24,7 +24,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from inspect import isclass, isroutine
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, final
@@ -214,6 +214,14 @@ class Placement:
 
     def __str__(self) -> str:
         return " ".join(map(str, self.kinds))
+
+
+def completed(placement: Placement, roles: Iterable[Role]) -> str:
+    """The annotation that declares a tensor so on `roles`, with R where nothing is said."""
+    said = {k.role: k.kind for k in placement}
+    kinds = ((role, said.get(role, R)) for role in roles)
+    each = (f"{r!r}[{f'S[{k.dim}]' if isinstance(k, Shard) else repr(k)}]" for r, k in kinds)
+    return f"Placed[Tensor, {', '.join(each)}]"
 
 
 def placement_of(annotation: object) -> Placement | None:

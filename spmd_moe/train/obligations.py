@@ -29,7 +29,18 @@ from torch.distributed.tensor.placement_types import Placement as Stored
 from spmd_moe.core.declare_placements import declarations
 from spmd_moe.core.errors import PlacementError, describe, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
-from spmd_moe.core.placement import DENSE, EXPERT, I, Kind, P, Placement, R, Role, RoleKind
+from spmd_moe.core.placement import (
+    DENSE,
+    EXPERT,
+    I,
+    Kind,
+    P,
+    Placement,
+    R,
+    Role,
+    RoleKind,
+    completed,
+)
 
 
 @final
@@ -189,7 +200,7 @@ def _kinds(
     name: str, tensor: Tensor, placement: Placement, roles: tuple[Role, ...], is_buffer: bool
 ) -> dict[Role, Kind]:
     """The kind on each axis, once it is known that there is one, and that it says enough."""
-    example = f"Placed[Tensor, {', '.join(f'{role!r}[R]' for role in roles)}]"
+    example = completed(placement, roles)
     for k in placement:
         if k.role not in roles:
             raise _refused(

@@ -167,6 +167,8 @@ def test_declarations_fail_closed(name: str) -> None:
     found = report.mistakes()
     assert [m.finding.rule for m in found] == ["X9"] * bool(said), str(report)
     assert all(said in str(m) for m in found), str(report)
+    if name == "in part":
+        assert "fix: Placed[Tensor, DP[R], CP[R], TP[R]]" in str(found[0])
 
 
 # --- annotations that cannot be read --------------------------------------------------------------

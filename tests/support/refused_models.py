@@ -184,7 +184,7 @@ BAD_MODELS: dict[str, Callable[[], object]] = {
     ),
     "declare_no_placement": lambda: declare_placements(nn.Linear(2, 2), {"*": torch.Tensor}),
     "obligations_undeclared": lambda: obligations(nn.Linear(2, 2), MoEMesh.single()),
-    "obligations_missing_axis": owing(DP[R], CP[R]),
+    "obligations_missing_axis": owing(DP[R], TP[I]),
     "obligations_both_meshes": owing(EDP[R], EP[R], TP[I]),
     "obligations_varying": owing(DP[R], CP[R], TP[V]),
     "obligations_no_such_dim": owing(DP[R], CP[R], TP[S(2)]),
