@@ -34,6 +34,7 @@ from spmd_moe.check.target import (
     cannot,
     checker_error,
 )
+from spmd_moe.check.tensor_origin import lineage
 from spmd_moe.core.errors import PlacementError, SpmdMoeError, describe, plural
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.messages import at_line
@@ -284,10 +285,7 @@ def _in_our_words(text: str, names: Mapping[MeshAxis, str]) -> str:
 
 
 # Files that run between the operations of the module.
-_OWN = {
-    f"spmd_moe.check.{file}"
-    for file in ("observer", "cut_dims", "lineage", "source_lines", "source_escapes")
-}
+_OWN = {f.__module__ for f in (run_operation, give, lineage, is_checked, escapes)}
 
 
 def _is_own(error: Exception, packages: set[str]) -> bool:
