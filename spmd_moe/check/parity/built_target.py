@@ -140,17 +140,19 @@ def prepare(question: Question) -> Setup:
     setup.trainer = _trainer(case, mesh)
     kind, over = setup.trainer_axes()
     ready = {"nothing", "sum", "average", "fully_shard", "ours", "hook"}
+    axes = list(setup.axes.groups)
+    if kind not in ready or (kind in ("sum", "average", "fully_shard") and not over):
+        have = f"there are {', '.join(sorted(ready - {'hook'}))}, and an axis after the first word"
+        fix = f'trainer="sum {axes[0]}"'
+        raise cannot("TARGET", f"there is no trainer {setup.trainer!r}", have, fix)
     unknown = [axis for axis in over if axis not in setup.axes]
     if unknown:
         have = f"{setup.trainer!r} names {unknown[0]!r}, which is no axis of the mesh"
-        axes = ", ".join(setup.axes.groups)
-        named = ",".join(dict.fromkeys((*unknown, *setup.axes.groups)))
-        fixes = [f'trainer="{kind} {next(iter(setup.axes.groups))}"', f"--axes {named}"]
-        raise cannot("TARGET", have, f"the mesh has {axes}", *fixes)
-    if kind not in ready or (kind in ("sum", "average", "fully_shard") and not over):
-        have = f"there are {', '.join(sorted(ready - {'hook'}))}, and an axis after the first word"
-        fix = f'trainer="sum {next(iter(setup.axes.groups))}"'
-        raise cannot("TARGET", f"there is no trainer {setup.trainer!r}", have, fix)
+        why = f"gradients are reduced over axes of the mesh, which has {', '.join(axes)}"
+        fixes = [f'trainer="{kind} {axes[0]}"']
+        if isinstance(layout, MeshSizes):  # the axes of a MoEMesh have fixed names
+            fixes.append(f"--axes {','.join([*unknown, *axes])}   # or axes=... in Python")
+        raise cannot("TARGET", have, why, *fixes)
     return setup
 
 
