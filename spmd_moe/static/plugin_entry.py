@@ -9,6 +9,7 @@ from os import sep
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mypy.errors import CompileError
 from mypy.nodes import MypyFile
 from mypy.options import Options
 from mypy.plugin import Plugin, ReportConfigContext
@@ -16,7 +17,7 @@ from mypy.plugin import Plugin, ReportConfigContext
 from spmd_moe.static import (
     error_codes as error_codes,  # settings may name them, so mypy has to know them
 )
-from spmd_moe.static.settings import read_config
+from spmd_moe.static.settings import ignored_list, read_config
 from spmd_moe.static.torch_names import is_foreign
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class SpmdMoePlugin(Plugin):
         # So that mypy reads the definition of `Placed` that is meant for this plugin.
         options.always_true = [*options.always_true, "_WITH_PLUGIN"]
         self._config = read_config(options.config_file)
+        if other := ignored_list(options.config_file):
+            raise CompileError(_ignored(other, str(options.config_file)), use_stdout=True)
         self._is_daemon = options.fine_grained_incremental
         self._for_daemon = options.fine_grained_incremental or options.cache_fine_grained
         self._annotations = _Known(lambda name: self._answers.annotation(name))
@@ -109,6 +112,15 @@ class SpmdMoePlugin(Plugin):
         if is_foreign(ctx.id + ".") or f"{sep}typeshed{sep}" in ctx.path:
             return None
         return [rules_digest(), self._config.is_strict(ctx.id)]
+
+
+def _ignored(other: str, read: str) -> list[str]:
+    section = "[tool.spmd_moe]" if Path(read).suffix == ".toml" else "[spmd_moe]"
+    return [
+        f"{other}: error: its list of strict modules has no effect",
+        f"{other}: note:   why: mypy reads its settings from {read}",
+        f"{other}: note:   fix: move the list to {section} in {Path(read).name}",
+    ]
 
 
 @cache

@@ -5,6 +5,8 @@ strict = ["my_package.moe", "my_package.dispatch.*"]
 
 [spmd_moe]                              in mypy.ini or setup.cfg
 strict = my_package.moe, my_package.dispatch.*
+
+A list in another of these files would have no effect, which is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import final
+
+_FILES = ("mypy.ini", ".mypy.ini", "pyproject.toml", "setup.cfg")  # where mypy looks for settings
 
 
 @final
@@ -36,6 +40,15 @@ def read_config(path: str | None) -> Config:
         return Config(tuple(_patterns(Path(path)))) if path else Config()
     except (OSError, tomllib.TOMLDecodeError, ConfigParserError, TypeError, AttributeError):
         return Config()  # mypy reads the same file, and says what is wrong with it
+
+
+def ignored_list(path: str | None) -> str | None:
+    """A file next to `path` with another list of strict modules, which is not read."""
+    if path is None:
+        return None
+    config = read_config(path)
+    others = (str(Path(path).with_name(name)) for name in _FILES if name != Path(path).name)
+    return next((o for o in others if read_config(o) not in (Config(), config)), None)
 
 
 def _patterns(path: Path) -> list[str]:

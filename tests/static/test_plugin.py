@@ -249,5 +249,17 @@ def test_settings_are_read_from_both_kinds_of_file(tmp_path: Path) -> None:
     assert read_config(None) == read_config(str(tmp_path / "none.ini")) == Config()
 
 
+def test_a_list_of_strict_modules_in_a_file_that_is_not_read_is_an_error(tmp_path: Path) -> None:
+    toml, ini = tmp_path / "pyproject.toml", tmp_path / "mypy.ini"
+    (tmp_path / "a.py").write_text("x = 1\n")
+    ini.write_text("[mypy]\nplugins = spmd_moe.mypy_plugin\n")
+    toml.write_text('[tool.mypy]\nstrict = true\n[tool.spmd_moe]\nstrict = ["a"]\n')
+    said = mypy("--config-file", ini, tmp_path / "a.py")
+    assert f"{toml}: error: its list of strict modules has no effect" in said
+    assert f"fix: move the list to [spmd_moe] in {ini.name}" in said
+    toml.write_text("[tool.mypy]\nstrict = true\n")
+    assert "error" not in mypy("--config-file", ini, tmp_path / "a.py")
+
+
 def test_the_table_of_codes_is_complete() -> None:
     assert codes_table().count("\n") == len(STATIC_RULES) + 1
