@@ -149,7 +149,9 @@ def _declared_fixes(x: str, role: str, have: str, need: str) -> tuple[str, ...]:
     if have == "V" and need == "P":
         return (f"declare_sum({x}, mesh[{role}])   # if it is a part of a sum",)
     if have == "V":
-        return (move_text(x, role, "S(0)", dst) + ", if the ranks' tensors joined are the whole",)
+        joined = move_text(x, role, "S(0)", dst) + ", if the ranks' tensors joined are the whole"
+        summed = move_text(f"declare_sum({x}, mesh[{role}])", role, "P", dst)
+        return joined, f"{summed}, if the ranks' tensors are parts of a sum"
     return (f"declare it {role}[{have}]",)
 
 
