@@ -175,6 +175,8 @@ def test_a_trainer_and_a_stand_in_that_there_are_not() -> None:
     target = partial(mlp, trainer="sum up")
     report = run_parity(target, layouts=[DP2], tokens=(8,), ranks="threads")
     assert "'sum up' names 'up', which is no axis" in report.outcomes[0].failed
+    fixes = '  fix: trainer="sum dp"\n  fix: --axes up,dp,tp   # or axes=... in Python\n'
+    assert fixes in report.outcomes[0].failed
     with pytest.raises(CannotCheckError, match="there is no stand-in 'gpu'"):
         run_parity(mlp, layouts=[DP2], stand_ins=("gpu",))
 
