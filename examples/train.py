@@ -257,11 +257,11 @@ def main(words: list[str]) -> None:
     except (CheckpointError, ConfigError, MeshError, OSError) as error:  # of settings or the disk
         refuse(error)
     except RuntimeError as error:
-        # gloo has no class of its own for a peer that is gone; NCCL's errors have DistBackendError.
+        # gloo has no error class for a peer that has ended; NCCL raises DistBackendError.
         if "gloo/transport" not in str(error) and not isinstance(error, dist.DistBackendError):
             raise
-        why = "; ".join(getattr(error, "__notes__", []))  # what watch_hangs knows of it
-        gone = f"train.py: rank {RANK} ends, since another one is gone"
+        why = "; ".join(getattr(error, "__notes__", []))  # added by watch_hangs
+        gone = f"train.py: rank {RANK} ends because another rank has ended"
         raise SystemExit(f"{gone} ({why})" if why else gone) from None
     if RANK == 0:
         for path in draw(folder):

@@ -59,7 +59,7 @@ class Options:
     check: bool = option(True, "type-check the model first")
     every: int = option(10, "steps between lines of progress", 1)
     save: int = option(100, "steps between checkpoints", 1)
-    hang: float = option(30.0, "seconds beyond the longest step, until waiting ranks tell why", 0.1)
+    hang: float = option(30.0, "time limit of a step: seconds beyond the longest step so far", 0.1)
     out: str = option("", "folder of the run; default: the next free number in runs/")
     resume: bool = option(False, "continue the run in --out; default: the newest in runs/")
 

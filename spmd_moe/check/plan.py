@@ -59,7 +59,7 @@ class Scale:
 @final
 @dataclass(frozen=True, slots=True)
 class SentRows:
-    """Rows that the rank sends to experts in each direction, as two dispatchers send them.
+    """Rows that the rank sends to experts in each direction, for two dispatchers.
 
     Expected numbers, with all experts equally likely. Rows to the rank itself are included.
     """
@@ -108,7 +108,7 @@ class Plan:
         yield from table(
             ("layer", "dispatcher", "AllToAll", "DedupAllToAll", "share"), map(_sent, self.sent)
         )
-        yield "\nCollectives that this rank issues, in order, if experts are chosen in turn"
+        yield "\nCollectives that this rank issues, in order, if experts are chosen round-robin"
         yield from table(
             ("", "axis", "collective", "gives", "bytes", "", "what"), map(_move, self.collectives)
         )

@@ -79,21 +79,21 @@ def find_blocks(model: nn.Module) -> list[FoundBlock] | Refusal:
 
 
 def uneven(found: Sequence[FoundBlock], ep: Axis) -> Refusal | None:
-    """A block whose experts the ranks of ep cannot share."""
+    """Refuse a block whose number of experts is not divisible by ep."""
     for each in found:
         experts = each.settings.router.num_experts
         if experts % ep.size:
             degree = max(d for d in range(1, ep.size) if experts % d == 0)
             return Refusal(
                 f"{each.name!r} has {plural(experts, 'expert')}, for {ep}",
-                "every rank of ep has as many experts",
+                "every rank of ep has the same number of experts",
                 f"MoEMesh.init(..., ep={degree})",
             )
     return None
 
 
 def _hooked(name: str, family: Family, block: nn.Module) -> Refusal | None:
-    """A module of the block with a hook or a forward of its own, which nothing would call."""
+    """Refuse a block with a module whose hook or own forward would not be called."""
     for inside, module in block.named_modules():
         if inside.partition(".")[0] in family.after:
             continue  # it stays in the model
@@ -112,7 +112,7 @@ def _hooked(name: str, family: Family, block: nn.Module) -> Refusal | None:
             whose = f"{name}.{inside}".rstrip(".")
             return Refusal(
                 f"{whose!r} has {'a hook' if hooks else 'its own forward'}",
-                "the layer stands in its place and would not call it",
+                "the layer replaces the module and would not call it",
                 "remove it before hf.swap, and register it on the swapped model",
             )
     return None

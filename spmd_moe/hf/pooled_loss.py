@@ -109,7 +109,7 @@ def refuse_tuple(model: Any, given: dict[str, Any]) -> None:
             explain(
                 f"{type(model).__name__}.forward",
                 "output_router_logits is True, and return_dict is False",
-                why="the auxiliary loss of one rank's tokens is another loss, and in a tuple it "
+                why="the auxiliary loss of one rank must be replaced, and in a tuple it "
                 "has no name",
                 fixes=["return_dict=True"],
             )

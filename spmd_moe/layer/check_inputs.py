@@ -30,7 +30,7 @@ from spmd_moe.layer.router import Router
 
 
 class Beside(NamedTuple):
-    """What may go with the tokens in a call."""
+    """Optional arguments of a call, beside the tokens."""
 
     mask: Tensor | None
     expert_ids: Tensor | None
@@ -70,7 +70,7 @@ def check_inputs(x: Tensor, beside: Beside, dim: int, router: Router, experts: E
 def _check_all_beside(beside: Beside, x: Tensor, router: Router) -> None:
     config, lead = router.config, x.shape[:-1]
     if beside.mask is not None:
-        why = "it says True or False of each token"
+        why = "it has one bool for each token"
         _check_beside("mask", beside.mask, x, lead, torch.bool, why)
     if beside.expert_ids is not None:
         why = f"each token has {config.top_k} ids"
@@ -91,7 +91,7 @@ def _check_all_beside(beside: Beside, x: Tensor, router: Router) -> None:
             setting = "given=True" if name == "expert_weights" else f"input_dim={given.shape[-1]}"
             _refuse(
                 f"{name} is given, but the layer's router does not read it",
-                "whether a router has parameters, and of which width, is a setting of the layer",
+                "the parameters of the router and their width are settings of the layer",
                 f"RouterConfig({setting}, ...)",
             )
     if beside.expert_weights is not None:
@@ -101,7 +101,7 @@ def _check_all_beside(beside: Beside, x: Tensor, router: Router) -> None:
         dtype = weights.dtype if weights.is_floating_point() else x.dtype
         _check_beside("expert_weights", weights, x, (*lead, config.top_k), dtype, why)
     if beside.router_input is not None and config.input_dim is not None:
-        why, shape = "the router reads it in the place of x", (*lead, config.input_dim)
+        why, shape = "the router reads it instead of x", (*lead, config.input_dim)
         _check_beside("router_input", beside.router_input, x, shape, x.dtype, why)
 
 

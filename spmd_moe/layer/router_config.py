@@ -1,4 +1,4 @@
-"""The router's settings, and which of them contradict each other."""
+"""The router's settings, and checks for contradictions."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class RouterConfig:
         force_balance: Ignore the scores and assign experts round-robin, with a different first
             expert on each rank (benchmarks only).
         bias: Whether a learned bias is added to the logits.
-        logit_softcap: A bound of the logits, `cap * tanh(logits / cap)`. Default: none.
+        logit_softcap: A bound of the logits: `cap * tanh(logits / cap)`. Default: no bound.
         norm_eps: A number that is added to the divisor of `route_norm`.
-        choose_by: The score that ranks the experts of a token, `"logits"` or a score function.
+        choose_by: The score that ranks experts: `"logits"` or a score function.
             Default: the score that weighs them.
         excluded_score: The score of the experts in groups that a token does not use. Some
             checkpoints have 0.0, which is above a negative score.
         expert_scale: Whether a learned factor of each expert is multiplied with its weights.
         num_zero_experts: The number of identity experts, which return their input. Their ids follow
             those of the experts.
-        input_dim: The width of a router input of its own, `router_input`, that each call is given.
+        input_dim: The width of a separate router input, `router_input`, that each call passes.
             Default: the router reads the input of the experts.
-        given: Whether each call is given `expert_ids` and `expert_weights`. The router then has no
+        given: Whether each call passes `expert_ids` and `expert_weights`. The router then has no
             parameters.
         in_model_dtype: Whether the matmul is computed in the dtype of the tokens, as transformers
             does. In bfloat16 a few percent of tokens then choose other experts.
@@ -114,7 +114,11 @@ def _check_kinds(config: RouterConfig) -> None:
     two = "a group is as good as its best expert or its best two"
     check_one_of(where, "group_score_top_k", config.group_score_top_k, (2, 1), two)
     if config.dtype not in (torch.float32, torch.float64):
-        _refuse(f"dtype is {config.dtype}", "a gate is exponentials", "dtype=torch.float32")
+        _refuse(
+            f"dtype is {config.dtype}",
+            "scores need float32 or wider",
+            "dtype=torch.float32",
+        )
 
 
 def _check_choices(config: RouterConfig) -> None:
@@ -199,7 +203,7 @@ def _check_numbers(config: RouterConfig) -> None:
         config.norm_eps,
         lambda eps: 0.0 <= eps < math.inf,
         need="a finite number of 0 or more",
-        why="it is added to a sum of scores that divides",
+        why="it is added to a divisor",
         fix="norm_eps=1e-20",
     )
     if config.norm_eps and not (config.route_norm and config.score_func != "softmax_chosen"):
@@ -222,7 +226,7 @@ def _check_numbers(config: RouterConfig) -> None:
 
 
 def _check_given(config: RouterConfig) -> None:
-    """With choices and weights from the caller, no setting has anything to say about them."""
+    """If the caller passes choices and weights, the settings that affect them must be defaults."""
     free = ("num_experts", "top_k", "dtype", "given")
     for field in fields(config):
         if field.name not in free and getattr(config, field.name) != field.default:

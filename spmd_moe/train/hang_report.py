@@ -1,4 +1,4 @@
-"""What the ranks of a hanging job say of themselves, and the message that is made of it."""
+"""Records of the ranks of a hanging job, and the message that is made from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spmd_moe.train.hang_stack import Standing
 
 
 class State(StrEnum):
-    """What a rank does, as it says itself."""
+    """The state of a rank, as it reports it."""
 
     RUNS = "runs"
     PAUSED = "paused"
@@ -73,7 +73,7 @@ class Ranks:
 
     @staticmethod
     def of(world: int, before: Beats, now: Beats, first_error: FirstError | None) -> Ranks:
-        """From two readings, between which every living rank has said something."""
+        """From two readings, far enough apart for every living rank to write."""
         stopped = {
             rank
             for rank, beat in now.items()
@@ -95,12 +95,12 @@ class Ranks:
 
     @property
     def only_waits(self) -> bool:
-        """Some rank works outside of steps, and says so; nothing else is wrong."""
+        """Whether a rank is in a pause, and nothing else is wrong."""
         gone = self.stopped or self.first_error or self.missing
         return not gone and bool(self.alive(State.PAUSED))
 
     def at_fault(self) -> list[int]:
-        """Ranks that have not arrived where others wait; none if all wait."""
+        """Ranks that have not arrived where others wait; empty if all wait."""
         if self.first_error is not None:
             return [self.first_error.rank]
         if self.stopped:
@@ -136,7 +136,7 @@ def message(mine: int, ranks: Ranks, seconds: float, longest: float) -> str:
 
 
 def store_is_silent(mine: int, world: int, beat: Beat, seconds: float, silent: float) -> str:
-    """The message of a rank that cannot read what the others say."""
+    """The message of a rank that cannot read the records of the others."""
     return explain(
         f"watch_hangs, rank {mine} of {world}",
         f"this rank has made no step for {seconds:.0f} s, and the store that connects the ranks "
@@ -157,12 +157,12 @@ def _accused(ranks: Ranks, guilty: list[int]) -> str:
     if ranks.missing:
         return f"{who} never entered watch_hangs"
     if not guilty:
-        return "all ranks have arrived at collectives, and none of these ends"
+        return "all ranks wait in collectives, and none of these completes"
     return f"{who} {_has(guilty)} not arrived"
 
 
 def _line(ranks: Ranks, rank: int) -> str:
-    """What one rank does; ranks of the same line are told together."""
+    """The state of one rank as text. Ranks with equal texts are listed together."""
     beat, error = ranks.beats.get(rank), ranks.first_error
     if beat is None:
         return "never began"

@@ -1,10 +1,10 @@
-"""A hang is told by name: which rank has not arrived, and where the others stand.
+"""Reports of hangs: which rank has not arrived, and where the other ranks wait.
 
-A rank that stops leaves the others in a collective, without a word, until torch's time limit of
-many minutes. `watch_hangs` gives each rank two threads. One says every second, in the store that
-connects the ranks, in which step the rank is and where its main thread stands. The other compares
-the time since the last step with the longest step so far. When that is exceeded, the rank reads
-what the others say, prints a message, and ends its process.
+If a rank stops, the others wait in a collective, without a message, until torch's timeout of many
+minutes. `watch_hangs` starts two threads on each rank. One writes the step of the rank and the line
+of its main thread into the store that connects the ranks, every second. The other compares the time
+since the last step with the longest step so far. If it exceeds the limit, the rank reads the
+records of the others, prints a message, and ends its process.
 
 A rank that leaves with an error writes it into the store, so ranks that wait for it print it too.
 """
@@ -47,7 +47,7 @@ _FIRST_ERROR, _HANG = "first_error", "hang"
 
 @contextmanager
 def watch_hangs(*, seconds: float = 30.0, first_seconds: float = 300.0) -> Iterator[HangWatch]:
-    """Watch the training loop in it: if a rank stops, all waiting ranks say which, and end.
+    """Watch a training loop: if a rank stops, all waiting ranks print which one, and end.
 
     Every rank of the job must enter it, and call `step()` once in each step. A rank that makes no
     step for `seconds` longer than its longest step so far prints which ranks have not arrived, in
@@ -79,8 +79,8 @@ def watch_hangs(*, seconds: float = 30.0, first_seconds: float = 300.0) -> Itera
             name,
             value,
             lambda number: 0 < number < threading.TIMEOUT_MAX,
-            need="a number of seconds above 0",
-            why="a rank is given that much longer than its longest step",
+            need="a positive number of seconds",
+            why="a step may take this much longer than the longest step so far",
             fix=f"watch_hangs({name}=30)",
         )
     watch = HangWatch(seconds, max(seconds, first_seconds))
@@ -103,7 +103,7 @@ def watch_hangs(*, seconds: float = 30.0, first_seconds: float = 300.0) -> Itera
 
 @final
 class HangWatch:
-    """What the training loop tells its watch; made by `watch_hangs`."""
+    """The methods that the training loop calls; made by `watch_hangs`."""
 
     def __init__(self, seconds: float, first_seconds: float) -> None:
         self.seconds = seconds
@@ -125,7 +125,7 @@ class HangWatch:
     def pause(self) -> Iterator[None]:
         """Work of unknown length that is no step, on one rank or on all.
 
-        No time limit holds in it, but a rank whose process stops in it is still found.
+        It has no time limit, but a rank whose process stops in it is still found.
         """
         self.paused += 1
         try:
@@ -210,7 +210,7 @@ class _Threads:
                 self._say()
                 self._listen()
                 self.heard.at = time.monotonic()
-            except RuntimeError:  # the store is gone or does not answer: the second thread tells
+            except RuntimeError:  # the store does not answer: the second thread reports it
                 pass
             if leaves:
                 return
@@ -283,7 +283,7 @@ class _Threads:
         return without_step > self.watch.limit
 
     def _read_all(self) -> Ranks | None:
-        """Two readings, between which every living rank has said something. None: no answer."""
+        """Two readings, far enough apart for every living rank to write. None: no answer."""
         heard = self.heard
         heard.readings, heard.wanted = [], True
         deadline = time.monotonic() + self.apart + LINGER

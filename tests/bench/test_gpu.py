@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.bench.gpu import __main__ as gpu
 from tests.bench.gpu import on_one, on_ranks
 from tests.bench.gpu.__main__ import ITEMS
 from tests.bench.gpu.run_items import Item, NotHereError, run_item, table
-from tests.support.docs_blocks import ROOT
+from tests.support.docs_blocks import DOCS, ROOT
 from tests.support.workers import run
 
 
@@ -51,7 +52,10 @@ def test_what_an_item_started_can_end_its_own(tmp_path: Path) -> None:
 
 
 def test_it_takes_at_most_minutes() -> None:
-    assert sum(item.seconds for item in ITEMS) <= 400  # limits; items take about half
+    total = sum(item.seconds for item in ITEMS)
+    assert total <= 400  # limits; items take about half
+    assert f"add up to {total:.0f} s." in (DOCS / "gpus.md").read_text().replace("\n", " ")
+    assert f"add up to {total:.0f} s." in str(gpu.__doc__)
     assert len({item.name for item in ITEMS}) == 10
 
 

@@ -1,4 +1,4 @@
-"""Faults of one of four ranks of the training example: a table of what is told, and when.
+"""Faults of one of four ranks of the training example: a table of the messages and their times.
 
 python -m tests.bench.train_faults [--write]      # a quarter of an hour on two cores
 """
@@ -33,7 +33,7 @@ def row(fault: str, where: str) -> str:
 
 
 def main() -> None:
-    head = "fault of rank 2 | in | what is told | first message after | job ended after | status"
+    head = "fault of rank 2 | in | message | first message after | job ended after | status"
     lines = [f"| {head} | processes left |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for fault in FAULTS:
         lines.append(row(*fault))

@@ -120,7 +120,7 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     out, err = finished(job)
     (after,) = re.findall(r"resumed after step (\d+)", out)
     assert f"exitcode: -9) local_rank: 2 (pid: {ranks[2]})" in err
-    ended = re.findall(r"^train\.py: rank (\d) ends, since another one is gone$", err, re.M)
+    ended = re.findall(r"^train\.py: rank (\d) ends because another rank has ended$", err, re.M)
     assert ended and "2" not in ended and "Traceback" not in err
     assert int(after) >= 4 and int(after) % 2 == 0
     train_on(4, tmp_path, " ".join([*words, "--out", "whole"]))

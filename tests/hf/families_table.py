@@ -19,18 +19,19 @@ HEAD = """# Families of Hugging Face transformers
 
 Written by `python -m tests.hf.families_table --write`; transformers 5.24.0.
 
-`spmd_moe.hf.swap` puts our layer in the place of these blocks. "off" is the largest difference from
-transformers' block, relative to the largest number, of the output and of every gradient, on a tiny
-random config: in float64, where transformers' own rounding to float32 is left out, and in float32
-as it is. A setting in the last column that has another value is refused by name.
+`spmd_moe.hf.swap` replaces these blocks with our layer. "error" is the largest difference between
+the two, in the output and in every gradient, relative to the largest value, for a tiny random
+config. In the float64 column, transformers' own casts to float32 are removed. Names in code style
+are attributes of the block. If one has a value that the last column does not list, `swap` raises an
+error that names it and the missing feature.
 
-| family | block | recipe | off, float64 | off, float32 | only with |
+| family | block | router | error, float64 | error, float32 | supported values |
 |---|---|---|---|---|---|
 """
 BELOW = """
-These blocks are refused, with what the layer lacks:
+These blocks are not supported:
 
-| block | what is missing |
+| block | missing feature |
 |---|---|
 """
 
@@ -38,27 +39,28 @@ These blocks are refused, with what the layer lacks:
 def recipe(family: Family) -> str:
     """How tokens choose, in a few words."""
     if family.routed is not None:
-        return "router of transformers, ids and weights given"
-    score = family.score if "." not in family.score else f"{family.score} of the config"
-    parts = [score.replace("_", " ")]
+        return "transformers' own router"
+    in_block = "." in family.score  # where the block has the name of the score function
+    score = f"`{family.score}`" if in_block else family.score.replace("_", " ")
+    parts = [score.replace("softmax chosen", "softmax over the chosen")]
     if family.bias is not None:
         parts.append("selection bias")
     if family.groups is not None:
-        parts.append(f"groups by best {family.groups.best}")
+        parts.append(f"groups ranked by their best {family.groups.best}")
     if family.norm is not False:
-        parts.append("normalized" if family.norm is True else "normalized if the config says so")
+        parts.append("normalized" if family.norm is True else f"normalized if `{family.norm}`")
     if family.norm_eps:
         parts.append(f"epsilon {family.norm_eps}")
     if family.scale:
         parts.append("scaled")
     if family.softcap is not None:
-        parts.append("logits capped if the config says so")
+        parts.append(f"logits capped at `{family.softcap}`")
     if family.choose_by is not None:
         parts.append(f"chosen by {family.choose_by}")
     if family.excluded_score == 0.0:
         parts.append("experts of other groups score 0")
     if family.application is ScoreApplication.ON_INPUT:
-        parts.append("weights on the experts' input")
+        parts.append("weights multiply the input")
     if family.shared_gate is not None:
         parts.append("gated shared expert")
     elif family.shared is not None:

@@ -1,4 +1,4 @@
-"""A rank that stops is told by name, by every rank that waits for it, and the job ends."""
+"""If a rank stops, every rank that waits for it prints its number, and the job ends."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_numbers_of_sequences_that_differ() -> None:
     with pytest.raises(WorkersError, match="rank 1 died with exit code 75") as caught:
         run(2, refused_on_one_rank.train, "sequences", SECONDS, 30.0)
     for text in printed(caught.value).values():
-        assert "all ranks have arrived at collectives, and none of these ends." in text
+        assert "all ranks wait in collectives, and none of these completes." in text
         assert "all_reduce of i64[2, 4], in balance_loss" in text and "all_reduce of i64[3]" in text
         fix = "give all ranks of cp and tp the same number of sequences   # for balance='sequence'"
         assert f"  fix: {fix}" in text
@@ -157,7 +157,7 @@ WAITS = beat(9, collective="all_reduce")
 @pytest.mark.parametrize(
     ("others", "says"),
     [
-        ({1: WAITS}, "all ranks have arrived at collectives, and none of these ends"),
+        ({1: WAITS}, "all ranks wait in collectives, and none of these completes"),
         ({1: beat(9)}, "rank 1 has not arrived"),
         ({1: beat(5)}, "rank 1 has stopped"),
         ({1: beat(5), 2: beat(5)}, "ranks 1, 2 have stopped"),
@@ -212,6 +212,6 @@ def test_the_limit_follows_the_longest_step() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), "30"])
 def test_a_time_that_is_none(seconds: float) -> None:
-    match = "seconds is .*; it must be a number of seconds above 0"
+    match = "seconds is .*; it must be a positive number of seconds"
     with pytest.raises(ConfigError, match=match), watch_hangs(seconds=seconds):
         raise AssertionError

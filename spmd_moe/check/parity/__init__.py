@@ -7,15 +7,15 @@ Needs no types and no annotations. The files, in reading order:
     cpu_stand_ins    replacements for what CPUs lack, installed for one run
     held_elements    what each rank holds of a tensor: by DTensors, words, declarations, shapes
     built_target     the target called for one mesh: module, inputs, trainer
-    cannot_compare   what stood in the way of a comparison
-    weights          the weights of the lone module, cut for each rank
+    cannot_compare   reasons why a comparison was not possible
+    weights          the weights of the module on one process, sharded for each rank
     run_one_process  one step or several on one process
     run_one_rank     the same on a rank
     processes        ranks as gloo processes
     run_all_ranks    all ranks, as threads or as processes
-    explain          what would make a wrong tensor right
+    explain          corrections that make a wrong tensor right
     compare          all tensors of all ranks against one process
-    merge_findings   differences with one cause, told as one finding
+    merge_findings   differences with one cause, merged
     sweep            all layouts, token counts and options
     report           text, JSON
     parity           the entry points

@@ -1,4 +1,4 @@
-"""What stood in the way of a comparison, as a refusal or as a text of five parts."""
+"""Reasons why a comparison was not possible: a refusal, or a message of five parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spmd_moe.core.messages import is_users, short_path
 
 @final
 class RemoteError(Exception):
-    """What another process raised: its name and message, and the line of the user's code."""
+    """An error of another process: its name and message, and the line of the user's code."""
 
     def __init__(self, said: str, at: str, checkers: bool = False) -> None:
         super().__init__(said, at, checkers)
@@ -26,7 +26,7 @@ class RemoteError(Exception):
 
 
 def failure(error: RanksError, where: str = "") -> tuple[str, str]:
-    """Why a layout is refused, or why it could not be run: one of them."""
+    """The reason why a layout is refused, and the reason why it failed; one of the two is empty."""
     if error.stuck and not error.errors:
         at = f" at {error.where}" if error.where else ""
         one, *more = error.stuck
@@ -48,7 +48,7 @@ def failure(error: RanksError, where: str = "") -> tuple[str, str]:
 
 
 def at_target(text: str, question: Question) -> str:
-    """With the line of the target, where no other is known."""
+    """Replace an unknown line with that of the target."""
     target: object = question.target
     while isinstance(target, functools.partial):
         target = target.func
@@ -72,7 +72,7 @@ def raised_on(where: str, error: BaseException) -> str:
 
 
 def is_checkers(error: BaseException) -> bool:
-    """Raised by parity's own lines, and not where these call the module or the target."""
+    """Whether parity's own code raised it, not the module or the target that it calls."""
     if isinstance(error, RemoteError):
         return error.checkers
     frames = traceback.extract_tb(error.__traceback__)
@@ -102,7 +102,7 @@ def innermost_line(error: BaseException) -> str:
 
 
 def innermost_of_dump(text: str) -> str:
-    """The same of what faulthandler wrote."""
+    """As `innermost_line`, for the text that faulthandler wrote."""
     for file, number in re.findall(r'File "(.+)", line (\d+) in', text):
         if is_users(file):
             return f"{short_path(file)}:{number}"

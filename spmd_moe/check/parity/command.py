@@ -24,8 +24,8 @@ from spmd_moe.core.placement import DENSE, EP, ETP
 DESCRIPTION = """\
 Run a module on every rank of a layout, as threads of this process and in float64, beside one
 process that has everything, and compare outputs, gradients of inputs and of parameters, buffers and
-parameters after two steps. Needs no types and no annotations. What differs is told with what would
-make it right.
+parameters after two steps. Needs no types and no annotations. For each difference the report names
+the correction.
 
 TARGET is package.module:callable, a function of a mesh (and of a number of tokens):
 
@@ -71,13 +71,13 @@ def _options(parity: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float64", "float32", "bfloat16"),
         default="float64",
-        help="in a lower one, what counts is what rounding of inputs does on one process",
+        help="precision; below float64 one step runs, and differences within rounding are ignored",
     )
     parity.add_argument(
         "--ranks",
         choices=WAYS,
         default="auto",
-        help="threads, gloo processes, or (auto) processes where threads cannot be",
+        help="threads, gloo processes, or threads with a fallback to processes (auto)",
     )
     parity.add_argument(
         "--stand-in",

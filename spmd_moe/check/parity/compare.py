@@ -24,7 +24,7 @@ from spmd_moe.check.parity.explain import (
 from spmd_moe.check.parity.run_one_process import Alone, Held
 from spmd_moe.check.parity.run_one_rank import RankRun
 
-TIMES = 4.0  # what rounding of inputs does: the ranks round sums in another order as well
+TIMES = 4.0  # of the effect of rounding inputs: ranks also add in a different order
 DEAD = 1e-6  # beside the largest value of its kind: nothing but rounding
 KINDS = ("output", "gradient of input", "gradient of", "buffer", "parameter after the step")
 
@@ -55,13 +55,13 @@ class Compared:
 
     tensors: int = 0
     dead: list[str] = field(default_factory=list)
-    doubtful: list[str] = field(default_factory=list)  # off, as far as rounding reaches at times
+    doubtful: list[str] = field(default_factory=list)  # off by what rounding sometimes does
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def compare(alone: Alone, runs: Sequence[RankRun], axes: Axes, without: Without) -> Compared:
-    """The first step in which something differs is told; later ones only follow from it."""
+    """Keep the differences of the first step that has any; later ones follow from them."""
     found = Compared()
     for number, step in enumerate(alone.steps):
         scales = _scales(step.tensors)

@@ -34,7 +34,7 @@ class Story:
 
 @contextmanager
 def tolerance(off: float) -> Iterator[None]:
-    """Inside, tensors are alike up to this distance."""
+    """A block in which tensors up to this distance apart count as equal."""
     token = _close.set(off)
     try:
         yield

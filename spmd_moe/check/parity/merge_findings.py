@@ -1,4 +1,4 @@
-"""Differences that have one cause, told as one finding, over all configurations."""
+"""Differences with one cause, merged into one finding over all configurations."""
 
 from __future__ import annotations
 

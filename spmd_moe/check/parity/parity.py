@@ -92,11 +92,11 @@ def run_parity(
         steps: Steps of the optimizer; with two, state that drifts apart is seen.
         seconds: The time limit of one configuration.
         stand_ins: Replacements for what a CPU lacks: see `cpu_stand_ins.STAND_INS`.
-        dtype: The precision; with another than float64 one step is run, and a difference counts
-            when it is larger than several times what rounding of inputs does on one process.
-        ranks: `"threads"` of this process, gloo `"processes"`, or `"auto"`: threads, and processes
-            where these fail or share state that changes.
-        again: Makes the target in another process; default: it is sent by its name.
+        dtype: The precision. Below float64 one step runs, and a difference is an error if it
+            exceeds several times the effect of rounding the inputs on one process.
+        ranks: `"threads"`, gloo `"processes"`, or `"auto"`: threads, and processes if threads fail
+            or share global variables that change.
+        again: Creates the target in another process. Default: the target is sent by its name.
         observe: A context manager that is entered around each forward and backward.
         tell: Called after each configuration.
 

@@ -50,7 +50,7 @@ _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 @final
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every rank is told."""
+    """The arguments of `run_rank` that are the same on every rank."""
 
     path: list[str]
     again: Again
@@ -75,13 +75,13 @@ def in_processes(
     stand_ins: Sequence[str],
     seconds: float,
 ) -> list[RankRun]:
-    """What `run_rank` gives on every rank, each a process.
+    """The result of `run_rank` on every rank, each a process.
 
     Raises:
         RanksError: Ranks failed, or did not come to an end.
         CannotCheckError: The target cannot be sent to other processes.
     """
-    # No process needs the module and the results of one process; they may not be sent either.
+    # Ranks do not need the module and the results of one process, which may not pickle.
     given = dataclasses.replace(alone, setup=cast(Setup, None), steps=[])
     layout, world = question.layout, question.layout.world
     asked = layout, question.tokens, question.options, question.dtype
@@ -89,10 +89,10 @@ def in_processes(
     try:
         packed = pickle.dumps(work)
         pickle.loads(pickle.dumps(again))
-    except Exception as error:  # pickle raises what it likes
+    except Exception as error:  # pickle raises errors of any class
         why = "the target, or an option of it, cannot be sent to another process"
         fix = "a function at the top level of a module that can be imported"
-        raise cannot("TARGET", f"pickle says: {told(error)}", why, fix) from error
+        raise cannot("TARGET", f"pickle raises {told(error)}", why, fix) from error
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "work").write_bytes(packed)
         command = [sys.executable, "-W", "ignore", "-m", MODULE, folder]
@@ -129,7 +129,7 @@ def _has_file(stream: Any) -> bool:
 
 
 def _join(ranks: Sequence[subprocess.Popen[bytes]], folder: Path, seconds: float) -> list[int]:
-    """Wait for all; the ranks that did not end. The time runs once all have started."""
+    """Wait for all ranks; return those that did not end in time, counted once all have started."""
     end, started, failed = time.monotonic() + START, False, False
     while any(process.poll() is None for process in ranks) and time.monotonic() < end:
         time.sleep(0.02)
@@ -175,7 +175,7 @@ def _results(
             said = f"no error, and its process ends with status {process.returncode}"
             errors[rank] = RemoteError(said, "unknown")
     if errors or stuck:
-        # A rank that lost its partner fails in a collective; the first cause is another's.
+        # A rank whose peer has failed raises in a collective; the peer's error is the cause.
         own = {r: e for r, e in errors.items() if not _lost_a_partner(e)} or errors
         raise RanksError("ranks failed in processes", own, stuck, where)
     return found
@@ -191,14 +191,14 @@ def _lost_a_partner(error: BaseException) -> bool:
 
 @final
 class StoreTable:
-    """What ranks tell each other, in a store of its own: process groups are the module's."""
+    """Values that ranks exchange, in a store of their own: process groups belong to the module."""
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
         self._store, self._rank, self._world = store, rank, world
         self._calls = 0
 
     def tell(self, key: object, value: Any) -> list[Any]:
-        """What every rank told; all call it in the same order."""
+        """The values of all ranks. Every rank calls it in the same order."""
         self._calls += 1
         self._store.set(f"{self._calls}.{self._rank}", pickle.dumps(value).hex())
         names = [f"{self._calls}.{rank}" for rank in range(self._world)]
@@ -210,7 +210,7 @@ class StoreTable:
 
 
 def main(folder: str, rank: int) -> None:
-    """One rank, from the file that the parent wrote to a file that it reads."""
+    """Run one rank: read the work from a file of the parent, write the result to a file."""
     faulthandler.register(signal.SIGUSR1, open(Path(folder, f"stacks{rank}"), "w"))  # noqa: SIM115
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ class ParityReport:
     outcomes: tuple[Outcome, ...]
     stand_ins: tuple[str, ...]
     notes: tuple[str, ...]  # of an adapter
-    ways: tuple[str, ...]  # how ranks ran, where not all ran as threads
+    ways: tuple[str, ...]  # how ranks ran, unless all ran as threads
     seconds: float
 
     @property

@@ -1,4 +1,4 @@
-"""All ranks of a layout: as threads, or as gloo processes where threads stand in the way."""
+"""All ranks of a layout: as threads, or as gloo processes if the module cannot run on threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAYS = ("auto", "threads", "processes")
 @final
 @dataclass(slots=True)
 class Ranks:
-    """Runs all ranks; `notes` has what stood in the way of threads."""
+    """Runs all ranks; `notes` has the reasons for using processes."""
 
     seconds: float
     observe: Observe
@@ -47,8 +47,8 @@ class Ranks:
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:
-            why = "ranks run as threads of this process, as gloo processes, or as what is possible"
-            raise cannot("parity", f"there is no way {self.way!r}", why, *map(repr, WAYS))
+            why = "ranks run as threads of this process, as gloo processes, or as either"
+            raise cannot("parity", f"ranks is {self.way!r}", why, *map(repr, WAYS))
 
     def alone(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
         """`fn` with a process group of one rank: torch's for threads, or gloo's."""
@@ -85,7 +85,7 @@ class Ranks:
             return found
 
     def _instead(self, question: Question, alone: Alone, why: str) -> list[RankRun] | None:
-        """The same in processes, and from now on; None where they cannot do it either."""
+        """Run in processes, now and in later runs. None if processes fail too."""
         self.way = "processes"
         try:
             found = self._run(question, alone)
@@ -98,7 +98,7 @@ class Ranks:
         return found
 
     def doubted(self, question: Question, alone: Alone) -> list[RankRun] | None:
-        """After a finding: the runs in processes, once, if threads share variables."""
+        """After the first finding: the runs in processes, if threads share global variables."""
         if self.way != "auto" or self._useless or self._asked:
             return None
         self._asked = True
@@ -108,7 +108,7 @@ class Ranks:
         return self._instead(question, alone, f"threads share {', '.join(shared[:3])}.")
 
     def _assigned(self, question: Question, alone: Alone) -> list[str]:
-        """The variables of modules that functions assign while the ranks run once more."""
+        """Run the ranks again and return the global variables that functions assign."""
         codes = shared_variables(alone.setup.module)
         if not codes:
             return []
@@ -129,7 +129,7 @@ class Ranks:
         return list(dict.fromkeys(name for code in called for name in codes[code]))
 
     def agree(self) -> None:
-        """Processes say what threads say: on with threads."""
+        """Processes and threads agree: use threads again."""
         self.way = "auto"
         self.notes.pop()
 
@@ -147,7 +147,7 @@ class Ranks:
                 try:
                     self.learn(self._read(smaller, alone))
                 except RanksError:
-                    continue  # a layout that it does not do decides nothing
+                    continue  # a layout that cannot run decides nothing
         raise AssertionError
 
     def _once(self, question: Question, alone: Alone) -> list[RankRun]:

@@ -24,7 +24,7 @@ from spmd_moe.check.target import CannotCheckError, cannot
 from spmd_moe.check.thread_ranks import RanksError
 from spmd_moe.core.errors import SpmdMoeError, short_dtype
 
-ROUNDINGS = 5  # runs of one process in a low precision, each rounded in another way
+ROUNDINGS = 5  # runs of one process in a low precision, each rounded differently
 STEADY = 1e-7  # of float64: what a disturbance of 1e-10 may grow to
 
 
@@ -154,7 +154,7 @@ class Sweep:
         raise cannot("TARGET", what, why, "inputs and weights without equal values")
 
     def _round(self, question: Question, found: Alone) -> None:
-        """How far each tensor moves when inputs and weights are rounded in another way."""
+        """How much each tensor changes when inputs and weights are rounded differently."""
         random = torch.Generator().manual_seed(4)
         moved: dict[tuple[str, str], list[float]] = {}
         for _ in range(ROUNDINGS):
@@ -208,7 +208,7 @@ def _rounded(t: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _doubtful(found: Compared) -> str:
-    what = f"{', '.join(found.doubtful[:4])} differ no more than rounding moves them at times"
+    what = f"{', '.join(found.doubtful[:4])} differ by no more than rounding sometimes changes them"
     why = "rounding changes a choice, such as an expert, and may have done so between the ranks"
     return str(cannot("TARGET", what, why, "without --dtype", "inputs without nearly equal scores"))
 

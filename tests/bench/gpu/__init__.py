@@ -1,1 +1,1 @@
-"""What only a GPU can show, in one table: `python -m tests.bench.gpu`."""
+"""Checks that need a GPU, in one table: `python -m tests.bench.gpu`."""

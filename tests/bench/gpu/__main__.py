@@ -1,11 +1,11 @@
-"""One table of what a CUDA machine shows, with one GPU or several, in at most five minutes.
+"""Checks that need a GPU, on one or more, in one table. Time limits add up to 380 s.
 
 python -m tests.bench.gpu                   # prints the table
 python -m tests.bench.gpu --write           # and puts it in docs/gpus.md
 python -m tests.bench.gpu --only waits
 
-Each item runs alone and has a time limit; one that fails is a row. On a CPU, items run as far as
-they can, in about a minute.
+Each item runs in its own process and has a time limit; a failure is a row of the table. On a CPU,
+items run without the parts that need CUDA, in about a minute.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="items whose name has this in it")
+    parser.add_argument("--only", default="", help="only items whose name contains this")
     parser.add_argument("--write", action="store_true", help="put the table in docs/gpus.md")
     args = parser.parse_args()
     # Asked without starting CUDA, which a forked process could then not use.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic mode wants it
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic mode requires it
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     chosen = [item for item in ITEMS if args.only in item.name]

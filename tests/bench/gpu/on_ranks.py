@@ -43,7 +43,7 @@ def layer_on(mesh: MoEMesh, device: str) -> MoE:
 
 
 def start(device: str) -> str:
-    """Nobody has called `torch.cuda.set_device`."""
+    """The program does not call `torch.cuda.set_device`."""
     ranks = dist.get_world_size()
     mesh = MoEMesh.init(device, dp=ranks, ep=ranks)
     layer = layer_on(mesh, device)
