@@ -29,6 +29,13 @@ IDIOMS = {
     r"\blest\b": "so that ... does not",
     r"\b[Ss]ay `\w+=": "pass",
     r"experts in turn": "round-robin",
+    r"(?:config|message|table|program) says so": "if `option`, as the config sets it, reports it",
+    r"\b(?:is|are) told (?:by|as|with|together|too)\b": "is reported, printed, raised",
+    r"what (?:it|they|he) likes\b": "any",
+    r"stands? in the (?:place|way) of": "replaces, prevents",
+    r"of any kind, and of that kind": "the result has the kind of the argument",
+    r"(?:has|have) been seen on a GPU|run on a GPU has been seen": "not run on a GPU yet",
+    r"quarter of an hour": "15 minutes",
     # The sentences of the first reader, by their words.
     r"is what a sum over the ranks is taken in": "accumulation dtype of reductions",
     r"is trusted(?: and|,) not looked up": "is trusted: verifying it would need a collective",
@@ -79,7 +86,7 @@ def test_idioms_do_not_come_back() -> None:
 
 
 def test_the_rule_can_fail() -> None:
-    assert lines_with_idioms("x\ny is told by\n    nobody, but for one") == [
+    assert lines_with_idioms("x\ny is made by\n    nobody, but for one") == [
         "3: nobody",
         "3: but for",
     ]

@@ -1,7 +1,7 @@
 """Declarations compared with the parameters and buffers that exist (X9).
 
-A class declares its own parameters, and `declare_placements` declares others by name. A misspelt
-name would leave a tensor without a type, or a type without a tensor, so both are findings.
+A class declares its own parameters, and `declare_placements` declares others by name. A
+misspelt name leaves a tensor without a type and a type without a tensor; both are findings.
 """
 
 from __future__ import annotations

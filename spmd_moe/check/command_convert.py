@@ -9,7 +9,7 @@ from spmd_moe.train.checkpoint.convert import convert
 
 DESCRIPTION = """\
 Turn a checkpoint that `save_checkpoint` wrote into a folder of torch.distributed.checkpoint (DCP),
-or such a folder into a checkpoint. Which of the two SOURCE is, is found out from its files. One
+or such a folder into a checkpoint. The files of SOURCE show which of the two it is. One
 process does it, with one chunk in memory at a time. Nothing is unpickled except DCP's metadata, of
 which only known classes are accepted.
 """

@@ -179,11 +179,11 @@ class _Forecast:
         return [full + ((expert - first) % experts < rest) for expert in range(experts)]
 
     def _reached(self, rank: int) -> list[int]:
-        """How many of a rank's tokens, which choose in turn, have a choice on each rank of ep."""
+        """How many of a rank's tokens reach each rank of ep, with round-robin choices."""
         experts, top_k = self.config.router.num_experts, self.config.router.top_k
         share = experts // self.layout.ep
         first = first_in_turn(rank, self.layout.world, experts)
-        # Choices repeat after as many tokens as there are experts, at the latest.
+        # Choices repeat after at most `num_experts` tokens.
         full, rest = divmod(self.tokens_r[rank], experts)
         reached = [0] * self.layout.ep
         for token in range(experts):

@@ -1,4 +1,4 @@
-"""The GPU of a rank: is there one, does torch know it, and is it like those of the others?"""
+"""Checks of the GPU of a rank: it exists, torch supports it, and capabilities agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from spmd_moe.core.errors import MeshError, explain, plural
 
-_NOT_REAL = ("fake", "threaded", "mirror")  # backends that plan for GPUs without any
+_NOT_REAL = ("fake", "threaded", "mirror")  # backends that simulate GPUs
 
 
 def _on_gpus(device_type: str) -> bool:
@@ -31,7 +31,7 @@ def check_device_of_rank(where: str, device_type: str) -> None:
                 why="every rank computes on a GPU of its own",
                 fixes=[
                     "'cpu'   # and init_process_group('gloo')",
-                    "nvidia-smi   # is there a driver; CUDA_VISIBLE_DEVICES may hide GPUs",
+                    "nvidia-smi   # lists the GPUs; CUDA_VISIBLE_DEVICES may hide some",
                 ],
             )
         )
@@ -47,7 +47,7 @@ def check_device_of_rank(where: str, device_type: str) -> None:
 
 
 def settings_of_device(device_type: str) -> dict[str, object]:
-    """What must be alike on all ranks, once the device of this one is set."""
+    """Settings that must be equal on all ranks, read after the device of this rank is set."""
     if not _on_gpus(device_type):
         return {}
     major, minor = torch.cuda.get_device_capability()
@@ -55,7 +55,7 @@ def settings_of_device(device_type: str) -> dict[str, object]:
 
 
 def check_capability(where: str, device_type: str) -> None:
-    """Raise if the installed torch has no kernels for the GPU. It is the same on all ranks."""
+    """Raise if torch has no kernels for the GPU, whose capability is the same on all ranks."""
     if not _on_gpus(device_type):
         return
     major, minor = torch.cuda.get_device_capability()

@@ -29,8 +29,8 @@ def declare_placements(
     Args:
         model: The module.
         placements: From a name, or a pattern with `*`, to a `Placed[...]` or a `Placement`.
-        rest: The placement of every parameter and buffer that still has none, such as all of a
-            model around layers that declare their own.
+        rest: The placement of every parameter and buffer that still has none, for
+            example those of a model around layers that declare their own.
 
     Raises:
         PlacementError: A key matches nothing, a tensor is declared twice, or a value is not a

@@ -17,10 +17,10 @@ _precision = torch._C._get_fp32_precision_getter  # torch.backends takes five ti
 
 
 def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of two matrices; without the precision of their dtype it is not computed."""
+    """`a @ b` of two matrices, in the full precision of their dtype."""
     if a.dtype is not torch.float32:
         return a @ b
-    if torch.compiler.is_compiling():  # an operator of its own, which sets the precision as it runs
+    if torch.compiler.is_compiling():  # an operator, which sets the precision at run time
         return cast(Tensor, torch.ops.spmd_moe.float32_matmul.default(a, b))
     if not is_reduced(a):
         return a @ b
@@ -30,7 +30,7 @@ def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def is_reduced(x: Tensor) -> bool:
-    """Whether a plain matmul of `x` may be less than float32, now or when a graph runs."""
+    """Whether a plain matmul of `x` may use less than float32, now or when a graph runs."""
     if x.dtype is not torch.float32:
         return False
     return torch.compiler.is_compiling() or _precision(_backend(x), "matmul") in _REDUCED
@@ -41,7 +41,7 @@ def _backend(x: Tensor) -> str:
 
 
 class _Product(torch.autograd.Function):
-    """Its derivatives are computed later, so each sets the precision again."""
+    """A product whose derivatives set the precision again, because they run later."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ def _in_full(a: Tensor, b: Tensor) -> Tensor:
 class _FullPrecision:
     """A block in which matmuls are in float32.
 
-    The setting is one for all threads: the first that comes changes it, the last restores it. A
-    matmul of another thread may be more precise meanwhile, never less.
+    The setting is global: the first thread that enters changes it, the last one restores it.
+    Meanwhile matmuls of other threads may be more precise, never less.
     """
 
     def __init__(self) -> None:
@@ -89,16 +89,16 @@ _full_precision = _FullPrecision()
 
 
 def _settings() -> tuple[str | None, str, str]:
-    """Of torch's older interface, unless the newer one was used alone; then for each backend."""
+    """The setting of torch's older interface (None: unreadable), and that of each backend."""
     try:
         older = torch._C._get_float32_matmul_precision()
-    except RuntimeError:  # they contradict each other, and torch then refuses to read the older
+    except RuntimeError:  # raised if both interfaces contradict each other
         older = None
     return older, _precision("cuda", "matmul"), _precision("mkldnn", "matmul")
 
 
 def _set(older: str | None, cuda: str, mkldnn: str) -> None:
-    """Both interfaces: where they contradict each other, a profiler is refused."""
+    """Set both interfaces: torch's profiler raises if they contradict each other."""
     if older is not None:
         torch._C._set_float32_matmul_precision(older)
     for backend, value in (("cuda", cuda), ("mkldnn", mkldnn)):

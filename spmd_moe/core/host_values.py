@@ -73,7 +73,7 @@ class Reads:
 
 @final
 class LateRead:
-    """A number on a CUDA device that the host reads once its copy is there, without waiting."""
+    """A number on a CUDA device that the host reads without waiting, once its copy is complete."""
 
     @register_no_typecheck
     def __init__(self, x: Tensor) -> None:
@@ -86,12 +86,12 @@ class LateRead:
         return bool(self._copied.query())
 
     def value(self) -> int:
-        with _disable_current_modes():  # no part of the program that a mode records
+        with _disable_current_modes():  # a mode must not record this read
             return int(self._copy)
 
 
 def is_replaying() -> bool:
-    """A forward runs again, in backward."""
+    """Whether backward is recomputing a forward."""
     reads = _reads.get()
     return reads is not None and reads.replays
 

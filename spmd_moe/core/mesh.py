@@ -149,7 +149,7 @@ class MoEMesh:
             # torch sets the device of this rank, from LOCAL_RANK, when the first mesh is made, and
             # not once a tensor is on a device. This mesh makes no groups.
             init_device_mesh(device_type, (world,))
-        # Before all checks, so that even a rank with nonsense in its degrees is told on every rank.
+        # Before other checks, so that all ranks report invalid degrees of one rank.
         settings = degrees | settings_of_device(device_type)
         check_ranks_agree(where, settings, [dist.group.WORLD], device_type)
         check_capability(where, device_type)

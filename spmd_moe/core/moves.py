@@ -33,7 +33,7 @@ from spmd_moe.core.placement import Kind
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.core.spmd_types_compat import rules
 
-T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 Kernel: TypeAlias = Callable[[Tensor, ProcessGroup, "Step"], Tensor]
 
 # torch 2.12 renamed both; the old names warn from then on.
@@ -213,7 +213,7 @@ class InFlight(funcol.AsyncCollectiveTensor):
 
     __slots__ = ()
     source: InFlight | None = None  # of a view: what it was taken from, kept alive until then
-    collective = ""  # its name, for messages about ranks that wait for it
+    collective = ""  # its name, for messages about waiting ranks
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # as torch's own subclass, which it extends

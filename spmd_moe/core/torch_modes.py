@@ -22,10 +22,10 @@ from torch.utils._device import DeviceContext
 
 
 def is_unchecked() -> bool:
-    """No mode of functions, as spmd_types' checker is one: then no kinds are needed.
+    """Whether no TorchFunctionMode, such as spmd_types' checker, is active: no kinds are needed.
 
-    Nor are they a compiler's, which would break its graph where a kind is declared. A default
-    device is a mode of functions, too, and checks nothing.
+    A compiler needs none either, and declaring a kind would break its graph. A default device is
+    a TorchFunctionMode too, but checks nothing.
     """
     if torch.compiler.is_compiling() or not _is_torch_function_mode_enabled():
         return True
@@ -69,7 +69,7 @@ def fsdp_casts(module: nn.Module) -> bool:
 
 
 def is_capturing(x: Tensor) -> bool:
-    """A CUDA graph is captured: the host may read nothing of the device, nor send to it."""
+    """Whether a CUDA graph is being captured: copies to and from the host are not allowed."""
     if x.is_cpu or torch.compiler.is_compiling():
         return False
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

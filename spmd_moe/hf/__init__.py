@@ -3,7 +3,7 @@
 Read in this order:
 
     family, families*                          one record for each family; what records share
-    find_blocks, block, swap                   the layer in the place of every MoE block
+    find_blocks, block, swap                   every MoE block replaced by the layer
     names_on_disk, element_map, checkpoint_layout   where each parameter lies in their files
     safetensors_slices, read_checkpoint, write_checkpoint
     pooled_loss, model_methods                 their loss over ranks, their own `save_pretrained`

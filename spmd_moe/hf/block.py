@@ -1,4 +1,4 @@
-"""The module in the place of transformers' block: our layer, called as theirs is."""
+"""The module that replaces transformers' block: our layer with the same call interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYER = "moe"  # the name of the layer in a block
 
 
 def block_of(moe: MoE, family: Family, theirs: nn.Module) -> nn.Module:
-    """What stands in the place of `theirs`."""
+    """The module that replaces `theirs`."""
     if family.routed is not None:
         return ExpertsBlock(moe)
     after = {name: theirs.get_submodule(name) for name in family.after}
@@ -31,13 +31,13 @@ def block_of(moe: MoE, family: Family, theirs: nn.Module) -> nn.Module:
 
 
 def records_output(hook: object) -> bool:
-    """Whether a hook is transformers' own, with which it records the outputs of routers."""
+    """Whether a hook is one with which transformers records the outputs of routers."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 @final
 class ExpertsBlock(nn.Module):
-    """The layer in the place of transformers' experts, which are given what its router says."""
+    """The layer as a replacement for transformers' experts, called with their router's choices."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ExpertsBlock(nn.Module):
 
 @final
 class Block(nn.Module):
-    """The layer, called and answering as transformers' block is and does."""
+    """The layer with the arguments and results of transformers' block."""
 
     def __init__(
         self, moe: MoE, family: Family, after: Mapping[str, nn.Module], gate: type
@@ -73,9 +73,9 @@ class Block(nn.Module):
 
     def _tell_logits(self, module: nn.Module, args: Any, routing: Routing) -> None:
         if not self.router_logits._forward_hooks:
-            return  # transformers has not yet been asked for them
+            return  # nothing records them yet
         logits_TE, tp, kind = routing.logits_TE, self.moe.mesh[TP], self.moe.config.dst
-        if kind != S(0):  # inside the layer the ranks of tp have rows of their own
+        if kind != S(0):  # inside the layer each rank of tp has different rows
             shape = ShardShape.even(self.rows, tp.size)
             logits_TE = redistribute(logits_TE, tp, src=S(0), dst=kind, shape=shape)
         self.router_logits(logits_TE)

@@ -1,4 +1,4 @@
-"""Records of the families whose router scores each expert alone: sigmoid, sqrt of softplus."""
+"""Records of the families whose scores are elementwise: sigmoid, square root of softplus."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ Reader = Callable[[nn.Module], Activation | str]
 
 
 def _clamped(limit: str, clamp: Callable[[float], Activation] = clamped_silu_glu) -> Reader:
-    """The activation with the limit that an attribute of the block says, if it clamps silu."""
+    """The activation with the limit in an attribute of the block, if it clamps silu."""
     owner = limit.rpartition(".")[0]
 
     def activation(block: nn.Module) -> Activation | str:

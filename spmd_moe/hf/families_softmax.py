@@ -1,4 +1,4 @@
-"""Records of the families whose router is a softmax; and what records of all kinds share."""
+"""Records of the families whose router is a softmax, and definitions that all records share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ERNIE = Family(
     "softmax",
     bias="gate.moe_statics.e_score_correction_bias",
     shared="shared_experts",
-    needs=(Need("gate.norm_min", (1e-12,), "a bound of its own of the normalization's divisor"),),
+    needs=(Need("gate.norm_min", (1e-12,), "a lower bound of the normalization's divisor"),),
 )
 HUNYUAN = Family(
     "hunyuan_v1_moe",
@@ -66,7 +66,11 @@ DBRX = Family(
     weight="router.layer.weight",
     layout=STACKED_ROWS,
     needs=(
-        Need("moe_normalize_expert_weights", (None, 1, 1.0), "division by another norm than 1"),
+        Need(
+            "moe_normalize_expert_weights",
+            (None, 1, 1.0),
+            "division by a norm other than the 1-norm",
+        ),
         Need("router.moe_jitter_eps", (None, 0, 0.0), "jitter of the experts' input"),
     ),
 )
@@ -92,7 +96,9 @@ DEEPSEEK_V2 = Family(
         "gate.num_group", "gate.topk_group", 1, when=("gate.topk_method", "group_limited_greedy")
     ),
     shared="shared_experts",
-    needs=(Need("gate.topk_method", ("greedy", "group_limited_greedy"), "another way to choose"),),
+    needs=(
+        Need("gate.topk_method", ("greedy", "group_limited_greedy"), "a different way to choose"),
+    ),
 )
 MISTRAL4 = Family(
     "mistral4",

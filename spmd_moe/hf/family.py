@@ -1,7 +1,7 @@
-"""What a record of a model family says, and how it is read from one block of a model.
+"""Records of model families, and how settings are read from one block of a model.
 
-A record names the submodules and attributes of transformers' block. What the block cannot be
-turned into, because the layer has no such setting, is told by name: nothing is approximated.
+A record names the submodules and attributes of transformers' block. If the layer cannot express a
+setting of the block, an error names the setting: nothing is approximated.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Family:
     block: str  # the class
     score: str  # a ScoreName, or the attribute that has the name or the function
     norm: bool | str = True
-    norm_eps: float = 0.0  # where transformers has one that is not lost in rounding
+    norm_eps: float = 0.0  # unless it is lost in rounding
     softcap: str | None = None  # of the logits; 0 for none
     choose_by: RankName | None = None
     excluded_score: float = -math.inf
@@ -129,7 +129,7 @@ class Family:
     gate: str = "gate"  # the router, whose first output is its logits
     weight: str = "gate.weight"
     weight_bias: str | None = None  # a part of the logits
-    bias: str | None = None  # steers the choice
+    bias: str | None = None  # selection bias
     layout: tuple[Held, ...] = FUSED
     activation: Callable[[nn.Module], Activation | str] | None = None
     shared_activation: Callable[[nn.Module], Activation | str] | None = None
@@ -138,7 +138,7 @@ class Family:
     after: tuple[str, ...] = ()  # modules that the output passes
     returns: Literal["hidden", "pair"] = "hidden"
     needs: tuple[Need, ...] = ()
-    routed: str | None = None  # the block is the experts alone, of which this is the parent's top_k
+    routed: str | None = None  # the block has experts only: the parent's top_k
 
     @property
     def modeling(self) -> str:

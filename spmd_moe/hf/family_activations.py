@@ -91,7 +91,7 @@ def function_of(owner: nn.Module) -> object:
 
 
 def other_than_silu(owner: nn.Module) -> str | None:
-    """What the layer lacks for experts that clamp another function than silu; None for silu."""
+    """The missing feature if experts clamp a function other than silu; None for silu."""
     function = function_of(owner)
     if function is None or of_function(function, gated=True) is SWIGLU:
         return None  # None: the experts call silu by name

@@ -1,4 +1,4 @@
-"""The auxiliary loss of transformers, pooled over all layers, of the tokens of all ranks.
+"""The auxiliary loss of transformers, pooled over all layers, for the tokens of all ranks.
 
 transformers computes it from the logits of one process. A product of two means over all tokens is
 not a mean of products, so a rank needs the counts of all: one all-reduce of E + 1 numbers.
@@ -54,7 +54,7 @@ def _sums(logits_TE: Tensor, top_k: int, mask_T: Tensor | None) -> tuple[Tensor,
 
 
 def with_pooled_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a model of transformers, its auxiliary loss a part of that of all ranks."""
+    """The forward of a transformers model, with this rank's share of the auxiliary loss."""
 
     parameters = signature(forward)
 

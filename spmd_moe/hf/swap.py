@@ -123,7 +123,7 @@ def _plan(
 @final
 @dataclass(frozen=True, slots=True)
 class _Choices:
-    """What the caller of `swap` chooses for all layers."""
+    """Options of `swap` for all layers."""
 
     tokens: Kind
     recompute: ExpertRecompute

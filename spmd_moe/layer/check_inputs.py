@@ -177,7 +177,7 @@ def _check_beside(
 
 
 def _refuse_dtype(x: Tensor, experts: Experts) -> None:
-    """The experts compare the two again; here it is told before anything is sent.
+    """The experts compare them too; this check raises before anything is sent.
 
     Not of weights that are something else until the experts run, and may be cast then.
     """

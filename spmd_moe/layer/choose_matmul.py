@@ -1,4 +1,4 @@
-"""Which grouped matmul: the caller's own, or the one that suits a dtype, a device and widths."""
+"""The choice of the grouped matmul, from dtype, device and widths, unless the caller passes one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spmd_moe.layer.grouped_mm_support import has_kernel
 
 
 def check_matmul(where: str, matmul: object) -> None:
-    """A grouped matmul, or None, which leaves the choice to `choose_matmul`."""
+    """Raise unless it is a grouped matmul, or None: then `choose_matmul` chooses."""
     if matmul is None:
         return
     methods = (getattr(matmul, name, None) for name in ("rows", "outer"))
@@ -36,7 +36,7 @@ def choose_matmul(
     dtype: torch.dtype, device: torch.device, widths: tuple[int, ...], fixed: bool = False
 ) -> GroupedMatmul:
     """The matmul for a dtype, a device and row widths; with `fixed` the host must not wait."""
-    # Only of other devices than the usual: their type is a string, made again at each read.
+    # Compared first, because each read of `device.type` makes a string.
     if device != _CPU and device.type == "cuda":
         if has_kernel(dtype, device, widths):
             return TorchGroupedMM()

@@ -16,7 +16,7 @@ def combine(
 ) -> Tokens:
     """Add each token's rows, in the order of its choices; with scores, each times its weight.
 
-    With `sums`, the rows are weighed sums already, and copies of the tokens by this record.
+    With `sums`, the rows are already weighted sums, and `sums` has the token of each row.
     """
     if sums is not None:
         return add_copies(rows_ND, sums)

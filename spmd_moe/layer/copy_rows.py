@@ -24,13 +24,13 @@ from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_modes import is_unobserved
 from spmd_moe.layer.permute import sum_bags
 
-T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Which rows are copies of which original. Placed as the ids are that it was made of."""
+    """The original of each row. It has the placement of the ids from which it was made."""
 
     original_R: Tensor  # the original of each row
     row_R: Tensor  # the rows, sorted by original

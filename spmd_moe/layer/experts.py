@@ -67,7 +67,7 @@ class ScoreApplication(Enum):
     IN_COMBINE = "in combine"
     """As some checkpoints demand; keeps the output for the weights' gradient."""
     ON_INPUT = "on input"
-    """The row that an expert reads is multiplied, as in Llama 4; the product is kept."""
+    """Multiplies the input of the expert, as in Llama 4; the product is saved for backward."""
 
 
 class ExpertRecompute(Enum):

@@ -35,7 +35,7 @@ from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, RowGroups
 from spmd_moe.layer.permute import Gather, fold_gathered, gather_rows
 from spmd_moe.layer.scaled_rows import scaled
 
-T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 U = TypeVar("U", bound=Tensor)
 
 
@@ -54,7 +54,7 @@ class Weights(NamedTuple):
         w2_eDF: ExpertOutWeight | None,
         w3_eFD: ExpertInWeight | None,
     ) -> Weights:
-        """Those that forward has cast, in place of its own."""
+        """Replace matrices by those that forward has cast."""
         return self._replace(
             w1_eFD=self.w1_eFD if w1_eFD is None else w1_eFD,
             w2_eDF=self.w2_eDF if w2_eDF is None else w2_eDF,
@@ -81,7 +81,7 @@ class Recipe(NamedTuple):
     """Behind the rows of all experts there may be rows of none."""
 
     def cast(self, w: Weights) -> Weights:
-        """For the matmuls; a loop casts the weights of one expert at a time."""
+        """The weights for the matmuls. A loop casts the weights of one expert at a time."""
         return w if isinstance(self.matmul, LoopedMatmul) else w.to(self.compute)
 
 
@@ -107,7 +107,7 @@ class Hidden(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What forward has computed: the output, and what it may keep for backward."""
+    """Results of forward: the output, and tensors that it may save for backward."""
 
     y_RD: Rows
     hidden: Hidden  # the results of the first matmuls
@@ -115,7 +115,7 @@ class Made(NamedTuple):
     groups: RowGroups
 
     def cast_only(self, own: Weights) -> list[Tensor | None]:
-        """The matrices that were cast: backward needs the same, and a cast reads all weights."""
+        """The matrices that were cast. Backward reuses them, because a cast reads all weights."""
         pairs = zip(self.w[:3], own[:3], strict=True)
         return [None if cast is given else cast for cast, given in pairs]
 

@@ -4,7 +4,8 @@
        @ w[0]      @ w[1]                      @ w[3]        never read
 
 Two operations, `rows` and `outer`, compute the experts and derivatives of any order. torch's kernel
-implements them for GPUs, a loop for CPUs and for what the kernel refuses; users can add others.
+implements them for GPUs, a loop for CPUs and for dtypes and widths that the kernel lacks; users can
+add others.
 """
 
 # Shape letters in this file:
@@ -72,7 +73,7 @@ class RowGroups(NamedTuple):
 
     @property
     def read_e(self) -> Tensor | None:
-        """The ends on the host, where that is another device: to read them again would wait."""
+        """The ends on the host, unless they are there already: reading them again would wait."""
         return None if self.matmul_ends_e is self.ends_e else self.matmul_ends_e
 
     def linear(self, x_RA: Tensor, w_eBA: Tensor, b_eB: Tensor | None = None) -> Tensor:

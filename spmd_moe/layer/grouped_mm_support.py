@@ -1,4 +1,4 @@
-"""What `torch.nn.functional.grouped_mm` does on a device, which torch does not tell."""
+"""Capabilities of `torch.nn.functional.grouped_mm` on a device, which torch does not report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def has_kernel(dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]
 
 
 def writes_empty_groups(x: Tensor) -> bool:
-    """Whether the gradient of the weights of an expert without rows comes out as zeros.
+    """Whether grouped_mm writes zeros to the weight gradient of an expert without rows.
 
     It does on CPUs and on Hopper. On Blackwell (pytorch issue 172439) and with ROCm (pytorch pull
-    request 174314) that memory may stay as it was; then another pass over the gradient is needed.
+    request 174314) that memory may be uninitialized, and the layer has to zero it.
     """
     if x.device.type != "cuda":
         return True

@@ -29,7 +29,7 @@ from spmd_moe.core.placement import GatheredRows, Tokens
 from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_modes import is_unobserved
 
-T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 
 
 @final

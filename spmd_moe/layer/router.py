@@ -32,7 +32,7 @@ T = TypeVar("T", bound=Tensor)
 @final
 @dataclass(frozen=True, slots=True)
 class IdentityChoices:
-    """What the identity experts add: each token's own input, times a weight.
+    """The contribution of identity experts: each token's own input, times a weight.
 
     Attributes:
         weights_T: The sum of the weights of each token's choices of identity experts.
@@ -172,7 +172,7 @@ class Router(nn.Module):
         weights_TK = self._weights(scores_TE, logits_TE, ids_TK, none_TK)
         counts_E, identity = count_choices(ids_TK, config.num_choices, complete), None
         if config.num_zero_experts:
-            # To dispatchers and experts, a choice of an identity expert is one of no expert.
+            # Dispatchers and experts treat a choice of an identity expert as no expert.
             identity_TK, complete = ids_TK >= config.num_experts, False
             weights_T = weights_TK.masked_fill(~identity_TK, 0.0).sum(1)
             identity = IdentityChoices(weights_T, counts_E)
@@ -199,7 +199,7 @@ class Router(nn.Module):
         expert_weights_TK: Tokens | None,
         refused: bool,
     ) -> Routing:
-        """The choices and weights of the caller."""
+        """The routing made of the choices and weights that the caller passes."""
         config = self.config
         if expert_ids_TK is None or expert_weights_TK is None:  # refused: there are no tokens
             expert_weights_TK = x_TD.narrow(1, 0, 1).expand(-1, config.top_k)
@@ -221,7 +221,7 @@ class Router(nn.Module):
         )
 
     def _told(self, marked: Tokens, refused: bool) -> Tokens:
-        """What is wrong here, or on a rank of the axes that tell each other."""
+        """The faults of this rank, summed with those of the ranks on the axes in `tell`."""
         if refused:
             marked = marked + routing_faults.REFUSED
         for axis in self.tell:
@@ -313,7 +313,7 @@ def _best(scores_TE: Tokens, bias_E: Whole, config: RouterConfig, mask_T: Tokens
 
 
 def _within_best_groups(rank_TE: Tokens, config: RouterConfig) -> Tokens:
-    """A score that excludes, for the experts of every group that a token does not keep."""
+    """Replace the scores of experts in groups that a token does not use."""
     per_group = config.num_experts // config.num_expert_groups
     grouped: Tokens = rank_TE.unflatten(1, (config.num_expert_groups, per_group))
     best = grouped.topk(min(config.group_score_top_k, per_group), dim=2).values.sum(2)

@@ -17,7 +17,7 @@ from spmd_moe.core.placement import Tokens, Whole
 from spmd_moe.core.spmd_types_compat import rules
 from spmd_moe.core.torch_modes import is_unobserved
 
-T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 U = TypeVar("U", bound=Tensor)
 
 
@@ -58,7 +58,7 @@ def router_logits(
 ) -> Tokens:
     """The logits, in `dtype`, of a matmul in `product`, also under autocast. 0 of padding.
 
-    Choices depend on small bits, so `product` is float32 unless the config says otherwise.
+    Choices depend on low bits, so `product` is float32 unless `in_model_dtype` is set.
     """
     return as_dtype(_in_dtype(x_TD, weight_ED, mask_T, product), dtype)
 
@@ -66,7 +66,7 @@ def router_logits(
 def _in_dtype(x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, dtype: torch.dtype) -> Tokens:
     if is_unobserved():
         return _product(x_TD, weight_ED, mask_T, dtype)
-    # Autograd keeps the same, but its own products are in the precision that the program allows.
+    # Autograd saves the same tensors, but its products use the precision that the program allows.
     if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype and not is_reduced(x_TD):
         with no_autocast(x_TD):
             return fn.linear(x_TD, weight_ED)

@@ -20,8 +20,8 @@ from spmd_moe.core.torch_modes import is_capturing
 class Jitter:
     """Scales inputs by 1 -+ amount. Tokens are V on the dense axes, so each rank has its stream.
 
-    What all streams start from is drawn from torch's default generator, whose state checkpointing
-    restores: a forward that is computed again sees the same noise.
+    Seeds are drawn from torch's default generator, whose state checkpointing restores, so a
+    recomputed forward draws the same noise.
     """
 
     def __init__(self, amount: float, stream: int) -> None:
@@ -33,7 +33,7 @@ class Jitter:
         if is_capturing(x_TD):
             raise _captured()
         seed = draw_seed() + self.stream
-        # Not in the dtype of the model: below float32 there are a few numbers around 1, or none.
+        # Not in the dtype of the model: below float32 there are too few numbers near 1.
         noise = torch.empty_like(x_TD, dtype=sum_dtype(x_TD)).uniform_(
             1 - self.amount,
             1 + self.amount,

@@ -46,7 +46,7 @@ def _same(logits_TE: Tokens) -> Tokens:
 
 def _sqrt_softplus(logits_TE: Tokens) -> Tokens:
     root_TE = torch.sqrt(_softplus(logits_TE))
-    # Clamped, since an exponential that overflows has no slope, also where it is not chosen.
+    # Clamped, because the gradient of an overflowing exponential is NaN even if it is not selected.
     small_TE = torch.exp(logits_TE.clamp(max=_AS_EXP) / 2)
     return torch.where(logits_TE < _AS_EXP, small_TE, root_TE)
 
@@ -71,7 +71,7 @@ SCORES: dict[str, Score] = {
     "sqrt_softplus": Score(_sqrt_softplus, _log_sqrt_softplus),
 }
 
-# What experts can be ranked by, if not by the scores that weigh them.
+# Scores that can rank experts, apart from the scores that weigh them.
 RANKS: dict[str, Callable[[Tokens], Tokens]] = {
     "logits": _same,
     "softmax": _softmax,

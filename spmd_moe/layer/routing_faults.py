@@ -42,7 +42,7 @@ def nan_parameter(*shape: int) -> nn.Parameter:
 
 
 def mark_faults(logits_TE: Tokens, expert_ids_TK: Tokens | None, num_experts: int) -> Tokens:
-    """0 where all is well; it stays on the device. In the place of logits, weights are checked."""
+    """The mark of this rank, on the device: 0 without faults. `logits_TE` may be weights."""
     # Only NaN and infinity less themselves are not 0; times 0, a compiler takes them for 0 too.
     found = (logits_TE - logits_TE).count_nonzero()
     if expert_ids_TK is None:
@@ -61,22 +61,22 @@ def sum_marks(marked: Tokens, axis: Axis) -> Tokens:
 class AloneCheck:
     """The check of a rank that exchanges nothing.
 
-    On a CPU it is done at once. On CUDA that would be the only wait of the layer, so the mark is
-    copied beside the kernels, and a later call raises, as soon as the copy is there. A compiled or
-    captured graph is not checked.
+    On a CPU it raises at once. On CUDA that would be the only wait of the layer, so the mark is
+    copied without a wait, and a later call raises once the copy is complete. Compiled and captured
+    graphs are not checked.
     """
 
     def __init__(self) -> None:
         self._late: deque[tuple[LateRead, int]] = deque()
 
     def __deepcopy__(self, memo: object) -> AloneCheck:
-        return AloneCheck()  # what is on its way is told by the original
+        return AloneCheck()  # the original raises for marks being copied
 
     def check(self, marked: Tokens, logits_TE: Tokens, num_experts: int) -> None:
         if torch.compiler.is_compiling():
             return
         if marked.is_cpu:
-            # spmd: allow unknown - it is read, and no tensor any more
+            # spmd: allow unknown - the host reads it
             (found,) = read_ints(max_over_ranks(marked).view(1))
             _raise_alone(found, num_experts, logits_TE.numel())
         elif marked.is_cuda and not is_capturing(marked) and not is_replaying():

@@ -13,7 +13,7 @@ from torch import Tensor
 from spmd_moe.core.compute_dtype import as_dtype
 from spmd_moe.core.torch_modes import is_unobserved
 
-T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 
 
 def scaled(x_RA: T, scores_R: Tensor) -> T:
@@ -25,7 +25,7 @@ def scaled(x_RA: T, scores_R: Tensor) -> T:
         return cast(T, x_RA * scores_R.unsqueeze(1))
     if is_unobserved() and not torch.compiler.is_compiling():
         return cast(T, torch.ops.spmd_moe.scale.default(x_RA, scores_R))
-    # A compiler makes one pass of these two.
+    # A compiler fuses these two.
     return cast(T, as_dtype(x_RA * scores_R.unsqueeze(1), x_RA.dtype))
 
 
@@ -33,8 +33,8 @@ def _scale(x_RA: Tensor, scores_R: Tensor) -> Tensor:
     return torch.mul(x_RA, scores_R.unsqueeze(1), out=torch.empty_like(x_RA))
 
 
-# An operator of its own: a selective checkpoint may keep the result of any operator, so nothing may
-# write into that memory later, as `out=` would.
+# One operator, because a selective checkpoint may save the result of any operator, and `out=` would
+# write into saved memory.
 _OPERATORS = torch.library.Library("spmd_moe", "FRAGMENT")
 _OPERATORS.define("scale(Tensor x, Tensor scores) -> Tensor")
 _OPERATORS.impl("scale", _scale, "CompositeExplicitAutograd")

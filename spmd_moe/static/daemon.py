@@ -11,7 +11,7 @@ something that they use has changed or they had errors. A review needs the types
   has changed for it, and the ending repeats what was said.
 - A module whose first placement is found while functions of it are checked is marked then, and a
   change in its ending has the daemon come back to it.
-- What the plugin looks at and mypy does not count as used is told to mypy as a dependency.
+- Definitions that the plugin reads are reported to mypy as dependencies, unless mypy counts them.
 """
 
 from __future__ import annotations

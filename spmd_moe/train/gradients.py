@@ -29,7 +29,7 @@ from spmd_moe.train.obligations import Obligation, trained
 from spmd_moe.train.reduced_gradients import is_sum, note_sum, rest_of_sum
 from spmd_moe.train.storage_mesh import shard_group
 
-BUCKET_BYTES = 64 * 2**20  # of a sum that travels at once; twice as much exists meanwhile
+BUCKET_BYTES = 64 * 2**20  # of one reduction; it allocates twice as much
 
 Trained: TypeAlias = tuple[Obligation, nn.Parameter]
 
@@ -139,8 +139,8 @@ class _Owing:
 def _read_once(pairs: Sequence[Trained], groups: Sequence[_Owing]) -> None:
     """Raise if an earlier sum is in a gradient, and note which gradients no rank has.
 
-    One read for both, and none where every parameter has a gradient that zero_grad had set to
-    None: then nothing waits for a device.
+    One device synchronization for both; none if every parameter has a gradient that zero_grad had
+    set to None.
     """
     rests = [(row.name, rest) for row, p in pairs if (rest := rest_of_sum(p)) is not None]
     asking = [group for group in groups if group.missing]
@@ -165,9 +165,9 @@ def _read_once(pairs: Sequence[Trained], groups: Sequence[_Owing]) -> None:
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Pieces of flat gradients that travel together, also a part of a large one.
+    """Pieces of flat gradients that are reduced together. A large gradient is split.
 
-    Cut by sizes alone, which are the same on every rank.
+    The split depends on sizes only, which are the same on every rank.
     """
     bucket, room = list[Tensor](), 0
     for gradient in gradients:
@@ -186,8 +186,8 @@ def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _reduce(bucket: list[Tensor], axes: list[Axis]) -> None:
-    """One exchange for the bucket on each axis. Beside the gradients there are, at any time, what
-    is sent and what comes back."""
+    """Reduce a bucket over each axis. The memory is that of the gradients, plus one buffer that is
+    sent and one that is received."""
     sizes = [piece.numel() for piece in bucket]
     flat = bucket[0].new_empty(sum(sizes), dtype=sum_dtype(bucket[0]))
     torch._foreach_copy_(list(flat.split(sizes)), bucket)

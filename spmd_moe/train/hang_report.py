@@ -26,7 +26,7 @@ class State(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A sign of life of a rank, and where it stands."""
+    """A heartbeat of a rank, and where its main thread is."""
 
     number: int  # of this beat; a rank whose number stays the same has stopped
     state: State
@@ -64,7 +64,7 @@ Beats = Mapping[int, Beat]  # by rank; a rank that never began has none
 @final
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """All ranks of the job, as one of them sees them."""
+    """The last heartbeats of all ranks, as one rank has read them."""
 
     world: int
     beats: Beats

@@ -1,4 +1,4 @@
-"""Where a thread stands: the collective in which it waits, and the line of the user's program."""
+"""The position of a thread: the collective in which it waits, and the user's line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spmd_moe.core.messages import PACKAGE, short_path, users_line
 _WAITS = re.compile(r"\.(wait|synchronize)\(")
 _COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
 _OWN = ("spmd_moe.train.hang_stack", "spmd_moe.train.hang_watch")
-_MOVES = "spmd_moe.core.moves"  # it says which collective; what called it says what for
+_MOVES = "spmd_moe.core.moves"  # names the collective; its caller is reported as the place
 _OPERATORS = "torch._ops"  # its frames hold the operator as `self`
 _ENGINE = "_engine_run_backward"  # the main thread, while other threads run backward
 
@@ -47,7 +47,7 @@ class Standing:
 def standing(thread: int) -> Standing:
     """Where the thread with this ident stands.
 
-    Where it runs backward, other threads may be those that wait in its collectives.
+    If it runs backward, other threads may be the ones that wait in collectives.
     """
     frames = sys._current_frames()
     frame = frames.get(thread)

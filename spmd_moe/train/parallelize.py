@@ -180,7 +180,7 @@ def _replace(
 
 
 def _mesh_info(store: Store, infos: dict[object, FSDPMeshInfo]) -> FSDPMeshInfo:
-    """How FSDP is told of a mesh; it wants one such record for one process group."""
+    """The record that passes a mesh to FSDP, which requires one for each process group."""
     if store.data.ndim == 1:
         info = FSDPMeshInfo(store.data, shard_mesh_dim=0)
     else:

@@ -1,4 +1,4 @@
-"""Time of `DedupAllToAll` beside `AllToAll` over gloo: dispatch, collect and combine, no experts.
+"""Time of `DedupAllToAll` and `AllToAll` over gloo: dispatch, collect and combine, no experts.
 
 python -m tests.bench.dispatchers                  # EP 2 and 4, 1,024 tokens a rank
 python -m tests.bench.dispatchers --ranks 2 --dim 2048

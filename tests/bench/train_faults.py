@@ -1,6 +1,6 @@
 """Faults of one of four ranks of the training example: a table of the messages and their times.
 
-python -m tests.bench.train_faults [--write]      # a quarter of an hour on two cores
+python -m tests.bench.train_faults [--write]      # 15 minutes on two cores
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One training run of the example on seven layouts: a table of the losses that came of it.
 
-python -m tests.bench.train_layouts [--write]      # a quarter of an hour on two cores
+python -m tests.bench.train_layouts [--write]      # 15 minutes on two cores
 
 Layouts add in another order, so values differ in the last bits. Now and then two experts are so
 close for a token that this decides between them; from there on the runs part. The script then says

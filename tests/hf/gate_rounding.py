@@ -1,4 +1,4 @@
-"""How many tokens a router in bfloat16 sends to other experts than one in float64.
+"""The share of tokens for which a bfloat16 router and a float64 router choose differently.
 
 python -m tests.hf.gate_rounding
 """
@@ -33,7 +33,7 @@ def chosen(config: RouterConfig, dtype: torch.dtype) -> torch.Tensor:
 
 
 def others(config: RouterConfig) -> tuple[float, float]:
-    """The share of tokens that choose otherwise: a router in float32, and one in bfloat16."""
+    """The share of tokens that choose differently: a float32 router, and a bfloat16 router."""
     exact = chosen(dataclasses.replace(config, dtype=torch.float64), torch.float64)
     float32 = chosen(config, torch.bfloat16)
     bfloat16 = chosen(dataclasses.replace(config, in_model_dtype=True), torch.bfloat16)

@@ -17,8 +17,8 @@ from tests.hf.test_families import Holder, error
 from tests.hf.tiny import DIM, WideRouters, tiny_block
 
 BATCH, LENGTH = 4, 5
-# A layout each, so that all layouts meet all that is of the layer's own: weights on the input,
-# soft caps, epsilons, two scores, and ids and weights from a router that is transformers'.
+# One layout for each rare option of the layer: weights on the input, soft caps, epsilons, two
+# scores, and ids and weights from transformers' router.
 LAYOUTS = [{"dp": 4, "ep": 4}, {"dp": 2, "tp": 2, "ep": 4}, {"tp": 4, "ep": 2, "etp": 2}]
 BLOCKS = [
     "AXK2MoE",

@@ -48,7 +48,7 @@ class Drawn(Case):
 
 
 def hash_of(text: str) -> int:
-    """The same in every process, other than `hash`."""
+    """A hash that, unlike `hash`, is the same in every process."""
     return random.Random(text).getrandbits(62)
 
 
@@ -125,7 +125,7 @@ def _spread(draw: random.Random, total: int, ranks: int) -> list[int]:
 
 
 def fuzz(seed: int, *, times: int | None = None, seconds: float = 0.0) -> Counter[str]:
-    """Either so many cases, or for so long.
+    """Run a number of cases, or run for a number of seconds.
 
     Returns:
         How many cases were equal, were refused, and had tokens; and how many ranks they had.

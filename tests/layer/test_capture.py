@@ -1,7 +1,7 @@
-"""CUDA graphs: with fixed shapes no step does what capture forbids, seen on a pretended device.
+"""CUDA graphs: no step with fixed shapes does what capture forbids, on a simulated device.
 
-Forbidden are reads of the host, uploads of memory that is not pinned, sizes that are data, and
-random numbers of a generator that the graph does not know.
+Capture forbids reads by the host, uploads of memory that is not pinned, sizes that depend on data,
+and random numbers of a generator that is not registered with the graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`DedupAllToAll`: rows on the wire, sums where rows meet, overlap, and when it is the default."""
+"""`DedupAllToAll`: rows sent, sums of rows, overlap, and when it is the default."""
 
 # Shape letters in this file:
 #   T  tokens of a rank    K  experts per token    D  model width    E  experts    N  slots
@@ -36,7 +36,7 @@ from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Routing, count_choices
 from tests.support.operator_log import Operator, operators
 
-# --- rows on the wire -------------------------------------------------------------------------
+# --- rows sent --------------------------------------------------------------------------------
 
 E, K, T, D = 128, 8, 64, 3
 
@@ -162,7 +162,7 @@ def test_values_and_gradients_are_those_of_all_to_all(degrees: dict[str, int], l
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
-# --- sums where rows meet ---------------------------------------------------------------------
+# --- sums of rows -----------------------------------------------------------------------------
 
 
 def made_copies() -> Copies:
@@ -208,7 +208,7 @@ def order_of_events() -> list[str]:
 
 
 def test_what_can_run_runs_while_rows_travel() -> None:
-    """A result is waited for where it is first used."""
+    """Each wait is at the first use of the result."""
     route, numbers = ["matmul", "sort"], ["send", "sort"]  # slots are sorted while numbers travel
     # Ids travel while rows are made; arrived ids are sorted while rows and weights travel.
     there, experts = ["send", "sort", "send", "send", "sort"], ["add"]

@@ -1,4 +1,4 @@
-"""On CUDA: NaN scores of `Local` are told by a later call, and jitter is refused under capture."""
+"""On CUDA: `Local` reports NaN scores in a later call, and jitter raises during capture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_nan_scores_are_told_by_the_next_call_without_a_wait() -> None:
         layer(bad)
         with pytest.raises(RoutingError, match="1 of 1 rank in an earlier call"):
             layer(x)
-        layer(x)  # told once
+        layer(x)  # raised once
         assert log.take() == []
 
 

@@ -127,7 +127,7 @@ def forwards_only(by_step: bool, many: int) -> tuple[int, str]:
 @pytest.mark.gloo
 @pytest.mark.parametrize("by_step, many, ends", [(True, 99, 0), (False, 99, 2), (False, 9, 1)])
 def test_a_loop_without_an_optimizer(by_step: bool, many: int, ends: int) -> None:
-    """Steps end when the program says so, or with the job, or when there is too much to keep."""
+    """Steps end when the program ends them, with the job, or when the record is full."""
     for step, text in run(2, forwards_only, by_step, many):
         assert text.startswith("Block.dropped: result") and "in step 0" in text and step == ends
 

@@ -5,8 +5,8 @@
 
 The plugin must not: no error of its own, none of its codes, the same errors of mypy's, and little
 time. Times are of the processor, so that other programs count less; the runs with the plugin and
-those without take turns, cold (with no cache) and warm, and the least of each is told. Such pairs
-still differ by more than the plugin takes; the share of one run is told too (timed_plugin.py).
+those without alternate, cold (with no cache) and warm, and the minimum of each is reported. Such
+pairs differ by more than the plugin takes; the share of one run is reported too (timed_plugin.py).
 """
 
 from __future__ import annotations

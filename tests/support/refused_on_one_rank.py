@@ -1,4 +1,4 @@
-"""Input that one rank refuses, where no message of it travels with the tokens of the layer."""
+"""Input that one rank refuses, in cases in which the layer does not inform the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training example, of which one rank is killed, stops, or finds the disk full.
+"""The training example, with a rank that is killed, stops, or has a full disk.
 
     FAULT='stop backward 2 6 marker' torchrun --nproc-per-node 4 -m tests.support.train_faults ...
 

@@ -62,7 +62,7 @@ def torchtitan_target(name: str, plan: str | None, path: str | None) -> Callable
             if plan == "tp" and tp is None:
                 raise ValueError("plan tp needs tp > 1")
             experts = init_device_mesh("cpu", (mesh.size(),), mesh_dim_names=("ep",))
-            # ETP is off, which 0.2.0 is told by a flag and later versions by meshes.
+            # Turns ETP off: 0.2.0 takes a flag, later versions meshes.
             names = inspect.signature(parallelize).parameters
             off = {"ep_tp_mesh": None, "etp_enabled": False, "etp_mesh": None, "ep_etp_mesh": None}
             parallelize(

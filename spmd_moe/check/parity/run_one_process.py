@@ -67,7 +67,7 @@ class Alone:
     steps: list[Step] = field(default_factory=list)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of the first step
     low: frozenset[torch.dtype] = frozenset()  # the low precisions that it computes in
-    # By kind and name, what rounding does: the usual distance, and the largest that was seen.
+    # By kind and name, the effect of rounding: the median distance, and the largest.
     rounding: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
 
 

@@ -297,7 +297,7 @@ def _train(
                 total = total / len(axes.joined(over, rank))
             if isinstance(p, DTensor) and isinstance(p.grad, DTensor):
                 local_of(p.grad).copy_(total)
-            elif isinstance(p, DTensor):  # of a rank on which nothing used it
+            elif isinstance(p, DTensor):  # nothing on this rank used it
                 places = p.device_mesh, p.placements
                 p.grad = DTensor.from_local(
                     total.clone(), *places, shape=p.shape, stride=p.stride()

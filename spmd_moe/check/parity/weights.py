@@ -35,7 +35,7 @@ from spmd_moe.core.placement import Placement
 
 
 class Telling(Protocol):
-    """How ranks tell each other what they hold, as threads or as processes."""
+    """How ranks, as threads or processes, exchange descriptions of their shards."""
 
     def tell(self, key: object, value: Any, /) -> list[Any]: ...
     def held(self) -> AbstractContextManager[None]: ...

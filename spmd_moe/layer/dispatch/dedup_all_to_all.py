@@ -1,14 +1,14 @@
-"""Each token is sent at most once to a rank, and comes back once: the sum of its experts there.
+"""All-to-all that sends each token at most once to a rank, and one sum of expert outputs back.
 
-A plain exchange sends a token once for each expert that it chose. Here the rank that has several of
-them makes the rows, and adds what they return before it is sent back; in backward likewise.
+`AllToAll` sends a token once for each of its experts. Here a rank that has several of them copies
+the token, and adds the experts' outputs before it sends them back. Backward does the same.
 
     token 0 chose e0 e1 e2      to rank 0 (e0 e1)   row 0         expert ids 0 1
     token 1 chose e2 e3         to rank 1 (e2 e3)   rows 0 1      expert ids 0 | 0 1
 
-Besides the rows, a number travels for each choice: which of the receiver's experts it is, and
-whether it is the first one of its row. Router weights have an exchange of their own, in their own
-dtype. They are needed where outputs are added, so they travel also if they are not for the experts.
+One int32 is sent for each choice. It encodes the expert on the receiving rank and whether the
+choice is the first one of its row. Router weights are sent in a separate exchange, in their own
+dtype, even if the experts do not apply them, because the receiving rank adds weighted outputs.
 """
 
 # Shape letters in this file:
@@ -51,7 +51,7 @@ class Expanded:
 class DedupAllToAll:
     """Dispatcher that sends each token at most once to a rank, in each direction.
 
-    Values and gradients are those of `AllToAll`; sums are taken in another order.
+    Values and gradients equal those of `AllToAll`, except that sums are taken in a different order.
 
     Args:
         mesh: The mesh of the layer.
@@ -81,12 +81,12 @@ class DedupAllToAll:
         ranks, e = self.ragged.ep.size, self.num_local
         rank_TK = torch.floor_divide(routing.expert_ids_TK, e)  # -1 stays -1
         goes_TS = self._goes(rank_TK)
-        # To every rank the counts of its experts, the number of tokens, and what is wrong here.
+        # To every rank: the counts of its experts, the number of tokens, and this rank's faults.
         tokens_S1, marks = goes_TS.sum(0).unsqueeze(1), routing.fault.view(1, 1).expand(ranks, 1)
         told = torch.cat([routing.counts_E.view(ranks, e), tokens_S1, marks], 1)
         got = self.ragged.tell(told)
 
-        # While the numbers travel: the slots rank by rank, and on each rank token by token.
+        # Overlaps with the exchange: sort slots by rank, then by token.
         slot_N = rank_TK.flatten().argsort(stable=True)
         rows = slots.slot_N.shape[0]  # spmd: allow unknown - only its shape is read
         slot_N = slot_N.narrow(0, slot_N.shape[0] - rows, rows)  # -1 comes first

@@ -1,4 +1,4 @@
-"""The dispatcher of a layer that names none: by sizes alone, so it is the same on all ranks."""
+"""The default dispatcher of a layer: chosen from sizes only, so it is the same on all ranks."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def expected_ranks(num_experts: int, top_k: int, ranks: int) -> float:
 
     A rank is left out if all choices are among the experts of the others.
     """
-    top_k = min(top_k, num_experts)  # other choices are of identity experts
+    top_k = min(top_k, num_experts)  # the other choices are identity experts
     others = num_experts - num_experts // ranks
     return ranks * (1 - math.comb(others, top_k) / math.comb(num_experts, top_k))

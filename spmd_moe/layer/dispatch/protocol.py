@@ -55,8 +55,8 @@ class Arrived:
     # as zeros; as zeros `collect` has to bring their gradients, too.
     padded: bool = False
     dropped: Tokens | None = None  # int64: how many of this rank's choices found no room
-    # Set if `collect` returns sums of weighed rows: which tokens they are copies of. Otherwise it
-    # returns a row for each slot, and `combine` weighs and adds them.
+    # Set if `collect` returns sums of weighted rows: the token of each sum. Otherwise it returns a
+    # row for each slot, and `combine` applies the weights and adds the rows.
     sums: Copies | None = None
 
 
@@ -113,7 +113,7 @@ class Dispatcher(Protocol[State]):
 def experts_of_a_rank(where: str, mesh: MoEMesh, num_experts: int, **settings: object) -> int:
     """How many experts each rank of ep has. Refuses what no dispatcher can be built of."""
     check_mesh(where, mesh)
-    # First of all, so that what is wrong on one rank is told on every rank.
+    # Checked first, so that every rank reports a fault of one rank.
     mesh.check_ranks_agree(where, {"num_experts": num_experts, **settings})
     check_positive_ints(where, num_experts=num_experts)
     return split_evenly(where, "num_experts", num_experts, mesh[EP])

@@ -1,13 +1,13 @@
-"""Exchanges of as many rows as the routing says: numbers first, then rows, there and back.
+"""Exchanges of a variable number of rows: counts first, then rows, in both directions.
 
-Every rank sends the ranks of its ep group the numbers of rows they will get. The host reads the
-answer, for which it waits; where all slots have experts, it waits nowhere else.
+Every rank sends the ranks of its ep group the numbers of rows that they will receive. The host
+waits to read the counts that arrive; if all slots have experts, this is the only wait.
 """
 
 # Shape letters in this file:
 #   e  experts on this rank    D  model width
-#   C  numbers told to a rank: rows for each of its experts, further counts of rows, faults
-#   S  ranks of ep; in what all ranks of etp told, ep ranks of each etp rank in turn
+#   C  numbers sent to a rank: rows for each of its experts, further counts of rows, faults
+#   S  ranks of ep; after the gather on etp, the ep ranks of each etp rank in order
 #   i, s  ranks of ep that send and receive    j  ranks of etp
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer import routing_faults
 from spmd_moe.layer.dispatch.forecast import Batch, Collective, When, gather, one, scatter
 
-T = TypeVar("T", bound=Tensor)  # of any kind, and of that kind again
+T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Who sends how many rows to whom."""
+    """The number of rows that each rank sends and receives."""
 
     sends: list[int]  # rows to each rank of ep
     receives: list[int]  # rows from each rank of ep
@@ -45,25 +45,25 @@ class Traffic:
 @final
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Rows of one exchange as a forecast knows them."""
+    """The rows of one exchange, for a forecast."""
 
     what: str
     numbers_ijs: Sequence[Sequence[Sequence[int]]]  # from the rank at i, j to each rank of ep
     tail: list[int]  # shape of a row
     dtype: torch.dtype
-    grad_dtype: torch.dtype | None  # in which its gradients are summed on etp; None: it has none
+    grad_dtype: torch.dtype | None  # of the sums of gradients on etp; None: no gradient
 
 
 @final
 class RaggedExchange:
-    """Sends rows to the ranks of ep, gathers them on etp, and brings sums back."""
+    """Sends rows to the ranks of ep, gathers them on etp, and sends sums back."""
 
     def __init__(self, mesh: MoEMesh, num_experts: int, num_local: int) -> None:
         self.ep, self.etp = mesh[EP], mesh[ETP]
         self.num_experts, self.num_local = num_experts, num_local
 
     def tell(self, numbers_SC: Tokens) -> Rows:
-        """To every rank its numbers: `[S, C]`, the last column what is wrong here."""
+        """Send every rank its numbers: `[S, C]`, with this rank's faults in the last column."""
         ones = [1] * self.ep.size
         return exchange(numbers_SC, self.ep.group, receives=ones, sends=ones)
 
@@ -104,7 +104,7 @@ class RaggedExchange:
     ) -> Iterator[Collective]:
         """The collectives of a forward that sends `loads` there and `rows` back, and of backward.
 
-        `numbers` is how many are told to a rank.
+        `numbers`: how many numbers are sent to each rank.
         """
         ep, etp = self.ep, self.etp
         what, shape = "choices of each expert", (ep.size, numbers)

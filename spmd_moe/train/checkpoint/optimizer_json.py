@@ -62,7 +62,7 @@ def _is_plain(value: Json) -> bool:
 def check_settings(
     saved: Mapping[str, Json], now: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """A setting that the optimizer has already stays of its kind: a number, a flag, or a word.
+    """Raise if a saved setting is not of the kind that the optimizer has: number, flag or word.
 
     Numbers among the optimizer's defaults, such as `lr`, must be there. Flags may be missing,
     since a later version of torch can have more of them.

@@ -55,7 +55,7 @@ def drawn(device: str, number: int, seed: int = 1) -> Tensor:
 
 
 def grouped_matmul(device: str) -> str:
-    """Empty, tiny and large groups, in memory that held NaN, beside a loop in float32."""
+    """Empty, tiny and large groups, in memory that held NaN, compared with a float32 loop."""
     counts = torch.tensor([0, 1, 7, 0, 300, 16, 0, 2], device=device)
     rows, worst = int(counts.sum()), 0.0
     draw = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def _dirty(device: str) -> None:
 
 
 def waits(device: str) -> str:
-    """`set_sync_debug_mode`: an error where there must be none, counts for the others."""
+    """`set_sync_debug_mode`: an error if a wait is not allowed, otherwise counts."""
     found = {name: _waits_of(name, device) for name in DISPATCHERS}
     wrong = [name for name in ("Local", "FixedCapacity") if found[name]]
     if wrong:
@@ -109,7 +109,7 @@ def _waits_of(name: str, device: str) -> int:
             torch.autograd.backward(layer(there).hidden.float().sum())
             return len(log.take())
     layer, x = built(device, name), drawn(device, 64).requires_grad_()
-    layer(x).hidden.float().sum().backward()  # what is done once only: handles, workspaces
+    layer(x).hidden.float().sum().backward()  # one-time work: handles, workspaces
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -142,7 +142,7 @@ def cuda_graph(device: str) -> str:
 
 
 def compiled_scores(device: str) -> str:
-    """Inductor's code must leave the bits of float32 scores alone, also beside bfloat16 rows."""
+    """Inductor must not change the bits of float32 scores, even next to bfloat16 rows."""
     layer = built(device, "FixedCapacity").eval()
     x = drawn(device, 64)
     routing = layer.router(x)
@@ -164,7 +164,7 @@ def compiled_scores(device: str) -> str:
 
 
 def deterministic(device: str) -> str:
-    """Deterministic mode refuses nothing, and five repeats are equal to the bit."""
+    """Deterministic mode raises no error, and five runs are bitwise equal."""
     torch.use_deterministic_algorithms(True)
     for name in DISPATCHERS:
         layer, x = built(device, name), drawn(device, 64).requires_grad_()

@@ -55,7 +55,7 @@ def start(device: str) -> str:
 
 
 def empty_ranks(device: str) -> str:
-    """No rank has tokens; then one has; then all but one; each beside one process."""
+    """No rank has tokens; then one; then all but one: each compared with one process."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     layer = layer_on(MoEMesh.init(device, dp=ranks, ep=ranks), device)
     alone = layer_on(MoEMesh.single(device), device)

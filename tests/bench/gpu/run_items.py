@@ -1,7 +1,7 @@
-"""Items, each in a process of its own and with a time limit: one that fails is a row of the table.
+"""Run items, each in a separate process with a time limit: a failure is a row of the table.
 
-A process of its own, because after an error of CUDA a process can do nothing more with the device.
-It is forked from this one, which has imported torch and has not touched CUDA.
+The process is separate because a CUDA error makes the device unusable for the process. It is forked
+from this one, which has imported torch and has not started CUDA.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class NotHereError(Exception):
 @final
 @dataclass(frozen=True)
 class Item:
-    """What is shown, the function that shows it (on "cuda" or "cpu"), and its time limit."""
+    """A check: its name, its function (called with "cuda" or "cpu"), and its time limit."""
 
     name: str
     run: Callable[[str], str]
@@ -49,7 +49,7 @@ class Row:
 
 
 def run_items(items: Sequence[Item], device: str) -> list[Row]:
-    """On a CPU, which other programs may share, limits only end what hangs."""
+    """Run all items. On a CPU, which other programs may share, limits are ten times as long."""
     rows = []
     for item in items:
         limit = item.seconds if device == "cuda" else 10 * item.seconds
@@ -94,7 +94,7 @@ def _answer(item: Item, device: str, connection: Connection) -> None:
 def _end(leader: ForkProcess) -> None:
     """End an item and all that it started.
 
-    The ranks of torchrun are in sessions of their own, where torchrun alone ends them: it is asked.
+    The ranks of torchrun are in separate sessions, which only torchrun ends, so it gets SIGTERM.
     """
     group = leader.pid
     assert group is not None
@@ -114,9 +114,9 @@ def _one_line(text: str) -> str:
 
 
 def on_ranks(words: Sequence[str], ranks: int, **environment: str) -> str:
-    """What a program prints under torchrun, or alone for 0 ranks.
+    """The output of a program under torchrun, or alone for 0 ranks.
 
-    An error has the last lines of what it said.
+    The error of a failed program has its last error lines.
     """
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node={ranks}".split()
     launcher = launcher if ranks else []

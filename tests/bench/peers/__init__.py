@@ -1,1 +1,1 @@
-"""The layer beside the MoE layers of transformers and torchtitan: `python -m tests.bench.peers`."""
+"""The layer compared with transformers and torchtitan: `python -m tests.bench.peers`."""

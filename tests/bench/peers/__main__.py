@@ -1,4 +1,4 @@
-"""The layer beside those of transformers and torchtitan: exact counts, kernels, and time.
+"""The layer compared with those of transformers and torchtitan: counts, kernels, time.
 
 python -m tests.bench.peers                # counts and waits: half a minute, on any machine
 python -m tests.bench.peers --compile      # and kernels after torch.compile (needs a compiler)
@@ -51,7 +51,7 @@ def kernel_table() -> list[str]:
 def _kernels(layer: Layer, x: torch.Tensor, training: bool) -> str:
     try:
         return kernels(layer, x, training=training)
-    except Exception as error:  # of a peer; that its graph breaks is what the table says
+    except Exception as error:  # of a peer; the table reports that its graph breaks
         if layer.name == "ours":
             raise
         return f"no whole graph ({type(error).__name__})"

@@ -5,7 +5,7 @@
     torchtitan     MoE of 0.2.x with its grouped experts; its casts to bfloat16 and its padding of
                    rows, which serve kernels of one kind of GPU, are left out
 
-A peer that is not installed is left out, and the reason is told.
+A peer that is not installed is skipped, and the reason is printed.
 """
 
 # Shape letters in this file:

@@ -110,7 +110,7 @@ def _compiled_step(compiled: Callable[[Tensor], Tensor], x: Tensor) -> None:
 @final
 @dataclass(frozen=True)
 class Ratio:
-    """Time of ours divided by that of a peer, turn by turn: the quartiles."""
+    """Our time divided by that of a peer, for each turn: the quartiles."""
 
     low: float
     median: float
