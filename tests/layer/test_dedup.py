@@ -204,13 +204,20 @@ def order_of_events() -> list[str]:
     with operators() as ran, torch.no_grad():
         layer(torch.ones(5, 16))
     words = {"all_to_all_single": "send", "sort": "sort", "embedding_bag": "add", "::mm": "matmul"}
-    return [word for o in ran for name, word in words.items() if name in o.name]
+    kinds = {None: "", torch.int64: "numbers", torch.int32: "ids", torch.float32: "rows"}
+    events = list[str]()
+    for o in ran:
+        if kinds[o.waits] not in ("", events[-1] if events else ""):
+            events.append(kinds[o.waits])
+        events += [word for name, word in words.items() if name in o.name]
+    return events
 
 
 def test_what_can_run_runs_while_rows_travel() -> None:
-    """Each wait is at the first use of the result."""
-    route, numbers = ["matmul", "sort"], ["send", "sort"]  # slots are sorted while numbers travel
+    """A result is waited for where it is first used."""
+    route = ["matmul", "sort"]
+    numbers = ["send", "sort", "numbers"]  # slots are sorted while numbers travel
     # Ids travel while rows are made; arrived ids are sorted while rows and weights travel.
-    there, experts = ["send", "sort", "send", "send", "sort"], ["add"]
-    back = ["send", "matmul", "matmul", "matmul", "add"]  # the shared expert
+    there, experts = ["send", "sort", "send", "send", "ids", "sort", "rows", "numbers"], ["add"]
+    back = ["send", "matmul", "matmul", "matmul", "rows", "add"]  # the shared expert
     assert threaded(2, order_of_events) == [route + numbers + there + experts + back] * 2
