@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spmd_moe import SWIGLU, ConfigError, LoopedMatmul, TorchGroupedMM
 from spmd_moe.layer.choose_matmul import choose_matmul
+from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, Masked
 from tests.support.experts_oracle import Case
+from tests.support.operator_log import Operator, operators
 
 MIXED = (3, 0, 5, 1)
 
@@ -89,3 +91,24 @@ def test_what_multiplies_without_the_host(monkeypatch: pytest.MonkeyPatch) -> No
         assert isinstance(chosen, found)
     narrow = choose_matmul(torch.bfloat16, torch.device("cuda"), (63, 64), fixed=True)
     assert isinstance(narrow, Masked)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_weights_are_cast_once_for_forward_and_backward(again: bool) -> None:
+    """Or once for each, where backward computes again to save memory."""
+    w1_eFD, w3_eFD = (torch.randn(2, 24, 16, requires_grad=True) for _ in range(2))
+    w = Weights(w1_eFD, torch.randn(2, 16, 24, requires_grad=True), w3_eFD)
+    recipe = Recipe(SWIGLU, TorchGroupedMM(), torch.bfloat16, recompute=again, padded=False)
+    call = Call(torch.tensor([3, 5]), None, torch.randn(8, 16, requires_grad=True), None, w)
+    with operators() as ran:
+        y_RD = grouped_ffn(recipe, call)
+        forward = casts_of_weights(ran)
+        ran.clear()
+        y_RD.sum().backward()
+    assert (forward, casts_of_weights(ran)) == (3, 3 if again else 0)
+
+
+def casts_of_weights(ran: list[Operator]) -> int:
+    """Casts of three dims from float32; those of gradients are to float32."""
+    casts = (o for o in ran if o.name.startswith("aten::_to_copy"))
+    return sum(o.dtype is torch.float32 and len(o.shape) == 3 for o in casts)

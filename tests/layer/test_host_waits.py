@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from spmd_moe import (
-    SWIGLU,
     ExpertRecompute,
     I,
     MoE,
@@ -16,7 +15,6 @@ from spmd_moe import (
     RouterConfig,
     S,
     SharedConfig,
-    TorchGroupedMM,
     balance_loss,
     expert_load,
     init_weights,
@@ -25,7 +23,6 @@ from spmd_moe import (
     update_selection_bias,
     z_loss,
 )
-from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
 from tests.support.dispatchers import DISPATCHERS, SHARDED
 from tests.support.pretended_device import on_device, pretended_device, to_device
 from tests.support.workers import run
@@ -105,30 +102,6 @@ def test_what_has_no_kernel_reads_its_counts_once() -> None:
     forward, losses, backward = waits(MoEMesh.single(), "local", capability=(8, 0))
     assert (len(forward), losses, backward) == (1, [], [])
     assert "layer/grouped_matmul.py" in forward[0]
-
-
-@pytest.mark.parametrize("kept", list(ExpertRecompute))
-def test_weights_are_cast_once_for_forward_and_backward(kept: ExpertRecompute) -> None:
-    """Under autocast; or once for each, where backward computes again to save memory."""
-    mesh = MoEMesh.single()
-    layer = MoE(MoEConfig(64, 32, RouterConfig(8, top_k=2), recompute=kept), mesh)
-    init_weights(layer, mesh, seed=0)
-    with pretended_device() as log:
-        to_device(layer)
-        x = on_device(torch.randn(6, 64))
-        counts, weights = on_device(torch.full((8,), 1)), layer.experts
-        w = Weights(weights.w1_eFD, weights.w2_eDF, weights.w3_eFD)
-        recipe = Recipe(
-            SWIGLU, TorchGroupedMM(), torch.bfloat16, kept is not ExpertRecompute.NONE, False
-        )
-        x_RD = on_device(torch.randn(8, 64), requires_grad=True)
-        y = grouped_ffn(recipe, Call(counts, None, x_RD, None, w))
-        casts = log.operators.count("_to_copy")
-        log.operators.clear()
-        torch.autograd.backward(y.sum())
-        again = log.operators.count("_to_copy")
-        print(casts, again, x.shape)
-        assert layer.experts.w1_eFD.grad is not None
 
 
 def over_ranks(tp: int, name: str) -> tuple[int, list[str], list[str]]:
