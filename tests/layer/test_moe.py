@@ -108,9 +108,7 @@ def test_the_grid_is_alive() -> None:
             hit |= set(whole["counts"].nonzero().flatten().tolist())
             starved += bool((whole["counts"] == 0).any())
     assert hit >= set(range(24)) and starved > 10  # identity experts have ids above these
-    few = {"router_input": 5, "router.scale_E": 5, "expert_weights": 3}  # of choices drawn rarely
-    few["router.bias_E"] = -1  # a buffer, and a parameter in few of the draws
-    assert all(count > few.get(name, 10) for name, count in alive.items()), alive
+    assert all(count > 10 for name, count in alive.items() if name != "router.bias_E"), alive
 
 
 # --- real processes ---------------------------------------------------------------------------
