@@ -127,7 +127,7 @@ def test_on_real_processes(layout: Layout) -> None:
 def test_repeats_are_equal_to_the_bit() -> None:
     this = next(
         case(Layout(dp=2, tp=2, ep=2, etp=2), choice)
-        for choice in choices(Layout(dp=2, tp=2, ep=2, etp=2), 99)
+        for choice in choices(Layout(dp=2, tp=2, ep=2, etp=2), 999)
         if choice["tokens"] == "2n+3" and choice["variant"] == "groups"
     )
     first, second = (run(4, run_rank, this) for _ in range(2))
