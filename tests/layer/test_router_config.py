@@ -43,7 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "top_k is 3, but 1 of 4 groups have 2 experts.",
         "it keeps",
     ),
-    ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16.", "exponentials"),
+    ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16.", "float32 or wider"),
     ({"route_scale": inf}, "route_scale is inf; it must be a finite number above 0.", "multiplied"),
     ({"jitter": 1.0}, "jitter is 1.0; it must be a number from 0 to below 1.", "scaled by"),
     ({"jitter": -0.1}, "jitter is -0.1; it must be a number from 0 to below 1.", "scaled by"),
