@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from spmd_moe.check.check_layout import Result
@@ -13,7 +14,7 @@ from spmd_moe.check.reports import failed_json, failed_junit, line
 from spmd_moe.check.rules import rules_text
 from spmd_moe.check.run import SECONDS, WORLD, run_checks
 from spmd_moe.check.subcommands import Subcommand, layout, number, seconds, shown
-from spmd_moe.check.target import COMMAND_LINE, cannot
+from spmd_moe.check.target import COMMAND_LINE, CannotCheckError, cannot
 from spmd_moe.core.errors import SpmdMoeError, plural
 
 VALUE_WORLD = 4
@@ -84,9 +85,9 @@ def _options(check: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    _check_junit(args.junit)
     progress = Progress(quiet=args.json)
     try:
+        _write(args.junit, "")  # find out now; an old report is none
         report = run_checks(
             args.target,
             world=_world(args),
@@ -98,29 +99,29 @@ def _check(args: argparse.Namespace) -> int:
             seconds=args.seconds,
             tell=progress,
         )
+        progress.end()
+        _write(args.junit, report.to_junit())
     except SpmdMoeError as error:
-        if args.junit is not None:
-            args.junit.write_text(failed_junit(args.target, str(error)), encoding="utf-8")
+        with suppress(CannotCheckError):
+            _write(args.junit, failed_junit(args.target, str(error)))
         if args.json:
             print(failed_json(args.target, str(error)))
         raise
     finally:
         progress.end()
-    if args.junit is not None:
-        args.junit.write_text(report.to_junit(), encoding="utf-8")
     print(report.to_json() if args.json else f"\n{report}")
     return 0 if report.ok else 1
 
 
-def _check_junit(path: Path | None) -> None:
-    """Find out now whether the report can be written at the end. An old one is no report."""
+def _write(path: Path | None, text: str) -> None:
+    """Write the report for CI, if one is asked for."""
     if path is None:
         return
     try:
-        path.write_text("")
+        path.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         what = f"{shown(str(path))} cannot be written: {type(error).__name__}"
-        why = "the report is written at the end"
+        why = "the report of the check is written there"
         fix = "--junit report.xml   # in a directory that exists"
         raise cannot("--junit", what, why, fix, at=COMMAND_LINE) from None
 

@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
+    """A parser whose errors are one short line of ASCII, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        text = message.encode("unicode_escape").decode()  # it may quote any words
+        text = text if len(text) <= 300 else f"{text[:300]} ..."
+        self.exit(2, f"{self.prog}: {text}; see {self.prog} --help\n")

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import cast
 
 from spmd_moe.check.target import COMMAND_LINE, Target, cannot, line_of_error
+from spmd_moe.core.messages import one_line
 
 _WHY = "a target is a callable (mesh, tokens) -> Case in a module that can be imported"
 
@@ -31,7 +32,7 @@ def load(name: str) -> Target:
     if not callable(target):
         there = [n for n, v in vars(module).items() if _may_be_meant(module, n, v)]
         what = f"{module_name!r} has no callable {attribute!r}"
-        meant = (f"{module_name}:{n}" for n in there[:3])
+        meant = (f"{module_name}:{n}" for n in there[:3] or ["target"])
         raise cannot("TARGET", what, _WHY, *meant, at=COMMAND_LINE)
     return cast(Target, target)
 
@@ -50,7 +51,7 @@ def _module(name: str) -> ModuleType:
     try:
         return import_module(dotted) if path is None or dotted else _from_file(path)
     except Exception as error:  # an import may raise anything
-        what = f"{name!r} cannot be imported: {type(error).__name__}: {error}"
+        what = f"{name!r} cannot be imported: {type(error).__name__}: {one_line(error)}"
         command = f"python {name}" if path is not None else f"python -c 'import {name}'"
         at = line_of_error(error) or COMMAND_LINE
         raise cannot("TARGET", what, _WHY, f"{command}   # must work", at=at) from error

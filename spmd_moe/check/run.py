@@ -73,7 +73,8 @@ def run_checks(
     everything = list(chosen if chosen is not None else layouts(_sensible(world, tokens)))
     if not everything:
         raise cannot("check", "there is no layout to check", "it needs at least one", "world=8")
-    work = _Work(target, tuple(tokens), set(packages), seconds, values)
+    at = _place(target)
+    work = _Work(target, tuple(tokens), set(packages), seconds, values, at)
     results = list[Result]()
     with closing(_each(work, everything, jobs)) as found:
         for number, result in enumerate(found, 1):
@@ -92,6 +93,11 @@ def _name(target: Target | str) -> str:
     if isinstance(target, str):
         return target
     return getattr(target, "__qualname__", type(target).__qualname__)
+
+
+def _place(target: Target | str) -> str:
+    """Where a target is defined, as far as it is known before it is loaded."""
+    return target.rpartition(":")[0] if isinstance(target, str) else line_of(target)
 
 
 def _sensible(world: int, tokens: Sequence[int]) -> int:
@@ -126,7 +132,7 @@ class _Work:
     packages: set[str]
     seconds: float
     values: bool
-    at: str = "unknown"  # where the target is defined
+    at: str  # where the target is defined
     stack: ExitStack = field(default_factory=ExitStack)
 
     def begin(self, tell: Callable[[str], None] = lambda at: None) -> None:
@@ -187,7 +193,7 @@ def _supervised(
     except FailedError as error:
         raise CannotCheckError(str(error)) from None
     except LostError as error:
-        raise lost(error, supervisor.at) from None
+        raise lost(error, supervisor.at or work.at) from None
 
 
 def run_apart(name: str, run: Callable[[Target], R], seconds: float) -> R:
@@ -201,7 +207,7 @@ def run_apart(name: str, run: Callable[[Target], R], seconds: float) -> R:
     Raises:
         CannotCheckError: The target cannot be loaded, dies, is late, or raises an error.
     """
-    at = ["unknown"]
+    at = [_place(name)]
 
     def start(tell: Callable[[str], None]) -> Callable[[None], R]:
         torch.set_num_threads(1)
@@ -220,7 +226,7 @@ def run_apart(name: str, run: Callable[[Target], R], seconds: float) -> R:
     except FailedError as error:
         raise CannotCheckError(str(error)) from None
     except LostError as error:
-        raise lost(error, supervisor.at) from None
+        raise lost(error, supervisor.at or at[0]) from None
 
 
 def lost(error: LostError, at: str) -> CannotCheckError:
@@ -231,7 +237,7 @@ def lost(error: LostError, at: str) -> CannotCheckError:
     else:
         why = "a process that ends in the middle of a check has checked nothing"
         fix = "fewer --jobs, if the system ran out of memory"
-    return cannot("TARGET", f"{error.how} {when}", why, fix, at=error.at or at or "unknown")
+    return cannot("TARGET", f"{error.how} {when}", why, fix, at=error.at or at)
 
 
 class _LateError(BaseException):

@@ -131,7 +131,11 @@ class Supervisor(Generic[T, R]):
             end = _LENGTH.size + length
             if len(child.received) < end:
                 return
-            kind, value = pickle.loads(child.received[_LENGTH.size : end])
+            try:
+                kind, value = pickle.loads(child.received[_LENGTH.size : end])
+            except Exception:
+                how = "its process writes to the connection of the check"
+                raise LostError(self._step(child), how, _innermost(child.stacks)) from None
             del child.received[:end]
             if kind == "failed":
                 raise FailedError(value)
@@ -270,6 +274,8 @@ def _innermost(stacks: IO[bytes]) -> str:
     """The innermost line that faulthandler saw outside of Python, torch and this package."""
     # Not seek: parent and child share the position in the file.
     text = os.pread(stacks.fileno(), 1 << 16, 0).decode(errors="replace")
+    # It writes characters beyond ASCII as escapes.
+    text = re.sub(r"\\x([0-9a-f]{2})|\\u([0-9a-f]{4})", lambda m: chr(int(m[1] or m[2], 16)), text)
     for file, number in re.findall(r'File "(.+)", line (\d+) in', text):
         if is_users(file):
             return f"{short_path(file)}:{number}"

@@ -12,10 +12,12 @@ with a ValueError.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Protocol, cast, final
 
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from torch.optim import Optimizer
 
 from spmd_moe.core.errors import ConfigError, PlacementError, SpmdMoeError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.messages import PACKAGE, is_users, plural, short_path
+from spmd_moe.core.messages import PACKAGE, at_line, is_users, one_line, plural, short_path
 from spmd_moe.core.placement import Placement, placement_of
 
 COMMAND_LINE = "the command line"  # where an option stands
@@ -135,7 +137,8 @@ def build(target: Target, mesh: MoEMesh, tokens: int) -> Case:
     except (ValueError, PlacementError):
         raise  # a refusal, or a wrong declaration
     except Exception as error:
-        what = f"it raises {type(error).__name__} for {mesh} and {plural(tokens, 'token')}: {error}"
+        when = f"for {mesh} and {plural(tokens, 'token')}"
+        what = f"it raises {type(error).__name__} {when}: {one_line(error)}"
         fix, at = "raise ValueError   # where a layout is refused", line_of_error(error) or at
         if isinstance(error, AttributeError) and isinstance(error.obj, MoEMesh):
             why = "check and plan pass a MoEMesh; a target of a DeviceMesh is for spmd-moe parity"
@@ -154,13 +157,17 @@ def build(target: Target, mesh: MoEMesh, tokens: int) -> Case:
             what = f"{name} lies on {t.device}, and the check runs on the CPU"
             why = "it runs on machines without a GPU"
             raise cannot("TARGET", what, why, "device='cpu'", at=at)
+    try:
+        built.tensors()
+    except CannotCheckError as error:
+        raise CannotCheckError(at_line(str(error), at)) from None
     return built
 
 
 def _check_arguments(target: Target, at: str) -> None:
     try:
         signature = inspect.signature(target)
-    except (TypeError, ValueError):  # of a builtin, say
+    except Exception:  # of a builtin, or of an object whose attributes raise errors
         return
     try:
         signature.bind("mesh", 0)
@@ -178,15 +185,27 @@ def _check_arguments(target: Target, at: str) -> None:
 def line_of(target: object) -> str:
     """Where a target is defined, as file:line."""
     found = target
-    while (
-        inner := getattr(found, "func", None) or getattr(found, "__wrapped__", None)
-    ) is not None:
+    for _ in range(100):  # an object may wrap itself
+        is_partial = isinstance(found, functools.partial)
+        inner = found.func if is_partial else vars_of(found).get("__wrapped__")
+        if inner is None:
+            break
         found = inner
-    if not hasattr(found, "__code__"):
+    if not isinstance(found, FunctionType):
         is_class = isinstance(found, type)
         found = getattr(found if is_class else type(found), "__init__" if is_class else "__call__")
     code = getattr(found, "__code__", None)
-    return "unknown" if code is None else f"{short_path(code.co_filename)}:{code.co_firstlineno}"
+    if code is not None:
+        return f"{short_path(code.co_filename)}:{code.co_firstlineno}"
+    return str(vars_of(found).get("__module__") or type(target).__module__)
+
+
+def vars_of(value: object) -> Mapping[str, Any]:
+    """Attributes of an object itself; reading them runs no code of its class."""
+    try:
+        return cast(Mapping[str, Any], object.__getattribute__(value, "__dict__"))
+    except AttributeError:
+        return {}
 
 
 def line_of_error(error: BaseException) -> str:
@@ -205,12 +224,19 @@ def accounted(error: BaseException, at: str) -> SpmdMoeError:
     if isinstance(error, SpmdMoeError):
         return error
     if not isinstance(error, Exception):  # SystemExit and its like
-        shown = f"{type(error).__name__}({', '.join(map(repr, error.args))})"
+        shown = f"{type(error).__name__}({', '.join(map(_repr, error.args))})"
         why = "a check that the target leaves is not a check that passes"
         fix = "raise ValueError   # where a layout is refused"
         at = line_of_error(error) or at
         return cannot("TARGET", f"it raises {shown}", why, fix, at=at)
     return checker_error(error, at)
+
+
+def _repr(value: object) -> str:
+    try:
+        return " ".join(repr(value).split())
+    except Exception:
+        return type(value).__name__
 
 
 def checker_error(error: BaseException, at: str) -> CheckerError:
@@ -223,7 +249,7 @@ def checker_error(error: BaseException, at: str) -> CheckerError:
     return CheckerError(
         explain(
             "spmd-moe",
-            f"the checker itself fails at {own}: {type(error).__name__}: {error}",
+            f"the checker itself fails at {own}: {type(error).__name__}: {one_line(error)}",
             why="this is a defect of the checker; it says nothing about the module",
             fixes=["report it, with the module that is checked"],
             at=at,

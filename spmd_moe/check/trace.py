@@ -33,11 +33,12 @@ from spmd_moe.check.target import (
     build,
     cannot,
     checker_error,
+    line_of,
 )
 from spmd_moe.check.tensor_origin import lineage
 from spmd_moe.core.errors import PlacementError, SpmdMoeError, describe, plural
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.messages import at_line
+from spmd_moe.core.messages import at_line, text_of
 from spmd_moe.core.placement import DENSE, EXPERT, Placement, V
 
 
@@ -97,14 +98,14 @@ def trace(target: Target, configuration: Configuration, packages: set[str], here
             found.findings.append(replace(raised(error, packages, _names(mesh)), rule="X9"))
             return found
         except ValueError as error:  # ours among them: what a module says of a layout it cannot do
-            found.refused = str(error)
+            found.refused = text_of(error)
             return found
         found.findings += misdeclared(built.module, mesh)
         if found.findings:
             return found  # what has no type could not be followed
         declared = declared_types(built.module)
         built = _as_from_a_model(built)
-        _whole_placements(built, mesh)
+        _whole_placements(built, mesh, line_of(target))
         for tensor, placement in (*declared.values(), *built.tensors()):
             declare(tensor, placement, mesh)
         log.clear()
@@ -121,14 +122,14 @@ def trace(target: Target, configuration: Configuration, packages: set[str], here
     return found
 
 
-def _whole_placements(built: Case, mesh: MoEMesh) -> None:
+def _whole_placements(built: Case, mesh: MoEMesh, at: str) -> None:
     for tensor, placement in built.tensors():
         missing = unsaid(placement, mesh)
         if missing:
             what = f"argument {describe(tensor)} is placed {placement}, which says nothing of "
             fix = f"{missing.split(', ')[0].upper()}[V]   # if the ranks have different ones there"
             why = "what the ranks of an axis hold decides what may be computed of it"
-            raise cannot("Case", what + missing, why, fix)
+            raise cannot("Case", what + missing, why, fix, at=at)
 
 
 def _as_from_a_model(built: Case) -> Case:
@@ -244,7 +245,7 @@ def raised(error: Exception, packages: set[str], names: Mapping[MeshAxis, str]) 
     rule = "types" if isinstance(error, SpmdTypeError) else "crash"
     if isinstance(error, SpmdMoeError):
         return Finding(rule, at, at_line(str(error), at))
-    text = str(error).strip().split("\n\n")[0].replace("\n", " ")
+    text = text_of(error).strip().split("\n\n")[0].replace("\n", " ")
     if rule == "types":
         text = _in_our_words(text, names)
         why = "the kinds of the operands do not go together in this operation"

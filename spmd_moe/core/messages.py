@@ -61,6 +61,19 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def text_of(error: BaseException) -> str:
+    """The text of any error, also of one that raises when it is asked for its text."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"its text cannot be shown ({type(other).__name__})"
+
+
+def one_line(error: BaseException) -> str:
+    """The text of any error on one line."""
+    return " ".join(text_of(error).split())
+
+
 def plural(number: int, what: str) -> str:
     """`1 rank`, `2 ranks`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
@@ -85,7 +98,7 @@ _COMMAND = f"{os.sep}spmd-moe"  # the script that pip makes of our command
 
 
 _TOOLS = re.compile(
-    r"[/\\\\](?:torch|spmd_types|importlib|_pytest)[/\\\\]|[/\\\\]python3\.\d+[/\\\\][\w.]+$|^<"
+    r"[/\\\\](?:torch|spmd_types|importlib|_pytest)[/\\\\]|[/\\\\]lib[/\\\\]python3\.\d+[/\\\\](?!(site|dist)-packages)|^<"
 )
 
 

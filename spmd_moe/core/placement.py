@@ -252,12 +252,16 @@ def placements_of(function: Any) -> dict[str, Placement]:
     return {name: placement for name, placement in found if placement is not None}
 
 
+# What evaluating an annotation raises. Ours raise PlacementError, which is shown.
+_UNREADABLE = ArithmeticError, AttributeError, LookupError, NameError, SyntaxError, TypeError
+
+
 def annotations_of(function: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The annotations of a function or class; and as they are written, those with a name that is
-    not there, such as one that is imported under `if TYPE_CHECKING:` only."""
+    """The annotations of a function or class; and as they are written, those that cannot be
+    evaluated, such as a name that is imported under `if TYPE_CHECKING:` only."""
     try:
         return typing.get_type_hints(function, include_extras=True), {}
-    except (NameError, TypeError, AttributeError):
+    except _UNREADABLE:
         pass  # of one of them; the others can be read
     owners = reversed(function.__mro__) if isclass(function) else [inspect.unwrap(function)]
     hints: dict[str, Any] = {}
@@ -271,7 +275,7 @@ def annotations_of(function: Any) -> tuple[dict[str, Any], dict[str, str]]:
             try:
                 hints |= typing.get_type_hints(alone, names, dict(own), include_extras=True)
                 unknown.pop(name, None)
-            except (NameError, TypeError, AttributeError):
+            except _UNREADABLE:
                 hints.pop(name, None)
                 unknown[name] = str(written)
     return hints, unknown

@@ -89,7 +89,8 @@ def _functions_of(module: ModuleType) -> Iterator[FunctionType]:
         for value in list(vars(owner).values()):
             if isinstance(value, type) and value not in owners:
                 owners += [value] if value.__module__ == module.__name__ else []
-            function = getattr(value, "__func__", value)  # of static and class methods
+            is_method = isinstance(value, staticmethod | classmethod)
+            function = value.__func__ if is_method else value
             function = value.fget if isinstance(value, property) else function
             if isinstance(function, FunctionType) and function.__module__ == module.__name__:
                 yield function

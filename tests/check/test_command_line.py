@@ -17,6 +17,7 @@ import pytest
 from spmd_moe.check import Layout, command_check
 from spmd_moe.check.check_layout import Result
 from spmd_moe.check.rules import RULES
+from tests.check.fuzz_targets import Hostile, fuzz, verify
 from tests.support.command_server import Commands, Done
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +209,32 @@ def test_help_teaches(done: dict[str, Done]) -> None:
         assert all(word in text for word in rule.words)
     assert "exit status: 0 nothing found" in text and "examples:" in text
     assert "examples:" in done["help"].out
+
+
+def test_random_targets_end_with_a_true_status_and_one_clear_message(
+    commands: Commands, tmp_path: Path
+) -> None:
+    counts = fuzz(commands, tmp_path, 0, times=32)
+    assert counts["status 2"] > 15 and counts["status 0"] and counts["status 1"]
+
+
+@pytest.mark.parametrize(
+    "done,wrong",
+    [
+        (Done(None, "", ""), "it does not end"),
+        (Done(0, '{"ok": true, "mistakes": []}', ""), "status 0, not [2]"),
+        (Done(2, "hello {}", ""), "stdout is not JSON"),
+        (Done(2, "", "Traceback"), "no report"),
+        (Done(2, '{"ok": false, "error": "TypeError"}', ""), "five parts"),
+        (
+            Done(2, '{"ok": false, "error": "a\\n  why: b\\n  fix: c\\n  at:  unknown"}', ""),
+            "stderr",
+        ),
+        (Done(2, "{}", "", 300.0), "it takes 300 s"),
+    ],
+)
+def test_the_fuzzer_finds_a_check_that_ends_otherwise(done: Done, wrong: str) -> None:
+    assert wrong in verify(Hostile(0, ["check", "x.py:target"], "", frozenset({2})), done)
 
 
 def test_progress_says_how_much_is_left(

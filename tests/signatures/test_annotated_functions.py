@@ -77,8 +77,12 @@ def outer() -> Callable[[Same], Tensor]:
 closure = outer()
 
 
-def unreadable(x: NotThere) -> None:  # type: ignore[name-defined]  # noqa: F821  # on purpose
+def unreadable(x: NotThere, y: Same) -> None:  # type: ignore[name-defined]  # noqa: F821
     pass
+
+
+# What no annotation means: evaluating it raises other errors.
+unreadable.__annotations__ |= {"a": "no expression", "b": "1 / 0", "c": "{}['key']"}
 
 
 def where() -> str:
@@ -103,7 +107,9 @@ def own_functions() -> list[AnnotatedFunction]:
 def test_which_functions_are_found() -> None:
     found = {each.name: each for each in own_functions()}
     assert found.keys() == FOUND
-    assert found["unreadable"].unreadable == {"x": "NotThere"}
+    unread = {"x": "NotThere", "a": "no expression", "b": "1 / 0", "c": "{}['key']"}
+    assert found["unreadable"].unreadable == unread
+    assert [str(p) for p in found["unreadable"].placements()] == ["tp:R"]
     assert packages_of(Model()) == {"tests"}
 
 

@@ -25,11 +25,12 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended: its status (None if it was killed), and what it printed."""
+    """How a command ended: its status (None if it was killed), what it printed, and its time."""
 
     status: int | None
     out: str
     err: str
+    seconds: float = 0.0
 
 
 class Commands:
@@ -58,7 +59,10 @@ class Commands:
         return [Done(**done) for done in json.loads(self.server.stdout.readline())]
 
     def close(self) -> None:
-        self.server.communicate(timeout=30)
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.close()
+        self.server.wait(30)  # not for the end of its stdout, which a copy of a target may hold
+        self.server.stdout.close()
 
 
 @dataclass
@@ -134,7 +138,8 @@ def _finish(command: _Running, status: int | None) -> dict[str, object]:
         file.seek(0)
         texts.append(file.read().decode(errors="backslashreplace"))
         file.close()
-    return {"status": status, "out": texts[0], "err": texts[1]}
+    took = LONGEST - (command.end - time.monotonic())
+    return {"status": status, "out": texts[0], "err": texts[1], "seconds": took}
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def run_with(fault: str, where: str, words: str = "--hang 5") -> Ended:
             for pid in _of_session(job.pid):
                 os.kill(pid, signal.SIGKILL)
             reader.join()
+            if job.stdout is not None:
+                job.stdout.close()
         begin = float(marker.read_text())
     told = [(at - begin, line.rstrip()) for at, line in lines if TOLD.match(line)]
     return Ended(status, ended - begin, told, "".join(line for _, line in lines), left)
