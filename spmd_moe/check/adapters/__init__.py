@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from spmd_moe.check.adapters.deepspeed_moe import deepspeed_target
+from spmd_moe.check.adapters.megatron_moe import megatron_target
 from spmd_moe.check.adapters.torchtitan_moe import torchtitan_target
 from spmd_moe.check.adapters.transformers_blocks import transformers_target
 from spmd_moe.check.parity.built_target import AnyTarget
@@ -13,6 +15,8 @@ from spmd_moe.check.target import cannot
 ADAPTERS: dict[str, Callable[[str, str | None, str | None], AnyTarget]] = {
     "transformers": transformers_target,
     "torchtitan": torchtitan_target,
+    "deepspeed": deepspeed_target,
+    "megatron": megatron_target,
 }
 
 

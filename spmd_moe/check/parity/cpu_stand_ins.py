@@ -118,8 +118,10 @@ def _cuda() -> Patches:
 
 
 class _Stream:
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    """Also an event: what a method of a stream returns has methods again."""
+
+    def __getattr__(self, name: str) -> Callable[..., _Stream]:
+        return lambda *args, **kwargs: self
 
 
 STAND_INS: dict[str, tuple[Callable[[], Patches], str]] = {
@@ -147,6 +149,6 @@ def installed(
         for name in dict.fromkeys(names):
             for owner, attribute, value in STAND_INS[name][0]():
                 stack.enter_context(mock.patch.object(owner, attribute, value))
-        for owner, attribute, value in patches:
-            stack.enter_context(mock.patch.object(owner, attribute, value))
+        for owner, attribute, value in patches:  # some are of names that an import left undefined
+            stack.enter_context(mock.patch.object(owner, attribute, value, create=True))
         yield
