@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from spmd_moe.check import Case, MeshSizes, parity, run_parity
 from spmd_moe.check.parity.report import ParityReport
@@ -275,3 +275,23 @@ def halves(mesh: DeviceMesh) -> Case:
 def test_a_dtensor_without_a_gradient_on_some_ranks() -> None:
     report = parity(halves, layouts=[DP2, DP2_TP2])
     assert report.status == 0 and report.compared == 2 * 2 * 6  # layouts, steps, tensors
+
+
+def rows(mesh: DeviceMesh) -> Case:
+    """A DTensor on a slice of the mesh; its gradient is Partial, and the output has more rows."""
+    module = nn.Linear(4, 4, bias=False)
+    if mesh.size() > 1:
+        weight = DTensor.from_local(module.weight.data, mesh["tp"], [Replicate()])
+        module.weight = nn.Parameter(weight)
+
+    def call(x: Tensor) -> Tensor:
+        weight = module.weight
+        if isinstance(weight, DTensor):
+            return DTensor.from_local(x, weight.device_mesh, [Shard(0)]) @ weight
+        return x @ weight
+
+    return Case(module, (torch.randn(8, 4),), ("dp 0, tp 0",), call=call, trainer="sum dp")
+
+
+def test_a_partial_gradient_on_a_slice_of_the_mesh() -> None:
+    assert parity(rows, layouts=ALL).status == 0

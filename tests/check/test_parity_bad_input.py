@@ -319,6 +319,10 @@ BAD = {
     "no.such:target": "cannot be imported",
     "tests.check.test_parity:mlp --layout tp_two": "'tp_two' is no mesh",
     "transformers:nothing": "there is no transformers:nothing",
+    "torchtitan:moe --plan no": "there is no torchtitan:moe --plan no",
+    "megatron:moe --plan no": "there is no megatron:moe --plan no",
+    "deepspeed:moe --plan no": "there is no deepspeed:moe --plan no",
+    "deepspeed:moe --path /nowhere": "deepspeed cannot be imported",
 }
 
 

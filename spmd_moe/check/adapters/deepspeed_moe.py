@@ -35,8 +35,8 @@ def deepspeed_target(name: str, plan: str | None, path: str | None) -> Callable[
     with empty_modules(OPTIONAL) as missing:
         package: Any = framework("deepspeed", path)
         layer = member("deepspeed.moe.layer", "MoE")
-        sharded: Any = member("deepspeed.moe", "sharded_moe")
-        groups = member("deepspeed.utils", "groups")
+        sharded: Any = member("deepspeed.moe.sharded_moe")
+        groups = member("deepspeed.utils.groups")
     units = _Units()
 
     def target(mesh: DeviceMesh, *, batch: int = 4, top_k: int = 2) -> Case:

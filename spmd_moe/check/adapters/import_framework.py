@@ -59,11 +59,13 @@ def _first_line(error: Exception) -> str:
 
 
 def member(module: str, *names: str) -> Any:
-    """The first of the names that a module has; the version is not known if there is none."""
+    """The first of the names that a module has, or the module; else the version is not known."""
     try:
         found = import_module(module)
     except Exception as error:  # an import may raise anything
         raise _unknown(module, names, error) from error
+    if not names:
+        return found
     for name in names:
         if hasattr(found, name):
             return getattr(found, name)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -104,13 +103,13 @@ def megatron_target(name: str, plan: str | None, path: str | None) -> Callable[.
     target.__qualname__ = f"megatron:{name} --plan {plan}"
     vars(target).update(axes=("dp", "tp"), stand_ins=("float64", "cuda"))
     vars(target)["patches"] = [
-        (member(f"{_CORE}.tensor_parallel", part), "get_global_memory_buffer", _Buffers)
+        (member(f"{_CORE}.tensor_parallel.{part}"), "get_global_memory_buffer", _Buffers)
         for part in ("layers", "mappings")
     ]
     exchange = member(f"{_CORE}.transformer.moe.token_dispatcher", "MoEAlltoAllTokenDispatcher")
     vars(target)["patches"].append((exchange, "cuda_dtoh_stream", None))  # set by its instances
     notes = ["Megatron's memory buffer is a new tensor for each call"]
-    routing = member(f"{_CORE}.transformer.moe", "moe_utils")
+    routing = member(f"{_CORE}.transformer.moe.moe_utils")
     if not hasattr(routing, "te_general_gemm"):  # read there, and undefined without that package
         vars(target)["patches"].append((routing, "te_general_gemm", None))
         notes.append("te_general_gemm of the missing transformer_engine is None")

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spmd_moe.check.adapters.import_framework import empty_modules, framework, member
+from spmd_moe.check.adapters.import_framework import empty_modules, framework, has, member
+from spmd_moe.check.adapters.torchtitan_shardings import typed_target
 from spmd_moe.check.target import Case, cannot
 
 # Imported by torchtitan, and not used by its MoE layer on a CPU.
@@ -31,13 +32,15 @@ DIM, HIDDEN, EXPERTS = 16, 24, 8
 
 
 def torchtitan_target(name: str, plan: str | None, path: str | None) -> Callable[..., Case]:
-    """A target of the layer of 0.2.x, under one plan."""
+    """A target of the layer, under one plan."""
     plan = plan or "tp"
     if name != "moe" or plan not in PLANS:
         have = f"there is torchtitan:moe; plans are {', '.join(PLANS)}"
         raise cannot("TARGET", f"there is no torchtitan:{name} --plan {plan}", have)
     with empty_modules(OPTIONAL) as missing:
         framework("torchtitan", path)
+        if has("torchtitan.models.common.moe_sharding", "set_moe_sharding_config"):
+            return _noted(typed_target(plan), missing)
         layer = member("torchtitan.models.moe", "MoE")
         settings = member("torchtitan.models.moe", "MoEArgs")
         parallelize = member("torchtitan.models.llama4.infra.parallelize", "apply_moe_ep_tp")
@@ -87,8 +90,11 @@ def torchtitan_target(name: str, plan: str | None, path: str | None) -> Callable
         return fill(*args[:6])  # without the sizes of a kernel's blocks
 
     vars(target)["patches"] = [(kernels, "fill_indices_wrapper", filled)]
-    notes = ["torchtitan's triton kernel is its own fill_indices_cpu"]
+    return _noted(target, missing, "torchtitan's triton kernel is its own fill_indices_cpu")
+
+
+def _noted(target: Callable[..., Case], missing: list[str], *notes: str) -> Callable[..., Case]:
     if missing:
-        notes.append(f"empty in place of missing: {', '.join(sorted(missing))}")
-    vars(target)["notes"] = tuple(notes)
+        notes = (*notes, f"empty in place of missing: {', '.join(sorted(missing))}")
+    vars(target)["notes"] = notes
     return target

@@ -126,8 +126,12 @@ def axes_of(layout: MeshSizes | Layout) -> Axes:
 
 
 def groups_along(mesh: DeviceMesh, dim: int) -> Groups:
-    """The groups of one dim of a mesh, of all its ranks."""
-    rows = mesh.mesh.movedim(dim, -1).reshape(-1, mesh.mesh.shape[dim])
+    """The groups of one dim of a mesh, of all ranks: also of those beside a slice of a mesh.
+
+    `mesh.mesh` of a slice has the ranks around this one only; torch keeps the others in private.
+    """
+    whole = mesh._layout.remap_to_tensor(mesh._rank_map)  # before the dims of the slice: the others
+    rows = whole.movedim(whole.ndim - mesh.ndim + dim, -1).reshape(-1, mesh.size(dim))
     return tuple(sorted(tuple(int(rank) for rank in row) for row in rows.tolist()))
 
 
