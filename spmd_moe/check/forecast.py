@@ -5,8 +5,8 @@ move follows from the tokens of each rank and from their choices. Experts are as
 in turn, as with `RouterConfig(force_balance=True)`, so a plan shows experts used evenly. The
 dispatcher forecasts its own collectives.
 
-`tokens_r` are the tokens inside the layer of every rank of the world. Input and weights are assumed
-to need gradients.
+`tokens_r` are the tokens inside the layer of every rank of the world. Inputs and weights are
+assumed to need gradients, and `expert_weights` to have the dtype of the tokens.
 """
 
 # Shape letters in this file:
@@ -97,11 +97,14 @@ class _Forecast:
             )
 
     def _enter_back(self) -> Iterator[Collective]:
-        if self.config.src is I:
-            what = "gradient of the input"
-            yield from gather(
-                "backward", what, self.tp, self._tp_rows(), [self.config.dim], self.dtype
-            )
+        if self.config.src is not I:
+            return
+        router = self.config.router
+        given = [("the router's input", router.input_dim)] if router.input_dim else []
+        given += [("expert_weights", router.top_k)] if router.given else []
+        for name, width in (*given, ("the input", self.config.dim)):
+            what = f"gradient of {name}"
+            yield from gather("backward", what, self.tp, self._tp_rows(), [width], self.dtype)
 
     def _gate_back(self) -> Iterator[Collective]:
         router = self.config.router

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, final
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from spmd_moe import (
     ConfigError,
@@ -50,19 +51,53 @@ CONFIGS = {
         shared=SharedConfig(24),
         router=RouterConfig(12, 3, force_balance=True),
     ),
+    "router input": dataclasses.replace(
+        PLAIN, src=I, dst=I, router=RouterConfig(12, 2, force_balance=True, input_dim=8)
+    ),
+    "given": dataclasses.replace(PLAIN, src=I, dst=I, router=RouterConfig(12, 2, given=True)),
 }
 LAYOUTS = [Layout(dp=2, tp=4, ep=2, etp=2), Layout(cp=2, tp=3, ep=3)]
-CASES = [(name, LAYOUTS[0], torch.float32) for name in CONFIGS]
+BESIDE = ("router input", "given")  # inputs of the router: alike on each layout and dispatcher
+CASES = [(name, LAYOUTS[0], torch.float32) for name in CONFIGS if name not in BESIDE]
 CASES += [(name, LAYOUTS[1], torch.float32) for name in ("plain", "invariant", "late")]
 CASES += [("whole", Layout(), torch.float32)]
 # bfloat16, in which sums are wider than what travels, on the layout that has every collective.
 CASES += [(name, LAYOUTS[0], torch.bfloat16) for name in ("whole", "invariant")]
+ALL = [(*case, dispatcher) for case in CASES for dispatcher in SHARDED]
+ALL += [(name, LAYOUTS[0], torch.float32, SHARDED[0]) for name in BESIDE]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _signatures_are_read() -> Iterator[None]:
     with signatures({"spmd_moe"}):
         yield
+
+
+@final
+class WithInputs(nn.Module):
+    """A layer that is called with what its router reads: an input, or ids and weights."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, first: Tensor, weights: Tensor | None = None) -> Tensor:
+        if weights is None:
+            return self.layer(x, router_input=first).hidden
+        return self.layer(x, None, first, expert_weights=weights).hidden
+
+
+def inputs(config: MoEConfig, rank: int, world: int, rows: int, before: int) -> list[Tensor]:
+    """What goes with the tokens; ids in turn, as a forecast assumes them for the rank's own."""
+    router = config.router
+    if router.input_dim is not None:
+        return [torch.randn(rows, router.input_dim, requires_grad=True)]
+    if not router.given:
+        return []
+    slots = torch.arange(rows * router.top_k).view(rows, router.top_k) - before * router.top_k
+    first = first_in_turn(rank, world, router.num_experts)
+    weights = torch.rand(rows, router.top_k, requires_grad=True)
+    return [(slots + first) % router.num_experts, weights]
 
 
 def traced(
@@ -83,7 +118,10 @@ def traced(
         assert foreseen is not None
         planned.extend(foreseen)
         kind = S(0) if config.src == INSIDE else config.src
-        return Case(layer, (x,), (Placement((DP[V], CP[V], TP[kind])),))
+        before = sum(ShardShape.even(tokens, tp.size).sizes[: tp.rank])
+        args = (x, *inputs(config, rank, layout.world, rows, before))
+        module = WithInputs(layer) if len(args) > 1 else layer
+        return Case(module, args, (Placement((DP[V], CP[V], TP[kind])),) * len(args))
 
     with standing(configuration.layout, configuration.rank) as here:
         return trace(target, configuration, {"spmd_moe"}, here), planned
@@ -113,8 +151,7 @@ def host_counts(config: MoEConfig, layout: Layout) -> bool:
     return layout.tp > 1 and config.src == INSIDE and (config.dst != INSIDE or sharded)
 
 
-@pytest.mark.parametrize("dispatcher", SHARDED)
-@pytest.mark.parametrize(("config", "layout", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("config", "layout", "dtype", "dispatcher"), ALL, ids=str)
 def test_the_forecast_is_what_happens(
     config: str,
     layout: Layout,
