@@ -15,6 +15,7 @@ from spmd_moe.check.command_plan import PLAN
 from spmd_moe.check.parity.command import PARITY
 from spmd_moe.check.target import checker_error
 from spmd_moe.core.errors import SpmdMoeError
+from spmd_moe.core.messages import printable
 
 # Every subcommand, in the order of `--help`.
 SUBCOMMANDS = (CHECK, PLAN, PARITY, CONVERT)
@@ -76,6 +77,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one short line of ASCII, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        text = message.encode("unicode_escape").decode()  # it may quote any words
+        text = printable(" ".join(message.splitlines()))  # it may quote any words
+        text = text.encode("ascii", "backslashreplace").decode()
         text = text if len(text) <= 300 else f"{text[:300]} ..."
         self.exit(2, f"{self.prog}: {text}; see {self.prog} --help\n")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, final
+from typing import Any, Literal, Never, NoReturn, final
 
 import torch.distributed as dist
 from spmd_types import MeshAxis
@@ -41,6 +41,7 @@ from spmd_moe.core.check_gpu import (
 )
 from spmd_moe.core.errors import MeshError, explain, plural
 from spmd_moe.core.mesh_degrees import (
+    check_axes,
     check_degrees,
     check_dense,
     check_device_type,
@@ -122,13 +123,21 @@ class MoEMesh:
 
     @staticmethod
     def init(
-        device_type: str, *, dp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
+        device_type: str,
+        *,
+        dp: int = 1,
+        cp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+        etp: int = 1,
+        **others: Never,
     ) -> MoEMesh:
         """Lay the ranks of the default process group out as a new mesh; edp follows.
 
         Every rank must call it, with the same degrees.
         """
         where = "MoEMesh.init"
+        check_axes(where, others)
         check_device_type(where, device_type)
         if not dist.is_initialized():
             raise MeshError(
@@ -171,6 +180,7 @@ class MoEMesh:
         edp: Names | None = None,
         ep: Names | int | None = None,
         etp: Names | int | None = None,
+        **others: Never,
     ) -> MoEMesh:
         """Bind our roles to the axes of a mesh that the program already has, under its own names.
 
@@ -180,6 +190,7 @@ class MoEMesh:
         from the sizes `ep` and `etp`.
         """
         where = "MoEMesh.from_device_mesh"
+        check_axes(where, others)
         bound = bind_roles(where, "dense", dense, {DENSE[0]: dp, DENSE[1]: cp, DENSE[2]: tp})
         given = dict(zip(EXPERT, (edp, ep, etp), strict=True))
         if expert is None:

@@ -30,6 +30,22 @@ def check_device_type(where: str, device_type: object) -> None:
         )
 
 
+def check_axes(where: str, others: Mapping[str, object]) -> None:
+    """Refuse axes that a mesh does not have; a pipeline is a mesh for each stage."""
+    if not others:
+        return
+    name = next(iter(others))
+    why = "the axes are dp, cp and tp for the dense part of a model, ep and etp for experts"
+    fixes = ["dp=2   # data parallel, also for FSDP", "ep=2   # expert parallel"]
+    if name in ("pp", "pipeline"):
+        why = "each stage of a pipeline has a mesh of its own ranks"
+        fixes = [
+            "world = init_device_mesh('cpu', (2, 4), mesh_dim_names=('pp', 'dp'))",
+            "MoEMesh.from_device_mesh(world['dp'], dp='dp', expert=world['dp'], ep='dp')",
+        ]
+    raise MeshError(explain(where, f"there is no axis {name!r}", why=why, fixes=fixes))
+
+
 def check_degrees(where: str, degrees: Mapping[str, object]) -> None:
     for name, degree in degrees.items():
         if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:

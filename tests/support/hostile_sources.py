@@ -171,7 +171,7 @@ STATES = (
     "dist.get_rank = lambda *a: 7",
     "dist.barrier()",
     "os._exit = lambda status: None",
-    "os.getpid = lambda: 1",
+    "os.getpid = lambda: 1 << 23",
     "time.monotonic = lambda: -1.0",
     "builtins.len = None",
     "builtins.isinstance = lambda *a: True",
