@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ def block_of(moe: MoE, family: Family, theirs: nn.Module) -> nn.Module:
     """The module that replaces `theirs`."""
     if family.routed is not None:
         return ExpertsBlock(moe)
-    after = {name: theirs.get_submodule(name) for name in family.after}
+    kept = {name: theirs.get_submodule(name) for name in family.kept}
     gate: nn.Module = attribute(theirs, family.gate)
-    block = Block(moe, family, after, type(gate))
+    block = Block(moe, family, kept, type(gate))
     for hook in filter(records_output, gate._forward_hooks.values()):
         block.router_logits.register_forward_hook(hook)  # transformers registers them once
     return block
@@ -52,31 +53,40 @@ class ExpertsBlock(nn.Module):
 class Block(nn.Module):
     """The layer with the arguments and results of transformers' block."""
 
-    def __init__(
-        self, moe: MoE, family: Family, after: Mapping[str, nn.Module], gate: type
-    ) -> None:
+    def __init__(self, moe: MoE, family: Family, kept: Mapping[str, nn.Module], gate: type) -> None:
         super().__init__()
         self.moe, self.pair = moe, family.returns == "pair"
-        self.after = tuple(after)
-        for name, module in after.items():
+        self.before, self.after, self.beside = family.before, family.after, family.beside
+        for name, module in kept.items():
             self.add_module(name, module)
         self.router_logits = _router_logits(gate)()
-        self.rows = 0  # of the last call
-        moe.router.register_forward_hook(self._tell_logits)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.rows = math.prod(hidden_states.shape[:-1])
-        hidden = self.moe(hidden_states).hidden
+        inner = hidden_states
+        for name in self.before:
+            inner = self.get_submodule(name)(inner)
+        hidden = self._routed(inner, hidden_states if self.before else None)
         for name in self.after:
             hidden = self.get_submodule(name)(hidden)
+        for name in self.beside:
+            hidden = hidden + self.get_submodule(name)(hidden_states)
         return (hidden, None) if self.pair else hidden
 
-    def _tell_logits(self, module: nn.Module, args: Any, routing: Routing) -> None:
+    def _routed(self, inner: Tensor, router_input: Tensor | None) -> Tensor:
+        """The output of the layer; if router logits are recorded, they are passed on."""
         if not self.router_logits._forward_hooks:
-            return  # nothing records them yet
+            return self.moe(inner, router_input=router_input).hidden
+        pass_on = partial(self._pass_on_logits, math.prod(inner.shape[:-1]))
+        handle = self.moe.router.register_forward_hook(pass_on)  # for this call: it has its rows
+        try:
+            return self.moe(inner, router_input=router_input).hidden
+        finally:
+            handle.remove()
+
+    def _pass_on_logits(self, rows: int, module: nn.Module, args: Any, routing: Routing) -> None:
         logits_TE, tp, kind = routing.logits_TE, self.moe.mesh[TP], self.moe.config.dst
         if kind != S(0):  # inside the layer each rank of tp has different rows
-            shape = ShardShape.even(self.rows, tp.size)
+            shape = ShardShape.even(rows, tp.size)
             logits_TE = redistribute(logits_TE, tp, src=S(0), dst=kind, shape=shape)
         self.router_logits(logits_TE)
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from spmd_moe.core.errors import CheckpointError, ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
+from spmd_moe.core.validate import check_instance
 from spmd_moe.hf.element_map import FileTensor, Part
 from spmd_moe.hf.safetensors_slices import DamagedFileError, Folder
+from spmd_moe.layer.moe import MoE
 from spmd_moe.train.obligations import Obligation, obligations
 from spmd_moe.train.storage_mesh import local, place_in_whole, settled
 
@@ -65,8 +67,9 @@ def zero_buffers(router: nn.Module) -> None:
 
 
 def needed_layout(where: str, model: nn.Module, mesh: MoEMesh) -> Layout:
-    """The layout of a model that `swap` has changed; any other is refused."""
+    """The layout of a model that `swap` has changed on this mesh; any other is refused."""
     check_mesh(where, mesh)
+    check_instance(where, "model", model, nn.Module, "model=hf.swap(model, mesh)")
     layout = layout_of(model)
     if layout is None:
         raise ConfigError(
@@ -75,6 +78,16 @@ def needed_layout(where: str, model: nn.Module, mesh: MoEMesh) -> Layout:
                 f"{type(model).__name__} was not changed by hf.swap",
                 why="which part of a file a rank holds is known of a model with our layers alone",
                 fixes=["hf.swap(model, mesh)   # before it, on the model of transformers"],
+            )
+        )
+    own = next((m.mesh for m in model.modules() if isinstance(m, MoE)), mesh)
+    if not own.same_layout(mesh):
+        raise ConfigError(
+            explain(
+                where,
+                f"the layers of the model are on {own}, but mesh is {mesh}",
+                why="the place on the mesh says which part of a tensor a rank holds",
+                fixes=["the mesh that hf.swap was given"],
             )
         )
     return layout

@@ -185,5 +185,5 @@ NEMOTRON = replace(
     name="nemotron_h",
     block="NemotronHMoE",
     layout=UNGATED,
-    needs=(Need("config.moe_latent_size", (None,), "projections around the routed experts alone"),),
+    latent=("fc1_latent_proj", "fc2_latent_proj"),
 )

@@ -84,7 +84,13 @@ LONGCAT = Family(
     gate="router",
     weight="router.classifier.weight",
     bias="router.e_score_correction_bias",
-    needs=(Need("config.zero_expert_num", (None, 0), "experts that return their input"),),
+    needs=(
+        Need(
+            "config.zero_expert_num",
+            (None, 0),
+            "gate_up_proj has rows for experts that return their input, which nothing uses",
+        ),
+    ),
 )
 DEEPSEEK_V2 = Family(
     "deepseek_v2",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias, cast, final
 
@@ -135,7 +135,10 @@ class Family:
     shared_activation: Callable[[nn.Module], Activation | str] | None = None
     shared: str | None = None
     shared_gate: str | None = None
+    before: tuple[str, ...] = ()  # modules that the input of the experts passes, not the router's
     after: tuple[str, ...] = ()  # modules that the output passes
+    beside: tuple[str, ...] = ()  # modules of the block's input, whose output is added at the end
+    latent: tuple[str, str] | None = None  # projections around the experts, if they are Linear
     returns: Literal["hidden", "pair"] = "hidden"
     needs: tuple[Need, ...] = ()
     routed: str | None = None  # the block has experts only: the parent's top_k
@@ -143,6 +146,22 @@ class Family:
     @property
     def modeling(self) -> str:
         return f"transformers.models.{self.name}.modeling_{self.name}"
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Modules of transformers that stay in the block."""
+        return (*self.before, *self.after, *self.beside)
+
+    def of_block(self, block: nn.Module) -> Family:
+        """The record of one block: with or without projections around its experts.
+
+        The shared expert has the width of the block's input, the layer that of the projected one.
+        """
+        if self.latent is None or not isinstance(attribute(block, self.latent[0]), nn.Linear):
+            return self
+        first, last = self.latent
+        assert self.shared is not None
+        return replace(self, before=(first,), after=(last,), beside=(self.shared,), shared=None)
 
 
 def attribute(block: object, path: str) -> Any:
@@ -215,7 +234,8 @@ def read_block(
         top_k = attribute(parent, family.routed)
         router: RouterConfig | str = RouterConfig(shapes[W1][0], top_k, dtype=dtype, given=True)
     else:
-        router = _router(family, block, dtype, shapes["router.weight_ED"][0])
+        num_experts, width = shapes["router.weight_ED"]
+        router = _router(family, block, dtype, num_experts, width if family.before else None)
     if isinstance(router, str):
         return router
     shared = None
@@ -228,7 +248,7 @@ def read_block(
 
 
 def _router(
-    family: Family, block: nn.Module, dtype: torch.dtype, num_experts: int
+    family: Family, block: nn.Module, dtype: torch.dtype, num_experts: int, input_dim: int | None
 ) -> RouterConfig | str:
     score = family.score if family.score in SCORES else _score(attribute(block, family.score))
     if score is None:
@@ -255,13 +275,14 @@ def _router(
         norm_eps=family.norm_eps if norm else 0.0,
         choose_by=family.choose_by,
         excluded_score=family.excluded_score,
+        input_dim=input_dim,
     )
 
 
 def _left_over(family: Family, block: nn.Module, tensors: Sequence[Held]) -> str | None:
     """A parameter or buffer of the block that no tensor of ours holds."""
     known = {tensor.theirs for tensor in tensors}
-    names = (name for name in block.state_dict() if not name.startswith(tuple(family.after)))
+    names = (name for name in block.state_dict() if name.partition(".")[0] not in family.kept)
     return next((name for name in names if name not in known), None)
 
 

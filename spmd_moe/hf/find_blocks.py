@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from spmd_moe.core.errors import plural
+from spmd_moe.core.errors import ConfigError, plural
 from spmd_moe.core.mesh import Axis
 from spmd_moe.hf.block import LAYER, records_output
 from spmd_moe.hf.element_map import FileTensor
@@ -59,13 +60,14 @@ def find_blocks(model: nn.Module) -> list[FoundBlock] | Refusal:
             return _lacking(name, kind, UNSUPPORTED[kind])
         if kind not in FAMILIES:
             continue
-        family = FAMILIES[kind]
+        family = FAMILIES[kind].of_block(module)
         if hooked := _hooked(name, family, module):
             return hooked
         weight = attribute(module, family.weight)
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         parent = model.get_submodule(name.rpartition(".")[0])
-        settings = read_block(family, module, dtype, parent)
+        with naming(name, kind):
+            settings = read_block(family, module, dtype, parent)
         if isinstance(settings, str):
             return _lacking(name, kind, settings)
         found.append(FoundBlock(name, module, family, settings))
@@ -76,6 +78,15 @@ def find_blocks(model: nn.Module) -> list[FoundBlock] | Refusal:
             "the checkpoint in bfloat16",
         )
     return found or _none_found(model)
+
+
+@contextmanager
+def naming(name: str, kind: str) -> Iterator[None]:
+    """Put the block before what an error says of its settings."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"hf.swap: {name!r} is {kind}. {error}") from error
 
 
 def uneven(found: Sequence[FoundBlock], ep: Axis) -> Refusal | None:
@@ -95,7 +106,7 @@ def uneven(found: Sequence[FoundBlock], ep: Axis) -> Refusal | None:
 def _hooked(name: str, family: Family, block: nn.Module) -> Refusal | None:
     """Refuse a block with a module whose hook or own forward would not be called."""
     for inside, module in block.named_modules():
-        if inside.partition(".")[0] in family.after:
+        if inside.partition(".")[0] in family.kept:
             continue  # it stays in the model
         hooks = [
             hook

@@ -28,6 +28,7 @@ from spmd_moe.hf.find_blocks import (
     aliases,
     find_blocks,
     memory_tensors,
+    naming,
     ndims_and_experts,
     tensor_at,
     uneven,
@@ -90,7 +91,7 @@ def swap(
         assert isinstance(refusal, Refusal)
         raise ConfigError(explain("hf.swap", refusal.what, why=refusal.why, fixes=[refusal.fix]))
     layout, theirs = planned
-    layers = [_layer(each, mesh, theirs, layout, _config(each, choices), matmul) for each in found]
+    layers = [_layer(each, mesh, theirs, layout, choices, matmul) for each in found]
     for each, layer in zip(found, layers, strict=True):
         parent, _, name = each.name.rpartition(".")
         block = block_of(layer, each.family, each.module).train(each.module.training)
@@ -153,12 +154,12 @@ def _layer(
     mesh: MoEMesh,
     theirs: Mapping[str, Tensor],
     layout: Layout,
-    config: MoEConfig,
+    choices: _Choices,
     matmul: GroupedMatmul | None,
 ) -> MoE:
     """The layer, its parameters of the dtypes and on the device of transformers'."""
-    with torch.device("meta"):
-        layer = MoE(config, mesh, matmul=matmul)
+    with torch.device("meta"), naming(each.name, type(each.module).__name__):
+        layer = MoE(_config(each, choices), mesh, matmul=matmul)
     prefix, device = each.ours(""), None
     for tensor in layout.memory:
         for name in tensor.names:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from spmd_moe.core.errors import CheckpointError, explain
+from spmd_moe.core.errors import CheckpointError, SpmdMoeError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.core.validate import PathLike, check_path, check_positive_ints
@@ -83,7 +84,6 @@ def save(
     rows = rows_and_parts(model, mesh)
     headers, index = _files(layout, rows, max_shard_bytes)
     first = all(mesh[role].rank == 0 for role in DENSE)
-    agreed("hf.save", path, mesh, lambda: _make(path, headers) if first else 0)
     entries = {
         key: entry
         for name, header in headers.items()
@@ -95,8 +95,10 @@ def save(
         if _writes(model, rows[tensor.names[0]][0], mesh)
     ]
     parts = {name: part for name, (_, part) in rows.items()}
-    written = agreed("hf.save", path, mesh, lambda: _write(path, entries, mine, parts))
-    agreed("hf.save", path, mesh, lambda: _finish(model, path, headers, index) if first else 0)
+    with _removed_if_it_fails(path, (*headers, INDEX) if first else ()):
+        agreed("hf.save", path, mesh, lambda: _make(path, headers) if first else 0)
+        written = agreed("hf.save", path, mesh, lambda: _write(path, entries, mine, parts))
+        agreed("hf.save", path, mesh, lambda: _finish(model, path, headers, index) if first else 0)
     return written
 
 
@@ -174,6 +176,25 @@ def _with_aliases(layout: Layout, entries: Mapping[str, Entry]) -> list[FileTens
 # --- writing ------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _removed_if_it_fails(path: Path, names: Iterable[str]) -> Iterator[None]:
+    """Remove the unfinished files of these names, and the folder if nothing else is in it.
+
+    What is raised here is raised on all ranks, so that no rank is still writing.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except SpmdMoeError:  # a MeshError if it is not the same everywhere
+        for name in names:
+            (path / (name + UNFINISHED)).unlink(missing_ok=True)
+        if names:
+            with suppress(OSError):  # something else is in it
+                for folder in made:
+                    folder.rmdir()
+        raise
+
+
 def _make(path: Path, headers: Mapping[str, bytes]) -> int:
     """The files, of their full size, with nothing but their headers."""
     path.mkdir(parents=True, exist_ok=True)
@@ -234,11 +255,7 @@ def _write(
 
 
 def _finish(model: Any, path: Path, headers: Mapping[str, bytes], index: bytes | None) -> int:
-    """The files' own names, the index, and what transformers writes beside them."""
-    for name in headers:
-        os.replace(path / (name + UNFINISHED), path / name)
-    if index is not None:
-        (path / INDEX).write_bytes(index)
+    """The index, what transformers writes beside it, and last the files' own names."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         kinds = (kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
@@ -247,4 +264,8 @@ def _finish(model: Any, path: Path, headers: Mapping[str, bytes], index: bytes |
         config.save_pretrained(path)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(path)
+    if index is not None:
+        (path / (INDEX + UNFINISHED)).write_bytes(index)
+    for name in (*headers, *([] if index is None else [INDEX])):
+        os.replace(path / (name + UNFINISHED), path / name)
     return 0

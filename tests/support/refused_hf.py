@@ -69,6 +69,18 @@ def hooked() -> nn.Module:
     return cast(nn.Module, model)
 
 
+def too_many_choices() -> nn.Module:
+    model: Any = mixtral(4)
+    model.mlp.gate.top_k = 9
+    return cast(nn.Module, model)
+
+
+def load_on_another_mesh() -> None:
+    with fake_world(4):
+        model = hf.swap(mixtral(4), MoEMesh.init("cpu", dp=4, ep=4))
+        hf.load(model, "a", MoEMesh.init("cpu", dp=4, ep=2))
+
+
 def swap_on_four() -> None:
     with fake_world(4):
         hf.swap(mixtral(2), MoEMesh.init("cpu", dp=4, ep=4))
@@ -117,6 +129,8 @@ BAD_HF: dict[str, Callable[[], object]] = {
     "hf_quantized_model": lambda: hf.swap(mixtral(4, quantization_config=object()), MESH),
     "hf_compiled_model": lambda: hf.swap(compiled(), MESH),
     "hf_hooked_block": lambda: hf.swap(hooked(), MESH),
+    "hf_settings_of_a_block": lambda: hf.swap(too_many_choices(), MESH),
+    "hf_another_mesh": load_on_another_mesh,
     "hf_not_swapped": lambda: hf.load(nn.Linear(2, 2), "a", MESH),
     "hf_load_no_folder": lambda: hf.load(nn.Linear(2, 2), None, MESH),  # type: ignore[arg-type]  # wrong on purpose
     "hf_load_cut": loading(cut),
