@@ -12,6 +12,7 @@ import spmd_moe.hf as hf
 from spmd_moe import DP, MoEMesh, reduce_gradients
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.hf.families import FAMILIES
+from tests.hf import tiny
 from tests.hf.models import gradient_error
 from tests.hf.test_families import Holder, error
 from tests.hf.tiny import DIM, WideRouters, tiny_block
@@ -31,6 +32,7 @@ BLOCKS = [
     "PhimoeExperts",
     "ZayaExperts",
     "InklingExperts",
+    "NemotronHMoE",  # with latent experts
 ]
 
 
@@ -58,7 +60,8 @@ def on_a_rank(
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(BLOCKS)), ids=BLOCKS)
-def test_ranks(number: int, name: str) -> None:
+def test_ranks(number: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny._OF_FAMILY, "NemotronHMoE", tiny.LATENT)
     torch.manual_seed(0)
     whole = Holder(tiny_block(FAMILIES[name])).double().eval()  # PhiMoE draws in training
     x = tokens(0).requires_grad_()

@@ -14,7 +14,7 @@ from spmd_moe import ConfigError, MoEMesh
 from spmd_moe.hf.families import FAMILIES
 from tests.hf import tiny
 from tests.hf.models import model_of, tokens
-from tests.hf.test_families import Holder, error, run
+from tests.hf.test_families import Holder, error, run, worst_error
 
 
 def holder(block: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Holder:
@@ -33,6 +33,25 @@ def test_scores_of_cohere(score: str, normalized: bool, monkeypatch: pytest.Monk
     y, dx, _ = run(ours, torch.float32)
     y_theirs, dx_theirs, _ = run(theirs, torch.float32)
     assert max(error(y, y_theirs), error(dx, dx_theirs)) < 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_latent_experts_of_nemotron(
+    dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts narrower than the router's input, between two projections."""
+    monkeypatch.setitem(tiny._OF_FAMILY, "NemotronHMoE", tiny.LATENT)
+    found = worst_error(FAMILIES["NemotronHMoE"], dtype)
+    assert {"mlp.gate.weight", "mlp.experts.up_proj", "mlp.fc2_latent_proj.weight"} < found.keys()
+    assert max(found.values()) < bound, found
+
+
+def test_zero_experts_of_longcat_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = holder("LongcatFlashMoE", monkeypatch, zero_expert_num=2)
+    rows = theirs.mlp.experts.gate_up_proj.shape[0]
+    assert rows == 2 + theirs.mlp.experts.down_proj.shape[0]  # two that no forward reads
+    with pytest.raises(ConfigError, match=r"zero_expert_num is 2: gate_up_proj has rows"):
+        hf.swap(theirs, MoEMesh.single())
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])

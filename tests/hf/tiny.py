@@ -60,6 +60,7 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "DeepseekV4SparseMoeBlock": {"mlp_layer_types": ["moe", "moe"]},
     "Cohere2MoeSparseMoeBlock": {"shared_expert_combination_strategy": "sum"},
 }
+LATENT = {"moe_latent_size": 12}  # of Nemotron-H
 _PLAIN: dict[str, Any] = {
     "_experts_implementation": "eager",
     "hidden_act": "silu",
