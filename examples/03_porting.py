@@ -8,7 +8,7 @@ in, go out and are kept. mypy, with the plugin of this package, then finds the g
 is used as it is stored, the shared expert that is added to parts of a sum, and counts that are not
 summed over all axes. Nothing of torch is run for that, and no process group is made.
 
-It needs mypy: pip install 'spmd-moe[dev]'
+It needs mypy: pip install 'spmd-moe[mypy]'
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if find_spec("mypy") is None:
         parser.exit(
-            1, "this example needs mypy: pip install 'spmd-moe[dev]', or: pip install mypy\n"
+            1, "this example needs mypy: pip install 'spmd-moe[mypy]', or: pip install mypy\n"
         )
     return args
 

@@ -262,8 +262,16 @@ def _depends_on_rank(point: Point, axis: str, first: Trace, other: Trace) -> Fin
         f"ranks {ranks} do different things to what is one thing on all ranks of {axis}",
         "a slice, a mask or a factor by a plain number of this rank keeps the type of the whole, "
         "so what the ranks hold is no longer what the type says, and its gradient is not summed",
+        *(_OWN_NUMBERS if point.op.strip("_") in _COMPARISONS else ()),
         "redistribute(x, axis, src=R, dst=S(0), shape=...)   # cuts out this rank's part, as a V",
     )
+
+
+# `ids == rank * own + e`, as blocks select the tokens of an expert.
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "isin")
+_OWN_NUMBERS = (
+    "own = redistribute(torch.arange(n), axis, src=R, dst=S(0))   # own[e] for rank * n_own + e",
+)
 
 
 # --- collectives --------------------------------------------------------------------------------

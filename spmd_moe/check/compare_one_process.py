@@ -25,7 +25,7 @@ from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.check.observer import Observer, Point, Record
 from spmd_moe.check.signatures import axis, checked, declare
-from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot
+from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot, line_of
 from spmd_moe.check.thread_ranks import RanksError, threaded
 from spmd_moe.check.trace import raised
 from spmd_moe.check.whole_tensors import (
@@ -40,7 +40,7 @@ from spmd_moe.check.whole_tensors import (
     parts,
 )
 from spmd_moe.core.mesh import MoEMesh
-from spmd_moe.core.messages import kinds_text
+from spmd_moe.core.messages import at_line, kinds_text
 from spmd_moe.core.placement import DENSE, EXPERT, Kind, R, Role, V
 
 CLOSE = 1e-5  # of float64, parts of which a module may compute in float32
@@ -183,7 +183,10 @@ def _rank(target: Target, layout: Layout, tokens: int, packages: set[str], setup
     rank, mesh = dist.get_rank(), layout.mesh()
     built = build(target, mesh, tokens)
     module, args = _wide(built)
-    _take_parts(built, module, args, setup, layout, rank)
+    try:
+        _take_parts(built, module, args, setup, layout, rank)
+    except CannotCheckError as error:
+        raise CannotCheckError(at_line(str(error), line_of(target))) from None
     names = {axis(mesh, role): mesh[role].name for role in (*EXPERT, *DENSE)}
     dist.barrier()  # all axes are known now: spmd_types' list of them must not grow from here on
     for tensor, placement in declared_types(module).values():
@@ -225,7 +228,12 @@ def _take_parts(
         except PartsError as error:
             why = "with values, all ranks together get what one process gets for as many tokens"
             share = "rows = ShardShape.even(tokens, tp.size).sizes[tp.rank]   # of a target, on tp"
-            fixes = (share, "leave --values out")
+            fixes = [share, "leave --values out"]
+            if name in kinds and V in placed.values() and name in module.state_dict():
+                why = "V does not say how what the ranks store belongs together"
+                fixes[0] = (
+                    f"{name}: ...[S[0]]   # one tensor for all experts, with a dim of experts"
+                )
             raise cannot("TARGET", f"{name}: {error}", why, *fixes) from None
         with torch.no_grad():
             own[name].copy_(part)

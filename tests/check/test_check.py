@@ -37,6 +37,7 @@ WRONG: dict[Callable[..., torch.Tensor], str] = {
     t.chunked: "X2",
     t.ranged: "X2",
     t.scaled: "X2",
+    t.numbered: "X2",
     t.factory_of_a_rank: "X2",
     t.number_of_a_rank: "X2",
     t.one_rank_alone: "X2",
@@ -110,6 +111,7 @@ def test_a_rule_finds_its_mistake_where_it_is(run: Callable[..., torch.Tensor]) 
         t.softmax_beside_a_shard,
         t.room_for_own_rows,
         t.number_of_all_ranks,
+        t.own_numbers,
     ],
     ids=lambda run: run.__name__,
 )
@@ -117,6 +119,11 @@ def test_correct_code_breaks_no_rule(run: Callable[..., torch.Tensor]) -> None:
     few = [Layout(), Layout(tp=4, ep=2, etp=2), Layout(dp=2, tp=2, ep=2)]
     report = run_checks(t.of(run), chosen=few)
     assert report.ok, str(report)
+
+
+def test_numbers_of_a_rank_are_fixed_by_sharding_them() -> None:
+    report = run_checks(t.of(t.numbered), chosen=[TP_2], tokens=(4,))
+    assert "fix: own = redistribute(torch.arange(n), axis, src=R, dst=S(0))" in str(report)
 
 
 ALLOWED = """\

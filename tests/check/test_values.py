@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmd_moe.check import Layout
+from spmd_moe.check import Layout, run_checks
 from spmd_moe.check.compare_one_process import CLOSE, check_values
 from spmd_moe.check.signatures import signatures
+from spmd_moe.check.target import CannotCheckError
 from spmd_moe.check.whole_tensors import distance
 from spmd_moe.layer import router
 from spmd_moe.layer.dispatch import ragged_exchange
+from tests.support.faulty_targets import OnRanks, of_class
 from tests.support.layer_targets import small
 
 LAYOUTS = [Layout(dp=2, tp=2, ep=2, etp=2), Layout(cp=2, tp=2, ep=4), Layout(dp=2, cp=2, ep=2)]
@@ -30,6 +32,15 @@ def found(layout: Layout, tokens: int = 9) -> list[str]:
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_the_layer_is_what_its_types_say(layout: Layout, tokens: int) -> None:
     assert found(layout, tokens) == []
+
+
+def test_what_is_v_in_the_parameters_has_no_whole() -> None:
+    why = "V does not say how what the ranks store belongs together"
+    with pytest.raises(
+        CannotCheckError, match=rf"(?s)weight: .*why: {why}.*\n  at:  .*faulty_"
+    ) as told:
+        run_checks(of_class(OnRanks), chosen=[Layout(tp=2)], tokens=(1,), values=True)
+    assert "fix: weight: ...[S[0]]" in str(told.value)
 
 
 def test_zeros_that_are_rounding_are_not_compared() -> None:

@@ -83,6 +83,21 @@ def ranged(m: Module, x: Tensor) -> Tensor:
     return x * mine.unsqueeze(1)
 
 
+def numbered(m: Module, x: Tensor) -> Tensor:
+    """Selects the tokens of an expert by a number of this rank."""
+    ids = x.detach().argmax(1)  # spmd: allow detach - ids have no gradient
+    (token,) = (ids == m.tp.rank).nonzero(as_tuple=True)
+    return redistribute(declare_sum(x[token].sum(0), m.tp), m.tp, src=P, dst=R)
+
+
+def own_numbers(m: Module, x: Tensor) -> Tensor:
+    """Right: the numbers of the experts are sharded too."""
+    ids = x.detach().argmax(1)  # spmd: allow detach - ids have no gradient
+    own = redistribute(torch.arange(m.tp.size), m.tp, src=R, dst=S(0))
+    (token,) = (ids == own[0]).nonzero(as_tuple=True)
+    return redistribute(declare_sum(x[token].sum(0), m.tp), m.tp, src=P, dst=R)
+
+
 def own_rows(m: Module, x: Tensor) -> Tensor:
     shape = ShardShape.even(x.shape[0], m.tp.size)
     return redistribute(x, m.tp, src=R, dst=S(0), shape=shape)
@@ -238,6 +253,10 @@ class Undeclared(Module):
 
 class Misspelt(Module):
     wieght: Placed[Tensor, DP[R], CP[R], TP[R]]
+
+
+class OnRanks(Module):
+    weight: Placed[Tensor, DP[R], CP[R], TP[V]]
 
 
 class InPart(Module):
