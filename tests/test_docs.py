@@ -7,9 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -26,6 +24,7 @@ from tests.support.docs_blocks import (
     generated,
     outcome,
     pages,
+    program,
     rewritten,
     with_reports,
 )
@@ -34,15 +33,6 @@ TEXT = README.read_text()
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in pages()}
 REWRITE = "python -m tests.support.docs_blocks --write"
 HEADINGS = ["Bug and message", "Fix", "When to allow it", "What it cannot see"]
-
-
-def program(name: str) -> ModuleType:
-    """A program of docs/, as a module."""
-    spec = spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- programs and tables ----------------------------------------------------------------------
@@ -176,14 +166,14 @@ def test_optional_features_are_those_that_something_uses() -> None:
 
 
 def test_drawings_are_those_of_the_program() -> None:
-    draw = program("draw")
+    draw = program(DOCS / "draw.py")
     for name, make in draw.PICTURES.items():
         assert (draw.STATIC / name).read_text() == make(), "python docs/draw.py --write"
     assert all(path.stat().st_size < 150_000 for path in draw.STATIC.iterdir())
 
 
 def test_the_list_for_programs_is_fresh() -> None:
-    assert (ROOT / "llms.txt").read_text() == program("build").llms_text(), (
+    assert (ROOT / "llms.txt").read_text() == program(DOCS / "build.py").llms_text(), (
         "python docs/build.py --write"
     )
 

@@ -159,8 +159,8 @@ CASES: dict[str, Callable[[], object]] = {
     "mesh_no_process_group": lambda: MoEMesh.init("cpu", dp=2),
     "mesh_by_name": lambda: MoEMesh.single()["tp"],  # type: ignore[index]  # wrong on purpose
     "mesh_degree": meshed(4, dp=4, ep=0),
-    "mesh_pipeline": lambda: MoEMesh.init("cpu", pp=2),  # type: ignore[arg-type]  # as a user may
-    "mesh_no_such_axis": lambda: MoEMesh.init("cpu", fsdp=2),  # type: ignore[arg-type]  # same
+    "mesh_pipeline": lambda: MoEMesh.init("cpu", pp=2),  # type: ignore[call-arg]  # as a user may
+    "mesh_no_such_axis": lambda: MoEMesh.init("cpu", fsdp=2),  # type: ignore[call-arg]  # same
     "mesh_dense_product": meshed(8, dp=2, tp=3),
     "mesh_dense_product_unsolvable": meshed(7, dp=2, tp=3),
     "mesh_expert_product": meshed(8, dp=8, ep=3),

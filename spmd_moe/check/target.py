@@ -186,8 +186,10 @@ def line_of(target: object) -> str:
     """Where a target is defined, as file:line."""
     found = target
     for _ in range(100):  # an object may wrap itself
-        is_partial = isinstance(found, functools.partial)
-        inner = found.func if is_partial else vars_of(found).get("__wrapped__")
+        if isinstance(found, functools.partial):
+            inner: object = found.func
+        else:
+            inner = vars_of(found).get("__wrapped__")
         if inner is None:
             break
         found = inner

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Never, NoReturn, final
+from typing import Any, Literal, NoReturn, final
 
 import torch.distributed as dist
 from spmd_types import MeshAxis
@@ -41,11 +41,11 @@ from spmd_moe.core.check_gpu import (
 )
 from spmd_moe.core.errors import MeshError, explain, plural
 from spmd_moe.core.mesh_degrees import (
-    check_axes,
     check_degrees,
     check_dense,
     check_device_type,
     expert_data_degree,
+    refuses_other_axes,
     tell_axes,
 )
 from spmd_moe.core.placement import DENSE, EXPERT, Role
@@ -122,6 +122,7 @@ class MoEMesh:
             self.tell_axes = tell_axes(dense.flatten(0, 1).tolist(), expert.flatten(1).tolist())
 
     @staticmethod
+    @refuses_other_axes("MoEMesh.init")
     def init(
         device_type: str,
         *,
@@ -130,14 +131,12 @@ class MoEMesh:
         tp: int = 1,
         ep: int = 1,
         etp: int = 1,
-        **others: Never,
     ) -> MoEMesh:
         """Lay the ranks of the default process group out as a new mesh; edp follows.
 
         Every rank must call it, with the same degrees.
         """
         where = "MoEMesh.init"
-        check_axes(where, others)
         check_device_type(where, device_type)
         if not dist.is_initialized():
             raise MeshError(
@@ -170,6 +169,7 @@ class MoEMesh:
         return _of_device_meshes((dense, own_names(DENSE)), (expert, own_names(EXPERT)))
 
     @staticmethod
+    @refuses_other_axes("MoEMesh.from_device_mesh")
     def from_device_mesh(
         dense: DeviceMesh,
         *,
@@ -180,7 +180,6 @@ class MoEMesh:
         edp: Names | None = None,
         ep: Names | int | None = None,
         etp: Names | int | None = None,
-        **others: Never,
     ) -> MoEMesh:
         """Bind our roles to the axes of a mesh that the program already has, under its own names.
 
@@ -190,7 +189,6 @@ class MoEMesh:
         from the sizes `ep` and `etp`.
         """
         where = "MoEMesh.from_device_mesh"
-        check_axes(where, others)
         bound = bind_roles(where, "dense", dense, {DENSE[0]: dp, DENSE[1]: cp, DENSE[2]: tp})
         given = dict(zip(EXPERT, (edp, ep, etp), strict=True))
         if expert is None:

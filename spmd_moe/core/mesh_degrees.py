@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 
 from spmd_moe.core.errors import MeshError, explain
 from spmd_moe.core.placement import DENSE, TP, Role
 
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 Groups: TypeAlias = Sequence[Sequence[int]]  # the ranks of each
 
 
@@ -30,11 +34,29 @@ def check_device_type(where: str, device_type: object) -> None:
         )
 
 
-def check_axes(where: str, others: Mapping[str, object]) -> None:
-    """Refuse axes that a mesh does not have; a pipeline is a mesh for each stage."""
-    if not others:
-        return
-    name = next(iter(others))
+def refuses_other_axes(where: str) -> Callable[[Callable[Given, Made]], Callable[Given, Made]]:
+    """Explain a keyword that the function does not have, which names an axis.
+
+    Type checkers see the function as it is, and report such a keyword on their own.
+    """
+
+    def decorate(function: Callable[Given, Made]) -> Callable[Given, Made]:
+        known = signature(function).parameters
+
+        @wraps(function)
+        def checked(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+            for name in kwargs:
+                if name not in known:
+                    raise _no_such_axis(where, name)
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _no_such_axis(where: str, name: str) -> MeshError:
+    """A pipeline has a mesh for each stage."""
     why = "the axes are dp, cp and tp for the dense part of a model, ep and etp for experts"
     fixes = ["dp=2   # data parallel, also for FSDP", "ep=2   # expert parallel"]
     if name in ("pp", "pipeline"):
@@ -43,7 +65,7 @@ def check_axes(where: str, others: Mapping[str, object]) -> None:
             "world = init_device_mesh('cpu', (2, 4), mesh_dim_names=('pp', 'dp'))",
             "MoEMesh.from_device_mesh(world['dp'], dp='dp', expert=world['dp'], ep='dp')",
         ]
-    raise MeshError(explain(where, f"there is no axis {name!r}", why=why, fixes=fixes))
+    return MeshError(explain(where, f"there is no axis {name!r}", why=why, fixes=fixes))
 
 
 def check_degrees(where: str, degrees: Mapping[str, object]) -> None:

@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 
-from docs.draw import COLORS, picture, text
 from spmd_moe import EP, AllGather, AllToAll, DedupAllToAll, Dispatcher, MoEMesh
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
-from tests.support.docs_blocks import DOCS, filled
+from tests.support.docs_blocks import DOCS, filled, program
 from tests.support.simulated_ranks import fake_world
 
 E, K, DIM = 256, 8, 7168
@@ -103,6 +102,8 @@ def table(found: dict[int, dict[str, Cost]]) -> Iterator[str]:
 
 def drawing(found: dict[int, dict[str, Cost]]) -> str:
     """MiB that leave a rank, over the number of ranks; both axes are logarithmic."""
+    draw = program(DOCS / "draw.py")
+    text, colors = draw.text, draw.COLORS
     width, height, left, top = 640, 340, 70, 40
     mib = {w: {n: c.bytes / 2**20 for n, c in each.items()} for w, each in found.items()}
     powers = [math.log10(value) for each in mib.values() for value in each.values()]
@@ -123,10 +124,11 @@ def drawing(found: dict[int, dict[str, Cost]]) -> str:
     for world in WORLDS[::3]:
         parts.append(text(x(world), height - 28, f"{world:,}"))
     parts.append(text((left + x(WORLDS[-1])) / 2, height - 8, "ranks"))
-    for name, color in zip(DISPATCHERS, COLORS, strict=False):
+    for name, color in zip(DISPATCHERS, colors, strict=False):
         parts.append(_line([(x(w), y(each[name])) for w, each in mib.items()], color, 2))
         parts.append(text(x(WORLDS[-1]) + 8, y(mib[WORLDS[-1]][name]) + 4, name, color, "start"))
-    return picture(width, height, parts)
+    drawn: str = draw.picture(width, height, parts)
+    return drawn
 
 
 def _line(points: Iterable[tuple[float, float]], color: str, width: int) -> str:

@@ -135,13 +135,19 @@ def typed_files() -> dict[str, str]:
     return found
 
 
+def program(path: Path) -> ModuleType:
+    """A program that is in no package, as a module."""
+    spec = spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @cache
 def reported() -> tuple[ModuleType, dict[str, str], str]:
     """The porting example, its files, and what mypy reports on these and on the typed blocks."""
-    spec = spec_from_file_location("porting", ROOT / "examples" / "03_porting.py")
-    assert spec is not None and spec.loader is not None
-    example = module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = program(ROOT / "examples" / "03_porting.py")
     settings = vars(example)
     settings["CONFIG"] += "[spmd_moe]\nstrict = strict_*\n"
     sources: dict[str, str] = example.versions()
