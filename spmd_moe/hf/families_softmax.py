@@ -88,7 +88,7 @@ LONGCAT = Family(
         Need(
             "config.zero_expert_num",
             (None, 0),
-            "gate_up_proj has rows for experts that return their input, which nothing uses",
+            "rows of gate_up_proj that belong to experts without weights, and that nothing reads",
         ),
     ),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -81,7 +81,13 @@ def disk_tensors(
         converted = revert_weight_conversion(model, state)
     except Exception as error:
         raise NoConversionError(f"transformers' conversion fails: {error}") from error
-    found = [_read(key, numbers, probes) for key, numbers in converted.items()]
+    unchanged = {id(state[probe.tensor.key]): probe.tensor for probe in probes}
+    found = [
+        replace(unchanged[id(numbers)], key=key)
+        if id(numbers) in unchanged
+        else _read(key, numbers, probes)
+        for key, numbers in converted.items()
+    ]
     return [each for tensor in _groups(found) for each in _all_experts(tensor, experts)]
 
 

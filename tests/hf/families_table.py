@@ -61,6 +61,8 @@ def recipe(family: Family) -> str:
         parts.append("experts of other groups score 0")
     if family.application is ScoreApplication.ON_INPUT:
         parts.append("weights multiply the input")
+    if family.latent is not None:
+        parts.append(f"experts between projections if `{family.latent[0]}` is one")
     if family.shared_gate is not None:
         parts.append("gated shared expert")
     elif family.shared is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+def long_if(repeat: bool) -> list[pytest.MarkDecorator]:
+    """Mark a case that repeats what others show."""
+    return [pytest.mark.long] if repeat else []
+
+
 def config_of(name: str, **more: Any) -> Any:
     from transformers import AutoConfig
 
@@ -92,6 +99,7 @@ def tokens() -> Tensor:
 TARGETS = SEQUENCES * (LENGTH - 1)
 
 
+@cache
 def theirs(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Logits, loss and gradients of transformers' own model, on one process."""
     model = model_of(name)

@@ -8,23 +8,31 @@ from spmd_moe.check import Layout, make_plan, run_checks
 from spmd_moe.check.command_line import main
 from spmd_moe.check.target import Target
 from spmd_moe.core.placement import CP, DP, EDP, EP
-from tests.hf.models import MODELS
+from tests.hf.models import MODELS, long_if
 from tests.support import hf_targets
 
 LAYOUTS = [Layout(dp=2, tp=2, ep=4)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Qwen3-MoE is checked with its losses; the layers of Mixtral and OLMoE have no kind of tensor more.
+WHOLE = [
+    pytest.param(name, marks=long_if(name in ("qwen3_moe", "mixtral", "olmoe"))) for name in MODELS
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_swapped_model_has_no_finding(name: str) -> None:
     report = run_checks(hf_targets.swapped(name), chosen=LAYOUTS, tokens=(3,))
     assert report.ok, str(report)
     tensors, untyped = (sum(getattr(r, k) for r in report.results) for k in ("tensors", "untyped"))
-    assert tensors > 1000 and untyped == 0  # of operations in transformers' files
+    assert tensors > 500 and untyped == 0  # of operations in transformers' files
 
 
 def test_losses_of_all_layers_have_no_finding() -> None:
     report = run_checks(hf_targets.with_loss, chosen=LAYOUTS, tokens=(3,))
     assert report.ok, str(report)
+    tensors, untyped = (sum(getattr(r, k) for r in report.results) for k in ("tensors", "untyped"))
+    assert tensors > 500 and untyped == 0
 
 
 BROKEN: dict[str, tuple[Target, str, str]] = {

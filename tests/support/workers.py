@@ -144,6 +144,7 @@ class Worker:
             [
                 *("torch.distributed.fsdp", "torch._dynamo", "pytest", "spmd_moe.check.signatures"),
                 *("spmd_moe.train.parallelize", "spmd_moe.train.checkpoint.save_load"),
+                *("transformers.models.auto.modeling_auto", "transformers.modeling_utils"),
             ]
         )
         self.pipe, theirs = context.Pipe()
