@@ -122,11 +122,14 @@ from spmd_moe.layer.router import Routing
 
 DISPATCHER = """
 import torch
-from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, Padded, init_weights
+from spmd_moe import MoE, MoEConfig, MoEMesh, RouterConfig, init_weights
+from spmd_moe.layer.dispatch import Padded
+from tests.support.dispatchers import DISPATCHERS
 mesh = MoEMesh.single()
 config = MoEConfig(8, 16, RouterConfig(4, top_k=2))
 x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 results = []
+assert DISPATCHERS["padded"] is Padded
 for dispatcher in (None, Padded(mesh, 4)):
     layer = MoE(config, mesh, dispatcher)
     init_weights(layer, mesh, seed=0, std=1.0)
@@ -162,14 +165,10 @@ def test_a_new_dispatcher(copy: Path) -> None:
         ),
     )
     edit(
-        copy / "spmd_moe/__init__.py",
+        copy / "tests/support/dispatchers.py",
         text,
-        (
-            "    from spmd_moe.layer.dispatch import Local as Local\n",
-            "    from spmd_moe.layer.dispatch import Local as Local\n"
-            "    from spmd_moe.layer.dispatch import Padded as Padded\n",
-        ),
-        ("Dispatcher FixedCapacity Local", "Dispatcher FixedCapacity Local Padded"),
+        ("    Local,\n", "    Local,\n    Padded,\n"),
+        ('    "dedup": Dedup', '    "padded": Padded,\n    "dedup": Dedup'),
     )
     run(copy, DISPATCHER)
 
