@@ -49,9 +49,9 @@ FOLDERS = {
     "parity.run_one_process parity.run_one_rank parity.processes parity.run_all_ranks "
     "parity.explain parity.compare parity.merge_findings parity.sweep parity.report "
     "parity.parity adapters.import_framework adapters.transformers_blocks "
-    "adapters.torchtitan_shardings adapters.torchtitan_moe adapters.deepspeed_moe "
-    "adapters.megatron_moe adapters reports forecast plan supervise run subcommands "
-    "parity.command parity command_check command_plan command_convert command_line",
+    "adapters.torchtitan_shardings adapters.torchtitan_moe adapters.deepspeed_autoep "
+    "adapters.deepspeed_moe adapters.megatron_moe adapters reports forecast plan supervise run "
+    "subcommands parity.command parity command_check command_plan command_convert command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_names "
     "annotations syntax_tree messages collective_calls torch_names error_report "
     "end_of_module refill_syntax_tree daemon problems_found expression_hooks "

@@ -1,9 +1,10 @@
-"""DeepSpeed's MoE layer with its own expert parallelism, unmodified.
+"""DeepSpeed's two MoE layers with expert parallelism, unmodified.
 
-    deepspeed:moe --plan ep
+    deepspeed:moe
+    deepspeed:autoep
 
-Experts are sharded over all ranks. The tokens of a rank of tp are those of the other ranks of tp,
-as DeepSpeed has it where the rest of the model is tensor-parallel. No tokens are dropped.
+Of `moe`, experts are sharded over all ranks, and no tokens are dropped. The tokens of a rank of tp
+are those of the other ranks of tp, as where the rest of a model is tensor-parallel.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from spmd_moe.check.adapters.deepspeed_autoep import DISPATCH, LAYER, autoep_target
 from spmd_moe.check.adapters.import_framework import empty_modules, framework, member
 from spmd_moe.check.target import Case, cannot
 
 # Imported by deepspeed, and not used by its MoE layer.
-OPTIONAL = frozenset({"hjson", "msgpack", "ninja", "cpuinfo", "einops", "tqdm", "triton"})
+OPTIONAL = frozenset({"hjson", "msgpack", "ninja", "cpuinfo", "einops", "tqdm"})
 DIM, HIDDEN, EXPERTS = 16, 24, 8
 
 
 def deepspeed_target(name: str, plan: str | None, path: str | None) -> Callable[..., Case]:
-    """A target of the layer, with experts over all ranks."""
-    plan = plan or "ep"
-    if name != "moe" or plan != "ep":
-        have = "there is deepspeed:moe --plan ep"
-        raise cannot("TARGET", f"there is no deepspeed:{name} --plan {plan}", have)
+    """A target of one of the layers, with experts over all ranks."""
+    if name not in ("moe", "autoep") or plan not in (None, "ep"):
+        have = "there are deepspeed:moe and deepspeed:autoep; the plan is ep"
+        raise cannot("TARGET", f"there is no deepspeed:{name} --plan {plan or 'ep'}", have)
     with empty_modules(OPTIONAL) as missing:
         package: Any = framework("deepspeed", path)
         layer = member("deepspeed.moe.layer", "MoE")
         sharded: Any = member("deepspeed.moe.sharded_moe")
         groups = member("deepspeed.utils.groups")
+        automatic = autoep_target() if name == "autoep" else None
     units = _Units()
 
     def target(mesh: DeviceMesh, *, batch: int = 4, top_k: int = 2) -> Case:
@@ -72,11 +74,15 @@ def deepspeed_target(name: str, plan: str | None, path: str | None) -> Callable[
         x = torch.randn(batch, 8, DIM)
         return Case(moe, (x,), ("dp 0",), call=call, trainer="sum dp", names=names)
 
-    target.__qualname__ = f"deepspeed:{name} --plan {plan}"
-    vars(target).update(axes=("dp", "tp"), stand_ins=("float64",))
+    if automatic is not None:
+        target = automatic
+    target.__qualname__ = f"deepspeed:{name}"
+    vars(target).update(axes=("dp", "tp"), stand_ins=("float64", "grouped_mm"))
     patches = [(sharded, "dist", dist), (package, "comm", _Comm()), (groups, "mpu", units)]
     if hasattr(sharded, "pg_utils"):
         patches.append((sharded.pg_utils, "dist", dist))
+    if automatic is not None:
+        patches += [(member(part), "dist", dist) for part in (LAYER, DISPATCH)]
     vars(target)["patches"] = patches
     notes = [
         "deepspeed.comm is torch.distributed; its all_gather_into_tensor takes the input flat",

@@ -80,9 +80,11 @@ def has(module: str, name: str) -> bool:
 
 
 def _unknown(module: str, names: Sequence[str], error: Exception | None) -> Exception:
-    package = module.partition(".")[0]
-    version = getattr(sys.modules.get(package), "__version__", "of this version")
-    what = f"{package} {version} has no {module}.{names[0] if names else ''}".rstrip(".")
+    parts = module.split(".")
+    above = (sys.modules.get(".".join(parts[:n])) for n in range(1, len(parts)))
+    known = (getattr(found, "__version__", "") for found in above)
+    version = next(filter(None, known), "of this version")
+    what = f"{parts[0]} {version} has no {module}.{names[0] if names else ''}".rstrip(".")
     why = "its parts have other names or places than in the versions that are known"
     if error is not None:
         why = f"importing it raises {type(error).__name__}: {_first_line(error)}"

@@ -3,7 +3,8 @@
     megatron:moe --plan alltoall
 
 Plans: the dispatchers `alltoall` and `allgather`. Experts are sharded over all ranks, or, with
-`--vary etp=True`, over dp, and their hidden dims over tp. The sequence is sharded over tp.
+`--vary etp=True`, over dp, and their hidden dims over tp. The sequence is sharded over tp. An
+argument `loss` is one of aux_loss, seq_aux_loss, and z_loss.
 """
 
 from __future__ import annotations
@@ -36,11 +37,21 @@ def megatron_target(name: str, plan: str | None, path: str | None) -> Callable[.
     build = member(f"{_CORE}.transformer.spec_utils", "build_module")
     collection = member(f"{_CORE}.process_groups_config", "ProcessGroupCollection")
 
-    def target(mesh: DeviceMesh, *, etp: bool = False, top_k: int = 2, shared: bool = True) -> Case:
+    def target(
+        mesh: DeviceMesh,
+        *,
+        etp: bool = False,
+        top_k: int = 2,
+        shared: bool = True,
+        loss: str | None = None,
+    ) -> Case:
         world, tp = mesh.size(), mesh["tp"].size()
         ep = mesh["dp"].size() if etp else world
         if EXPERTS % ep or (shared and HIDDEN % tp):
             raise ValueError(f"{EXPERTS} experts do not divide over {ep} ranks")
+        if loss is not None and mesh["dp"].size() > 1:
+            raise ValueError("Megatron's losses are means over the tokens of each rank of dp")
+        balance = "none" if loss in (None, "z_loss") else loss
         made = settings(
             num_layers=1,
             hidden_size=DIM,
@@ -49,7 +60,9 @@ def megatron_target(name: str, plan: str | None, path: str | None) -> Callable[.
             moe_ffn_hidden_size=HIDDEN,
             num_moe_experts=EXPERTS,
             moe_router_topk=top_k,
-            moe_router_load_balancing_type="none",
+            moe_router_load_balancing_type=balance,
+            moe_aux_loss_coeff=0.0 if balance == "none" else 1.0,
+            moe_z_loss_coeff=1.0 if loss == "z_loss" else None,
             moe_router_dtype="fp64",
             moe_token_dispatcher_type=plan,
             moe_shared_expert_intermediate_size=HIDDEN if shared else None,
@@ -108,6 +121,12 @@ def megatron_target(name: str, plan: str | None, path: str | None) -> Callable[.
     ]
     exchange = member(f"{_CORE}.transformer.moe.token_dispatcher", "MoEAlltoAllTokenDispatcher")
     vars(target)["patches"].append((exchange, "cuda_dtoh_stream", None))  # set by its instances
+    router = member(f"{_CORE}.transformer.moe.router")
+    scaler = member(f"{_CORE}.transformer.moe.moe_utils", "MoEAuxLossAutoScaler")
+    vars(target)["patches"] += [
+        (router, "save_to_aux_losses_tracker", _nothing),  # for logs, on a GPU
+        (scaler, "main_loss_backward_scale", torch.tensor(1.0)),
+    ]
     notes = ["Megatron's memory buffer is a new tensor for each call"]
     routing = member(f"{_CORE}.transformer.moe.moe_utils")
     if not hasattr(routing, "te_general_gemm"):  # read there, and undefined without that package
@@ -128,6 +147,10 @@ def _groups(found: Any, mesh: DeviceMesh, etp: bool) -> Any:
     found.tp_ep = found.tp_dp_cp = world
     found.ep, found.expt_tp = (dp, tp) if etp else (world, one)
     return found
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    return None
 
 
 @final
