@@ -54,8 +54,9 @@ FOLDERS = {
     "subcommands parity.command parity command_check command_plan command_convert command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_names "
     "annotations syntax_tree messages collective_calls torch_names error_report "
-    "end_of_module refill_syntax_tree daemon problems_found expression_hooks "
-    "module_calls settings call_arguments branch_placements check_declared "
+    "end_of_module refill_syntax_tree daemon reassigned_names problems_found expression_hooks "
+    "builtin_calls "
+    "module_calls torch_modules settings call_arguments branch_placements check_declared "
     "override_placements strict_mode strict_code review_module hook_table plugin_entry",
     "tooling": "write_ops_json",
 }

@@ -48,8 +48,16 @@ def rows_are_given(x: Tensor) -> bool:
     return _ROWS in vars(x)
 
 
-def keep_rows(operands: Iterable[Tensor], results: Iterable[Tensor]) -> None:
-    """What has as many rows as something with a given number of them has a given number, too."""
+def keep_rows(
+    name: str, args: Sequence[Any], operands: Iterable[Tensor], results: Iterable[Tensor]
+) -> None:
+    """What has as many rows as something with a given number of them has a given number, too.
+
+    Not after an operation that sums over the rows, or puts another dim first: there may be as many
+    experts as tokens.
+    """
+    if name in _OTHER_ROWS or (name in _OVER_A_DIM and _dim(args, {}, 1, 0) in (0, None)):
+        return
     known = {x.shape[0] for x in operands if rows_are_given(x) and x.ndim}
     for y in results if known else ():
         if y.ndim and y.shape[0] in known:
@@ -111,6 +119,8 @@ _PRODUCTS = {
     "bmm": "td,df",
     "mm": "td,df",
 }
+_OTHER_ROWS = {"einsum", "transpose", "permute", "t", "T", "mT", "swapaxes", "movedim", "bincount"}
+_OVER_A_DIM = {"sum", "mean", "prod", "amax", "amin"}
 _SWAPS = {"transpose", "permute", "t", "T", "mT", "swapaxes"}
 _PICKS = {"select", "unbind", "__iter__"}
 _ELEMENTWISE = {"add", "sub", "mul", "div", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from spmd_types import MeshAxis, P, Shard, V, get_local_type, is_type_checking
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
@@ -152,10 +153,12 @@ class Observer(TorchFunctionMode):
         return result
 
     @contextmanager
-    def of_dtensors(self) -> Iterator[None]:
-        """Sees a tensor leave its DTensor too, which torch tells no mode: it is what it was there.
+    def of_subclasses(self) -> Iterator[None]:
+        """Sees two methods of torch's own subclasses of Tensor, which torch tells no mode.
 
-        Behind that line it is a plain tensor, added up or not as if it were always the same.
+        A tensor that leaves its DTensor is what it was there; behind that line it is a plain
+        tensor, added up or not as if it were always the same. The result of a collective waits
+        before it is read, and what it reads then is a tensor that the checker has never seen.
         """
         to_local = DTensor.to_local
 
@@ -166,7 +169,13 @@ class Observer(TorchFunctionMode):
                 self.record.points.setdefault(Point(lines, "to_local"), []).append(seen)
             return to_local(x, *args, **kwargs)
 
-        with mock.patch.object(DTensor, "to_local", leave):
+        def read(x: Tensor) -> Any:
+            return Tensor.tolist(x.clone())
+
+        with (
+            mock.patch.object(DTensor, "to_local", leave),
+            mock.patch.object(AsyncCollectiveTensor, "tolist", read),
+        ):
             yield
 
     def _operands(self, tensors: list[Tensor], plain: bool) -> tuple[Operand, ...]:
@@ -242,7 +251,7 @@ class Observer(TorchFunctionMode):
         told = args[2].told if name == "Move" else kwargs.get("split_sizes") is not None
         if axis is None or told or not isinstance(src, Shard) or src == dst:
             return None
-        if not rows_are_given(args[0]):
+        if src.dim != 0 or not rows_are_given(args[0]):
             return None
         return self._names.get(axis, str(axis)), args[0].shape[src.dim]
 
@@ -258,7 +267,7 @@ class Observer(TorchFunctionMode):
         """Which dims are cut: X7."""
         axis, dst = _move_of(name, args, kwargs)
         if axis is None and name != "Exchange":
-            keep_rows(tensors, results)
+            keep_rows(name, args, tensors, results)
         if axis is not None and results:
             moved(args[0], results[0], axis, dst)
             return

@@ -156,7 +156,7 @@ def _run(built: Case, mesh: MoEMesh, found: Trace, log: list[Issued], packages: 
     typed = not any(isinstance(t, DTensor) for t in (*built.args, *built.module.parameters()))
     observer = Observer(packages, names, log, typed and any(a.size() > 1 for a in names))
     found.record = observer.record
-    with _checking(mesh, typed), observer, observer.of_dtensors():
+    with _checking(mesh, typed), observer, observer.of_subclasses():
         out = built.module(*built.args)
     found.forward = list(log)
     results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]

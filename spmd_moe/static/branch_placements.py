@@ -25,6 +25,7 @@ from mypy.types import TupleType, Type, get_proper_type
 from spmd_moe.static.kinds import Kinds
 from spmd_moe.static.messages import Problem, declared_problem
 from spmd_moe.static.placed_types import kinds_of
+from spmd_moe.static.reassigned_names import grows, uses
 from spmd_moe.static.syntax_tree import children
 
 TypeOf = Callable[[Expression], Type | None]
@@ -38,6 +39,8 @@ def branch_problems(function: FuncDef, type_of: TypeOf) -> Iterator[tuple[Proble
         before[variable] = kinds, block
         if known is None or known[1] is block:
             continue
+        if uses(where.rvalue, variable) and grows(known[0], kinds):
+            continue  # a sum that grows
         problem = declared_problem(
             "branch", f"{variable.name}, on one branch", variable.name, kinds, known[0]
         )
@@ -47,12 +50,13 @@ def branch_problems(function: FuncDef, type_of: TypeOf) -> Iterator[tuple[Proble
 
 def _assigned(
     node: Node, block: Block | None, type_of: TypeOf
-) -> Iterator[tuple[Var, Kinds, Block | None, Node]]:
+) -> Iterator[tuple[Var, Kinds, Block | None, AssignmentStmt]]:
     if isinstance(node, AssignmentStmt):
         for target in node.lvalues:
             for variable, t in _targets(target, type_of(node.rvalue)):
                 kinds = kinds_of(t)
-                if variable.is_inferred and kinds and not _is_exempt(node, variable):
+                free = variable.is_inferred or variable.is_argument
+                if free and kinds and not _is_exempt(node, variable):
                     yield variable, kinds, block, node
     for child in children(node):
         if not isinstance(child, FuncDef | LambdaExpr):

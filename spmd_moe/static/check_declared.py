@@ -28,7 +28,9 @@ from spmd_moe.static.placed_types import (
     is_a,
     items_of_both,
     kinds_of,
+    place,
 )
+from spmd_moe.static.reassigned_names import is_constant
 from spmd_moe.static.torch_names import is_foreign
 
 Found: TypeAlias = Iterator[tuple[Problem, Node]]
@@ -59,7 +61,11 @@ class Comparison:
             for key, value in expr.items:
                 yield from self.expression(value, _value_at(key, needed), code, where)
         else:
-            found = self.types(self._type_of(expr), need, code, where, named(expr))
+            have = self._type_of(expr)
+            kinds = kinds_of(have)
+            if have is not None and kinds is not None and is_constant(expr):
+                have = place(have, {r: k for r, k in kinds.items() if k not in ("R", "I")})
+            found = self.types(have, need, code, where, named(expr))
             yield from ((problem, expr) for problem in found)
 
     def types(

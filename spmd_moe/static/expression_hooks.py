@@ -48,6 +48,7 @@ from spmd_moe.static.placed_types import (
     with_role,
 )
 from spmd_moe.static.problems_found import Notes
+from spmd_moe.static.reassigned_names import grows, widen
 from spmd_moe.static.role_names import Modules, is_role, role_made_by, role_name
 from spmd_moe.static.syntax_tree import below
 from spmd_moe.static.torch_names import is_foreign
@@ -75,7 +76,14 @@ def operation(ctx: Context, name: str, notes: Notes) -> Type:
     problem = None if refusal is None else operation_problem(name, operands, refusal)
     if problem is None and receiver is not None and _in_place(name):
         problem = _changed_in_place(name, operands[0], result)
+        target = _receiver(ctx.context, None)
+        began_fresh = notes.assignments(checker).began_fresh(target)
+        if problem is not None and began_fresh and grows(operands[0].operand.kinds or {}, result):
+            problem = None
+        if problem is None and began_fresh:
+            widen(checker, target, result)
     notes.record(ctx, problem)
+    widen(checker, notes.assignments(checker).target_of(ctx.context), result)
     return place(_typed(ctx, name, receiver), result)
 
 
@@ -195,7 +203,7 @@ def axis_of_mesh(ctx: MethodContext, notes: Notes) -> Type:
     """`mesh[TP]`"""
     expr = ctx.args[0][0] if ctx.args and ctx.args[0] else None
     checker: Any = ctx.api
-    role = _role_named(expr, checker.modules) or _roles_of_loop(checker, expr)
+    role = role_named(expr, checker.modules) or _roles_of_loop(checker, expr)
     return ctx.default_return_type if role is None else with_role(ctx.default_return_type, role)
 
 
@@ -229,11 +237,11 @@ def _roles_written(over: Expression, modules: Modules) -> str | None:
         return SEVERAL.join(ROLE_LISTS[over.fullname])
     if not isinstance(over, TupleExpr | ListExpr):
         return None
-    roles = [_role_named(item, modules) for item in over.items]
+    roles = [role_named(item, modules) for item in over.items]
     return None if None in roles else SEVERAL.join(r for r in roles if r is not None)
 
 
-def _role_named(expr: Expression | None, modules: Modules) -> str | None:
+def role_named(expr: Expression | None, modules: Modules) -> str | None:
     """The role that an expression names, if it is a constant of some module."""
     if not isinstance(expr, RefExpr) or not isinstance(expr.node, Var):
         return None
@@ -290,6 +298,9 @@ def collective(ctx: FunctionContext, function: str, notes: Notes) -> Type:
     notes.record(ctx, problem, keep=role is not None and SEVERAL in role)
     if (role is None or SEVERAL in role) and result is not None:
         _forget(x, result)
+    elif result is not None:
+        checker: Any = ctx.api
+        widen(checker, notes.assignments(checker).target_of(ctx.context), result)
     t = ctx.default_return_type
     if tensor(t) is None and x is not None:
         found = tensor(_type_of(ctx, x))  # spmd_types does not say what its collectives return

@@ -17,6 +17,7 @@ from mypy.plugin import (
 )
 from mypy.types import AnyType, CallableType, FunctionLike, Instance, Type, TypeOfAny
 
+from spmd_moe.static import builtin_calls, torch_modules
 from spmd_moe.static import expression_hooks as hooks
 from spmd_moe.static import generic_placements as generics
 from spmd_moe.static import module_calls as modules
@@ -28,9 +29,11 @@ from spmd_moe.static.placed_types import (
     declare,
     declare_all_of,
     is_tensor_class,
+    kinds_of,
     placed_within,
 )
 from spmd_moe.static.problems_found import Notes, raises
+from spmd_moe.static.reassigned_names import widen
 from spmd_moe.static.review_module import review
 from spmd_moe.static.role_names import ROLE
 from spmd_moe.static.settings import Config
@@ -112,6 +115,8 @@ class Answers:
         notes = self.notes
         if fullname == _UNTYPED_DECORATOR:
             return _careful(lambda ctx: ctx.arg_types[0][0], _default)
+        if fullname in builtin_calls.ITEMS:
+            return _careful(lambda ctx: builtin_calls.items_of(ctx, fullname), _default)
         if fullname == EXCHANGE:
             return _careful(lambda ctx: hooks.exchange(ctx, notes), _default)
         if fullname in COLLECTIVES:
@@ -143,6 +148,10 @@ class Answers:
             return _careful(lambda ctx: hooks.axis_of_mesh(ctx, notes), _default)
         if fullname in _SHARDS:
             return _careful(lambda ctx: hooks.shard_kind(ctx, notes), _default)
+        if fullname.endswith(".__call__") and torch_modules.is_own(fullname):
+            return _careful(
+                lambda ctx: torch_modules.result_of_call(ctx, fullname, notes), _default
+            )
         name = method_operation(fullname, self._is_tensor)
         if name is None:
             return _careful(self._of_placed, _default) if placed else None
@@ -180,6 +189,9 @@ class Answers:
         """What is called is declared with a placement, so that there is something to compare."""
         checker: Any = ctx.api
         self.notes.review(checker.tree, checker)
+        kinds = kinds_of(ctx.default_return_type)
+        if kinds is not None:
+            widen(checker, self.notes.assignments(checker).target_of(ctx.context), kinds)
         return ctx.default_return_type
 
     def _is_placed(self, fullname: str) -> bool:

@@ -13,6 +13,7 @@ from mypy.types import Instance, UnboundType
 from spmd_moe.static.daemon import Daemon
 from spmd_moe.static.end_of_module import is_partial, request_review
 from spmd_moe.static.messages import Problem
+from spmd_moe.static.reassigned_names import Assignments
 
 CheckContext: TypeAlias = FunctionContext | MethodContext | AttributeContext
 
@@ -30,6 +31,7 @@ class Notes:
     def __init__(self, function: Callable[[], Instance], daemon: Daemon | None) -> None:
         self._function = function  # mypy's type of functions, once there is one
         self._daemon = daemon
+        self._assigns: tuple[Any, Assignments] | None = None
         self._over: set[str] = set()
         self._problems: dict[str, dict[int, tuple[Context, Problem]]] = {}
         self._roles: dict[str, list[tuple[Var, UnboundType]]] = {}
@@ -49,6 +51,13 @@ class Notes:
             found.pop(id(ctx.context), None)
         if problem is not None:
             found[id(ctx.context)] = ctx.context, problem
+
+    def assignments(self, checker: Any) -> Assignments:
+        """What the function that is being checked assigns; read once for each function."""
+        function = checker.scope.current_function()
+        if self._assigns is None or self._assigns[0] is not function:
+            self._assigns = function, Assignments(function)
+        return self._assigns[1]
 
     def review(self, tree: MypyFile, checker: Any = None) -> None:
         if self._daemon is not None and self._daemon.knows(tree.fullname):

@@ -28,6 +28,7 @@ from mypy.nodes import (
     RefExpr,
     ReturnStmt,
     RevealExpr,
+    Statement,
     TupleExpr,
     Var,
     YieldExpr,
@@ -59,6 +60,7 @@ from spmd_moe.static.messages import Problem, declared_problem, named
 from spmd_moe.static.override_placements import attribute_overrides, override_problem
 from spmd_moe.static.placed_types import as_found, kinds_of, signature_of
 from spmd_moe.static.problems_found import Notes
+from spmd_moe.static.reassigned_names import in_order, is_parameter, uses
 from spmd_moe.static.role_names import is_role
 from spmd_moe.static.settings import Config
 from spmd_moe.static.strict_code import Bypasses
@@ -91,6 +93,8 @@ def review(checker: Any, notes: Notes, config: Config) -> list[Line]:
 class _Review:
     def __init__(self, checker: Any, report: Report) -> None:
         self.checker, self.report = checker, report
+        self._in_order: set[Statement] = set()
+        self._taken_over: set[Node] = set()  # parameters that are names of something else by now
         self.comparison = Comparison(self.type_of, lambda expr: alternatives(expr, checker))
 
     def type_of(self, expr: Expression) -> Type | None:
@@ -103,6 +107,7 @@ class _Review:
     def visit(self, node: Node, function: FuncDef | None) -> None:
         if isinstance(node, FuncDef):
             function = node
+            self._in_order.update(in_order(node.body))
             self._defaults(node)
             self._branches(node)
             self._override(node)
@@ -111,6 +116,7 @@ class _Review:
         elif isinstance(node, ReturnStmt) and node.expr is not None and function is not None:
             self._result(node.expr, function)
         elif isinstance(node, AssignmentStmt):
+            self._take_over(node)
             for target in node.lvalues:
                 self._assign(target, node.rvalue)
         elif isinstance(node, AssignmentExpr):
@@ -172,6 +178,13 @@ class _Review:
         if isinstance(declared, Instance) and declared.args:
             self._compare(expr, declared.args[0], "return", f"{function.name}, what it yields")
 
+    def _take_over(self, node: AssignmentStmt) -> None:
+        """A parameter that is made of itself, in the order of the body, is a new name."""
+        for target in node.lvalues if node in self._in_order else ():
+            for name in target.items if isinstance(target, TupleExpr) else [target]:
+                if is_parameter(name) and uses(node.rvalue, name.node):
+                    self._taken_over.add(name.node)
+
     def _assign(self, target: Expression, value: Expression) -> None:
         if isinstance(target, TupleExpr | ListExpr) and isinstance(value, TupleExpr | ListExpr):
             for t, v in zip(target.items, value.items, strict=False):
@@ -198,7 +211,7 @@ class _Review:
                 found = owner.type.get(target.name) if isinstance(owner, Instance) else None
                 variable = None if found is None else found.node
             if isinstance(variable, Var) and not variable.is_inferred:
-                return variable.type
+                return None if variable in self._taken_over else variable.type
             if isinstance(variable, OverloadedFuncDef) and variable.is_property:
                 setter = signature_of(variable.items[-1])
                 return None if setter is None else setter.arg_types[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from spmd_moe import DP, TP, I, P, Placed, R, S, V
 from spmd_moe.core.placement import Rows, Tokens, TokenSums, Whole
@@ -107,3 +107,22 @@ def losses(loss: Placed[Tensor, DP[P], TP[I]], wrong: Placed[Tensor, DP[V]]) -> 
 def sharded(x: Placed[Tensor, TP[S[0]]], p: Sums) -> None:
     _ = x * 2 + x
     _ = x.to(torch.float64) + p  # E: placement-operation
+
+
+def changed_where_others_hold_it(x: Tokens, w: Whole) -> None:
+    w[0] = x  # E: placement-operation
+    part = w[0]
+    part.add_(x)  # E: placement-operation
+    copy = w.clone()
+    copy.add_(x)
+    if x.numel():
+        w = w * x  # E: placement-assignment
+
+
+class OfTorch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, sums: TokenSums) -> None:
+        self.norm(sums)  # E: placement-operation

@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor, nn
 
-from spmd_moe import DP, TP, I, MoEMesh, P, Placed, R, S, V, redistribute
+from spmd_moe import (
+    DP,
+    TP,
+    I,
+    MoEMesh,
+    P,
+    Placed,
+    R,
+    S,
+    V,
+    declare_placements,
+    redistribute,
+)
 from spmd_moe.core.placement import RouterWeight, Tokens, TokenSums, Whole
 
 Own = Placed[Tensor, TP[S[0]]]
@@ -97,3 +109,69 @@ def maybe(x: Tokens | None, v: Placed[Tensor, TP[V]] | None) -> None:
     if x is not None:
         reveal_type(x * 2)  # N: DP[V] CP[V] TP[V]
     reveal_type(v)  # N: TP[V]
+
+
+def sums_that_grow(x: Tokens, w: Whole, mesh: MoEMesh, at: Whole) -> None:
+    apart = torch.zeros_like(w)
+    inside = torch.zeros_like(w)
+    added = torch.zeros(3)
+    written = w.new_zeros(3)
+    kept = torch.zeros_like(w)
+    for _ in range(2):
+        before = apart * 2
+        reveal_type(before)  # N: DP[V] CP[V] TP[V]
+        apart = apart.index_add(0, at, x)
+        inside.index_add_(0, at, x)
+        added += x
+        kept = kept.index_add(0, at, w)
+    written[0] = x
+    reveal_type(apart)  # N: DP[V] CP[V] TP[V]
+    reveal_type(inside)  # N: DP[V] CP[V] TP[V]
+    reveal_type(added)  # N: DP[V] CP[V] TP[V]
+    reveal_type(written)  # N: DP[V] CP[V] TP[V]
+    reveal_type(kept)  # N: DP[R] CP[R] TP[R]
+    x = redistribute(x, mesh[TP], src=S(0), dst=R)
+    reveal_type(x)  # N: DP[V] CP[V] TP[R]
+    declared: Tokens = torch.zeros_like(w)
+    reveal_type(declared * 1)  # N: DP[V] CP[V] TP[V]
+
+
+def items_of_pythons_functions(x: Tokens, w: Whole) -> None:
+    for _, row in enumerate(x):
+        reveal_type(row)  # N: DP[V] CP[V] TP[V]
+    for one, other in zip(x, w, strict=True):
+        reveal_type(one)  # N: DP[V] CP[V] TP[V]
+        reveal_type(other)  # N: DP[R] CP[R] TP[R]
+    for _, (one, other) in enumerate(zip([x, x], w, strict=True), 1):
+        reveal_type(one)  # N: DP[V] CP[V] TP[V]
+        reveal_type(other)  # N: DP[R] CP[R] TP[R]
+    reveal_type(list(w)[0])  # N: DP[R] CP[R] TP[R]
+
+
+class OfTorch(nn.Module):
+    """Modules of torch's own, with declared parameters and without."""
+
+    def __init__(self, mesh: MoEMesh) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(8), nn.Dropout(0.1)
+        self.embed = nn.Embedding(10, 8)
+        self.mix = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
+        self.other = nn.Sequential(nn.Linear(8, 8), OfTorch(mesh))
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        declare_placements(
+            self, {"norm.*": Placed[Tensor, DP[R], TP[V]], "embed.weight": RouterWeight}
+        )
+
+    def forward(self, x: Tokens, w: Placed[Tensor, DP[R], TP[I]]) -> None:
+        reveal_type(self.norm(x))  # N: DP[V] CP[V] TP[V]
+        reveal_type(self.norm(torch.ones(3)))  # N: DP[R] TP[V]
+        reveal_type(self.embed(w))  # N: DP[R] TP[I]
+        reveal_type(self.drop(w))  # N: DP[R] TP[I]
+        reveal_type(self.mix(w))  # N: TP[I]
+        reveal_type(self.attention(x, x, x)[0])  # N: DP[V] CP[V] TP[V]
+        h = w * 1
+        for layer in self.layers:
+            h = layer(h)
+        reveal_type(h)  # N: DP[R] TP[I]
+        reveal_type(self.layers[0](x))  # N: DP[V] CP[V] TP[V]
