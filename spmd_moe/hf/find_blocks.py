@@ -103,6 +103,22 @@ def uneven(found: Sequence[FoundBlock], ep: Axis) -> Refusal | None:
     return None
 
 
+# Attention of transformers itself, which sees the tokens of one rank alone.
+_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+def cut_sequences(model: nn.Module, cp: Axis) -> Refusal | None:
+    """Refuse cp for a model whose attention would see a part of each sequence."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if cp.size == 1 or name not in _ATTENTION:
+        return None
+    return Refusal(
+        f"the attention {name!r} of {type(model).__name__} does not support {cp}",
+        "each rank of cp has a part of every sequence, and tokens would not see those of others",
+        "MoEMesh.init(..., cp=1)",
+    )
+
+
 def _hooked(name: str, family: Family, block: nn.Module) -> Refusal | None:
     """Refuse a block with a module whose hook or own forward would not be called."""
     for inside, module in block.named_modules():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from spmd_moe.core.errors import CheckpointError, explain
+from spmd_moe.core.errors import CheckpointError, ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.hf.checkpoint_layout import layout_of
@@ -25,10 +25,23 @@ def override_methods(model: nn.Module, mesh: MoEMesh) -> None:
             vars(module)[MESH] = mesh
             own = {
                 "save_pretrained": _save_pretrained,
+                "resize_token_embeddings": _resize_token_embeddings,
                 "forward": with_pooled_loss(kind.forward),
                 "__module__": kind.__module__,
             }
             module.__class__ = type(kind.__name__, (kind,), own)
+
+
+def _resize_token_embeddings(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    """Refused: rows that are drawn on each rank differ, and the new tensor has no placement."""
+    raise ConfigError(
+        explain(
+            "resize_token_embeddings",
+            f"{type(self).__name__} has layers of spmd_moe",
+            why="each rank would draw rows of its own for a tensor that is replicated",
+            fixes=["model.resize_token_embeddings(...)   # before hf.swap, with one seed"],
+        )
+    )
 
 
 def _save_pretrained(

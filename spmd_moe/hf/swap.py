@@ -26,6 +26,7 @@ from spmd_moe.hf.find_blocks import (
     FoundBlock,
     Refusal,
     aliases,
+    cut_sequences,
     find_blocks,
     memory_tensors,
     naming,
@@ -84,7 +85,8 @@ def swap(
     check_one_of("hf.swap", "tokens", tokens, (I, S(0)))
     choices = _Choices(tokens, recompute, balance, router_in_model_dtype)
     found = find_blocks(model)
-    found = found if isinstance(found, Refusal) else uneven(found, mesh[EP]) or found
+    if not isinstance(found, Refusal):
+        found = uneven(found, mesh[EP]) or cut_sequences(model, mesh[CP]) or found
     planned = found if isinstance(found, Refusal) else _plan(model, found)
     if isinstance(found, Refusal) or isinstance(planned, Refusal):
         refusal = found if isinstance(found, Refusal) else planned

@@ -151,10 +151,13 @@ class Router(nn.Module):
             self.weight_ED, self.tp, src=I, dst=R, grad_dtype=sum_dtype(self.weight_ED)
         )
         x_TD = self.jitter(x_TD) if self.training else x_TD
-        product_dtype = x_TD.dtype if config.in_model_dtype else config.dtype
+        in_model_dtype = config.in_model_dtype and self.b_E is None  # else the sum is rounded
+        product_dtype = x_TD.dtype if in_model_dtype else config.dtype
         logits_TE = router_logits(x_TD, weight_ED, mask_T, product_dtype, config.dtype)
         if self.b_E is not None:
             logits_TE = self._add_bias(logits_TE, self.b_E, mask_T)
+            if config.in_model_dtype:
+                logits_TE = as_dtype(as_dtype(logits_TE, x_TD.dtype), config.dtype)
         if config.logit_softcap is not None:
             logits_TE = torch.tanh(logits_TE / config.logit_softcap) * config.logit_softcap
         scores_TE = self.score.of_logits(logits_TE)

@@ -47,7 +47,8 @@ class RouterConfig:
         given: Whether each call passes `expert_ids` and `expert_weights`. The router then has no
             parameters.
         in_model_dtype: Whether the matmul is computed in the dtype of the tokens, as transformers
-            does. In bfloat16 a few percent of tokens then choose other experts.
+            does; with `bias`, the sum is rounded to that dtype, once. In bfloat16 a few percent of
+            tokens then choose other experts.
 
     Raises:
         ConfigError: Values contradict each other, with the nearest legal value.

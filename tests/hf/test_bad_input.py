@@ -19,7 +19,7 @@ import spmd_moe.hf as hf
 from spmd_moe import DP, CheckpointError, ConfigError, MeshError, MoEMesh, SpmdMoeError
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.hf.safetensors_slices import FileIO
-from tests.hf.models import empty_model_of, model_of
+from tests.hf.models import VOCABULARY, empty_model_of, model_of, tokens
 from tests.support.refused_hf import block
 
 KEY = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -218,6 +218,32 @@ def test_settings_that_the_layer_refuses_are_told_with_the_block() -> None:
     model.model.layers[1].mlp.gate.top_k = 2
     with pytest.raises(ConfigError, match=r"'model.layers.0.mlp' .* MoEConfig: balance is 'all'"):
         hf.swap(model, MESH, balance="all")  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_embeddings_are_resized_before() -> None:
+    model: Any = model_of("mixtral")
+    model.resize_token_embeddings(VOCABULARY + 4)
+    swapped = hf.swap(model, MESH)
+    assert swapped(tokens()).logits.shape[-1] == VOCABULARY + 4
+    for each in (swapped, swapped.model):
+        with pytest.raises(ConfigError, match=r"before hf\.swap"):
+            each.resize_token_embeddings(VOCABULARY + 8)
+
+
+def on_cp(model: Any) -> tuple[str, bool]:
+    mesh = MoEMesh.init("cpu", cp=2, ep=2)
+    own: Any = copy.deepcopy(model)
+    with pytest.raises(ConfigError) as error:
+        hf.swap(own, mesh)
+    own.config._attn_implementation = "ring"  # one that knows cp
+    return str(error.value).partition("\n")[0], hf.swap(own, mesh) is own
+
+
+def test_attention_that_does_not_support_cp() -> None:
+    said = (
+        "hf.swap: the attention 'sdpa' of MixtralForCausalLM does not support axis 'cp' (2 ranks)."
+    )
+    assert threaded(2, on_cp, model_of("mixtral")) == [(said, True)] * 2
 
 
 # --- files that cannot be read or written -------------------------------------------------------

@@ -182,7 +182,7 @@ def test_bfloat16() -> None:
     assert float(((logits.float() - exact).abs().max() / exact.abs().max()).detach()) < 0.05
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"])
 def test_routers_in_the_dtype_of_the_model(name: str) -> None:
     """The logits of the first layer are then transformers' to the bit; the default is nearer."""
     model = model_of(name).to(torch.bfloat16)

@@ -81,6 +81,12 @@ def load_on_another_mesh() -> None:
         hf.load(model, "a", MoEMesh.init("cpu", dp=4, ep=2))
 
 
+def swap_on_cp() -> None:
+    with fake_world(4):
+        model = mixtral(4, _attn_implementation="sdpa")
+        hf.swap(model, MoEMesh.init("cpu", cp=4, ep=4))
+
+
 def swap_on_four() -> None:
     with fake_world(4):
         hf.swap(mixtral(2), MoEMesh.init("cpu", dp=4, ep=4))
@@ -138,6 +144,10 @@ BAD_HF: dict[str, Callable[[], object]] = {
     "hf_save_twice": save_twice,
     "hf_save_no_room": save_without_room,
     "hf_save_pretrained": lambda: model_methods._save_pretrained(nn.Linear(2, 2), "a"),
+    "hf_attention_on_cp": swap_on_cp,
+    "hf_resize_token_embeddings": lambda: model_methods._resize_token_embeddings(
+        nn.Linear(2, 2), 8
+    ),
     "hf_pooled_loss_in_a_tuple": lambda: pooled_loss.refuse_tuple(
         nn.Linear(2, 2), {"output_router_logits": True}
     ),
