@@ -72,10 +72,13 @@ class Gradients:
 
     def seen(self, line: str) -> list[Seen]:
         """The current gradients, for comparison along the axes."""
-        return [
-            _seen(name, parameter.grad, *as_stored(parameter, placement, self.mesh), line)
-            for name, parameter, placement in self.parameters
-        ]
+        found = []
+        for name, parameter, placement in self.parameters:
+            grad = parameter.grad
+            # A DTensor's gradient has placements of its own: of Partial, ranks hold summands.
+            stored = parameter if grad is None or not is_stored_in_parts(grad) else grad
+            found.append(_seen(name, grad, *as_stored(stored, placement, self.mesh), line))
+        return found
 
     def check_sums(self, step: int, line: str) -> None:
         """Raise on all ranks if a gradient is not the sum of its parts, scaled like all others."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from spmd_moe import (
     DP,
@@ -48,6 +50,48 @@ def of_torch() -> str:
 def test_what_is_declared_by_name_is_watched() -> None:
     for text in run(2, of_torch):
         assert text.startswith("'weight': gradient f32[4, 4] is R on axis 'dp' (2 ranks)")
+
+
+class Rows(nn.Module):
+    """A DTensor weight, and rows that differ between ranks: its gradient is Partial if `typed`."""
+
+    def __init__(self, mesh: DeviceMesh, typed: bool) -> None:
+        super().__init__()
+        weight = DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()])
+        self.weight, self.typed = nn.Parameter(weight), typed
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        if self.typed:
+            rows = DTensor.from_local(x, weight.device_mesh, [Shard(0)])
+            out: DTensor = rows @ weight
+            return out.to_local()
+        return x @ weight.to_local()  # whose backward takes the gradient for the whole
+
+
+def of_dtensors() -> list[str]:
+    """Gradients that say that they are Partial, and gradients that wrongly say nothing."""
+    mesh, found = MoEMesh.init("cpu", tp=2), []
+    for typed in (True, False):
+        model = Rows(init_device_mesh("cpu", (2,)), typed)
+        declare_placements(model, {"weight": Placed[Tensor, TP[R]]})
+        optimizer = torch.optim.SGD(model.parameters())
+        try:
+            with sanitize(model, mesh, 1.0):
+                model(torch.full((1, 4), 1.0 + mesh[TP].rank)).sum().backward()
+                optimizer.step()
+            found.append("")
+        except SanitizerError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.gloo
+def test_gradients_that_are_partial_dtensors_may_differ() -> None:
+    for partial, unsummed in run(2, of_dtensors):
+        assert partial == ""
+        assert unsummed.startswith("'weight': gradient f32[4, 4] is R on axis 'tp' (2 ranks)")
 
 
 def one_rank_alone(rate: float) -> str:
