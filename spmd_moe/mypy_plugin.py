@@ -8,6 +8,7 @@ Everything is in `static/`. mypy drops its whole cache when this file changes, s
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _installed
@@ -17,7 +18,8 @@ from mypy.version import __version__ as _mypy
 
 def _check(name: str, have: str, oldest: str, below: str) -> None:
     """mypy prints the error as one line, behind "Error importing plugin"."""
-    if tuple(map(int, have.split(".")[:2])) < tuple(map(int, oldest.split(".")[:2])):
+    found, least = ([int(n) for n in re.findall(r"\d+", v)[:3]] for v in (have, oldest))
+    if found < least:
         raise ImportError(
             f"{name} {oldest} or newer is needed, this is {have}: "
             f"pip install '{name}>={oldest},<{below}'"

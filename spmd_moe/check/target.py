@@ -27,10 +27,10 @@ from torch.optim import Optimizer
 
 from spmd_moe.core.errors import ConfigError, PlacementError, SpmdMoeError, describe, explain
 from spmd_moe.core.mesh import MoEMesh
+from spmd_moe.core.messages import COMMAND_LINE as COMMAND_LINE
 from spmd_moe.core.messages import PACKAGE, at_line, is_users, one_line, plural, short_path
 from spmd_moe.core.placement import Placement, placement_of
 
-COMMAND_LINE = "the command line"  # where an option stands
 _CASE = "Case(module, (x,), (Placed[Tensor, DP[V], CP[V], TP[S[0]]],))"
 
 

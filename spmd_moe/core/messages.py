@@ -95,6 +95,8 @@ def short_path(filename: str) -> str:
 _NOT_THE_USER = ("spmd_moe", "spmd_types", "torch", "contextlib", "runpy", "threading")
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _COMMAND = f"{os.sep}spmd-moe"  # the script that pip makes of our command
+_MAIN = f"{PACKAGE}__main__.py"
+COMMAND_LINE = "the command line"  # the place of an error in its words
 
 
 _TOOLS = re.compile(
@@ -110,8 +112,11 @@ def is_users(file: str) -> bool:
 def users_line(frame: FrameType | None = None) -> str:
     """`file:line` of the innermost frame outside this package and its tools, from `frame` up."""
     frame = frame or sys._getframe(1)
+    unknown = "unknown"
     while frame is not None:
         file = frame.f_code.co_filename
+        if file == _MAIN or file.endswith(_COMMAND):
+            unknown = COMMAND_LINE
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         # The sanitizer puts code of this package into functions of others: theirs by name only.
         ours = file.startswith(PACKAGE) or file.endswith(_COMMAND)
@@ -120,4 +125,4 @@ def users_line(frame: FrameType | None = None) -> str:
         if frame.f_back is None:
             break
         frame = frame.f_back
-    return "unknown"
+    return unknown

@@ -1,7 +1,8 @@
 """Versions of spmd_types: what 0.2.3 lacks, so that the package runs beside those that pin it.
 
-0.2.3 has no `rules` (typing rules of autograd functions) and no `register_no_typecheck`. Only
-checks use them. Without them the layer, training and checkpoints work, and a check raises.
+0.2.3 has no `rules` (typing rules of autograd functions) and no `register_no_typecheck`; 0.3.0 has
+only the first. Only checks use them. Without them the layer, training and checkpoints work, and a
+check raises.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from spmd_moe.core.errors import ConfigError, explain
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-HAS_RULES = hasattr(spmd_types, "rules")
+HAS_RULES = hasattr(spmd_types, "rules") and hasattr(spmd_types, "register_no_typecheck")
 
 if HAS_RULES:
     from spmd_types import register_no_typecheck as register_no_typecheck
@@ -46,7 +47,7 @@ def require_rules(where: str) -> None:
             explain(
                 where,
                 f"spmd_types {version('spmd_types')} is installed, and checks need 0.3.1 or newer",
-                why="it has no typing rules for autograd functions",
+                why="it lacks typing rules for functions of this package",
                 fixes=["pip install 'spmd_types>=0.3.1,<0.4'   # in an environment for checks"],
             )
         )
