@@ -25,11 +25,11 @@ FOLDERS = {
     "mesh_degrees host_values torch_modes compute_dtype float32_matmul per_rank_work "
     "check_gpu ranks_agree bind_roles mesh moves collectives redistribute",
     "layer": "routing_faults router_logits router_scores router_config router_noise router "
-    "permute copy_rows dispatch.forecast dispatch.protocol dispatch.local "
+    "permute copy_rows scaled_rows combine dispatch.forecast dispatch.protocol dispatch.local "
     "dispatch.ragged_exchange dispatch.all_to_all dispatch.dedup_all_to_all "
     "dispatch.all_gather dispatch.fixed_capacity dispatch.default_dispatcher dispatch "
-    "activations grouped_mm_support grouped_matmul choose_matmul scaled_rows grouped_ffn "
-    "experts combine shared_experts boundary balance_losses selection_bias check_inputs "
+    "activations grouped_mm_support grouped_matmul choose_matmul grouped_ffn "
+    "experts shared_experts boundary balance_losses selection_bias check_inputs "
     "moe_output moe expert_load",
     "train": "recompute obligations storage_mesh init_weights reduced_gradients gradients "
     "parallelize hang_stack hang_report hang_watch checkpoint.strict_json "

@@ -1,4 +1,4 @@
-"""Each token's rows become one: weigh them, if that is not done yet, and add them."""
+"""Combine the rows of each token: apply the weights, unless the experts did, and add them."""
 
 # Shape letters in this file:
 #   T  tokens    K  experts per token    D  model width    N  slots that have an expert
@@ -6,20 +6,12 @@
 from __future__ import annotations
 
 from spmd_moe.core.placement import Tokens
-from spmd_moe.layer.copy_rows import Copies, add_copies
 from spmd_moe.layer.permute import Slots, fold, take_scores
 from spmd_moe.layer.scaled_rows import scaled
 
 
-def combine(
-    rows_ND: Tokens, slots: Slots, scores_TK: Tokens | None = None, sums: Copies | None = None
-) -> Tokens:
-    """Add each token's rows, in the order of its choices; with scores, each times its weight.
-
-    With `sums`, the rows are already weighted sums, and `sums` has the token of each row.
-    """
-    if sums is not None:
-        return add_copies(rows_ND, sums)
+def combine(rows_ND: Tokens, slots: Slots, scores_TK: Tokens | None = None) -> Tokens:
+    """Add each token's rows, in the order of its choices; with scores, each times its weight."""
     if scores_TK is not None:
         rows_ND = scaled(rows_ND, take_scores(scores_TK, slots))
     return fold(rows_ND, slots)

@@ -5,7 +5,7 @@ enter -> route -> dispatch -> experts -> collect -> combine -> leave
 
 # Shape letters in this file:
 #   T  tokens of this rank    D  model width    K  experts per token    E  experts
-#   N  slots that have an expert    R  rows at this rank's experts    B  sequences    L  length
+#   N  rows of this rank's tokens    R  rows at this rank's experts    B  sequences    L  length
 #   e  experts on this rank    F  hidden width of an expert, on this rank
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ from spmd_moe.layer.balance_losses import (
 from spmd_moe.layer.boundary import INSIDE, Boundary, Frame, check_boundary_kinds
 from spmd_moe.layer.check_inputs import Beside, check_inputs
 from spmd_moe.layer.choose_matmul import check_matmul
-from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import Dispatcher
 from spmd_moe.layer.dispatch.default_dispatcher import default_dispatcher
 from spmd_moe.layer.dispatch.protocol import check_dispatcher, settings_of_dispatcher
 from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
 from spmd_moe.layer.moe_output import MoEOutput
-from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Router, Routing
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.router_logits import mask_rows
@@ -282,11 +280,8 @@ class MoE(nn.Module):
         x_TD, frame = self.boundary.enter(x)
         mask_T = None if mask is None else self.boundary.own_rows(mask, frame)
         routing = self._route(x_TD, mask_T, beside, frame)
-        scores_TK = routing.scores_TK
-        early_TK, late_TK = (None, scores_TK) if self.weigh_in_combine else (scores_TK, None)
-        # With fixed shapes every slot has a row, also one without an expert; that row is zeros.
-        slots = sort_by_expert(routing.expert_ids_TK, routing.complete or self.fixed)
-        arrived, state = self.dispatcher.dispatch(x_TD, early_TK, routing, slots)
+        early_TK = None if self.weigh_in_combine else routing.scores_TK
+        arrived, state = self.dispatcher.dispatch(x_TD, early_TK, routing)
         y_RD = self.experts(
             arrived.rows_RD, arrived.counts_e, arrived.scores_R, arrived.gather, arrived.padded
         )
@@ -294,7 +289,7 @@ class MoE(nn.Module):
         beside_TD = None
         if self.shared is not None:  # now, while rows are on their way back
             beside_TD = self.shared(mask_rows(x_TD, mask_T), frame.shape)
-        y_TD = combine(rows_ND, slots, late_TK, arrived.sums)
+        y_TD = self.dispatcher.combine(rows_ND, state)
         if beside_TD is not None:  # masked again: an activation of 0 need not be 0
             y_TD = mask_rows(y_TD + beside_TD, mask_T)
         chosen_E = routing.counts_E
@@ -343,8 +338,7 @@ class MoE(nn.Module):
             seen_0D = x_0D.view(0, self.config.router.input_dim or dim)
             routing = self.router(seen_0D, refused=True)
             early_0K = None if self.weigh_in_combine else routing.scores_TK
-            slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
-            self.dispatcher.dispatch(x_0D, early_0K, routing, slots)
+            self.dispatcher.dispatch(x_0D, early_0K, routing)
 
     def _loss_terms(
         self, x: CallersTokens, frame: Frame, routing: Routing, mask_T: Tokens | None

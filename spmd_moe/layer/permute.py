@@ -58,18 +58,36 @@ def sort_by_expert(expert_ids_TK: Tensor, every_slot: bool, rows: int | None = N
 
     `rows` is how many have one; without it, the host reads that from the device.
     """
-    k = expert_ids_TK.shape[1]
-    ids = expert_ids_TK.flatten()
-    slot_N = ids.argsort(stable=True)
-    if not every_slot:  # -1 comes first
-        if rows is None:
-            rows = ids.shape[0] - read_ints((ids < 0).sum(0, keepdim=True))[0]
-        slot_N = slot_N.narrow(0, ids.shape[0] - rows, rows)
-    rows = slot_N.shape[0]
-    row = torch.empty_like(ids) if every_slot else torch.full_like(ids, rows)
-    row = row.scatter(0, slot_N, torch.arange(rows, device=ids.device))
-    token_N = torch.floor_divide(slot_N, k)  # `//` is Python around this
+    if not every_slot and rows is None:
+        ids = expert_ids_TK.flatten()
+        rows = ids.shape[0] - read_ints((ids < 0).sum(0, keepdim=True))[0]
+    return slots_of(by_expert(expert_ids_TK), expert_ids_TK, every_slot, rows)
+
+
+def by_expert(expert_ids_TK: T) -> T:
+    """All slots sorted by expert, those without one first."""
+    return cast(T, expert_ids_TK.flatten().argsort(stable=True))
+
+
+def slots_of(
+    sorted_slots: Tensor, expert_ids_TK: Tensor, every_slot: bool, rows: int | None
+) -> Slots:
+    """The last `rows` slots of those that `by_expert` has sorted, or every slot."""
+    slot_N = sorted_slots
+    if not every_slot and rows is not None:
+        slot_N = slot_N.narrow(0, slot_N.shape[0] - rows, rows)
+    count, ids = slot_N.shape[0], expert_ids_TK.flatten()
+    row = torch.empty_like(ids) if every_slot else torch.full_like(ids, count)
+    row = row.scatter(0, slot_N, torch.arange(count, device=ids.device))
+    token_N = torch.floor_divide(slot_N, expert_ids_TK.shape[1])  # `//` is Python around this
     return Slots(slot_N, token_N, row.view_as(expert_ids_TK), every_slot)
+
+
+def unsorted(expert_ids_TK: Tensor) -> Slots:
+    """Every slot in the order of the tokens, for rows that were not sorted."""
+    slot_N = torch.ones_like(expert_ids_TK.flatten()).cumsum(0) - 1
+    token_N = torch.floor_divide(slot_N, expert_ids_TK.shape[1])
+    return Slots(slot_N, token_N, slot_N.view_as(expert_ids_TK), every_slot=True)
 
 
 def expert_major(counts_Se: GatheredRows, rows: int) -> GatheredRows:

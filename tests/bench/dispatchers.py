@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 
 from spmd_moe import AllToAll, DedupAllToAll, Dispatcher, MoEMesh
-from spmd_moe.layer.combine import combine
-from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Routing, count_choices
 from tests.support.workers import POOL, run
 
@@ -35,7 +33,7 @@ def made(dispatcher: Dispatcher[Any], tokens: int, dim: int) -> Callable[[bool],
     draw = torch.Generator().manual_seed(dist.get_rank())
     ids_TK = torch.rand((tokens, E), generator=draw).topk(K, 1).indices
     none, weights_TK = torch.zeros((), dtype=torch.int64), torch.full((tokens, K), 1 / K)
-    counts_E, slots = count_choices(ids_TK, E), sort_by_expert(ids_TK, every_slot=True)
+    counts_E = count_choices(ids_TK, E)
     routing = Routing(
         ids_TK, weights_TK, weights_TK, weights_TK, counts_E, none, none, complete=True
     )
@@ -46,8 +44,8 @@ def made(dispatcher: Dispatcher[Any], tokens: int, dim: int) -> Callable[[bool],
         dist.barrier()
         begin = time.perf_counter()
         with torch.set_grad_enabled(backward):
-            arrived, state = dispatcher.dispatch(x_TD, weights_TK, routing, slots)
-            y_TD = combine(dispatcher.collect(arrived.rows_RD, state), slots, None, arrived.sums)
+            arrived, state = dispatcher.dispatch(x_TD, weights_TK, routing)
+            y_TD = dispatcher.combine(dispatcher.collect(arrived.rows_RD, state), state)
             if backward:
                 torch.autograd.grad(y_TD, x_TD, torch.ones_like(y_TD))
             else:

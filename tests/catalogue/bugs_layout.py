@@ -166,8 +166,8 @@ LAYOUTS = [
         "a buffer for this rank's rows is made as long as the batch of all ranks",
         edit(
             "layer.moe",
-            "y_TD = combine(rows_ND, slots, late_TK, arrived.sums)",
-            "y_TD = combine(rows_ND, slots, late_TK, arrived.sums)\n"
+            "y_TD = self.dispatcher.combine(rows_ND, state)",
+            "y_TD = self.dispatcher.combine(rows_ND, state)\n"
             "        y_TD = y_TD + x.new_zeros(x.flatten(0, -2).shape)",
         ),
         target="whole",

@@ -97,6 +97,7 @@ class Own:
     def __init__(self, mesh: MoEMesh) -> None:
         self.one = AllToAll(mesh, 24)
         self.dispatch, self.collect = self.one.dispatch, self.one.collect
+        self.combine = self.one.combine
 
     def forecast(self, batch: object) -> None:
         pass

@@ -56,11 +56,11 @@ def halves_of_nan(shift: int) -> Tensor:
 def step(dispatcher: Dispatcher[Any], row_dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
     """Scores at the experts and back, and their gradients: everything that they pass."""
     draw = torch.Generator().manual_seed(0)
-    routing, slots = routing_of(torch.randint(0, E, (T, K), generator=draw))
+    routing = routing_of(torch.randint(0, E, (T, K), generator=draw))
     x = torch.randn(T, D, generator=draw).to(row_dtype)
 
     def arrive(x_TD: Tensor, scores_TK: Tensor) -> tuple[Tensor, Tensor]:
-        arrived, _ = dispatcher.dispatch(x_TD, scores_TK, routing, slots)
+        arrived, _ = dispatcher.dispatch(x_TD, scores_TK, routing)
         assert arrived.scores_R is not None
         return arrived.scores_R, arrived.rows_RD
 

@@ -32,7 +32,6 @@ from spmd_moe.check.mirror_world import mirror_world
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.layer.copy_rows import Copies, add_copies, copy
 from spmd_moe.layer.dispatch.default_dispatcher import expected_ranks
-from spmd_moe.layer.permute import sort_by_expert
 from spmd_moe.layer.router import Routing, count_choices
 from tests.support.operator_log import Operator, operators
 
@@ -56,13 +55,13 @@ def on_the_wire(ep: int) -> list[int]:
     """Rows that this rank sends: there, back, and in backward."""
     mesh, ids = MoEMesh.init("cpu", dp=ep, ep=ep), chosen(dist.get_rank())
     none = torch.zeros((), dtype=torch.int64)
-    counts_E, slots = count_choices(ids, E), sort_by_expert(ids, every_slot=True)
+    counts_E = count_choices(ids, E)
     weights = torch.ones(T, K)
     routing = Routing(ids, weights, weights, weights, counts_E, none, none, complete=True)
     x = torch.ones(T, D, dtype=torch.float64, requires_grad=True)
     dispatcher = DedupAllToAll(mesh, E)
     with operators() as ran:
-        arrived, state = dispatcher.dispatch(x, weights, routing, slots)
+        arrived, state = dispatcher.dispatch(x, weights, routing)
         dispatcher.collect(arrived.rows_RD, state).sum().backward()
     return rows_sent(ran)
 
@@ -215,7 +214,7 @@ def order_of_events() -> list[str]:
 
 def test_what_can_run_runs_while_rows_travel() -> None:
     """A result is waited for where it is first used."""
-    route = ["matmul", "sort"]
+    route = ["matmul"]
     numbers = ["send", "sort", "numbers"]  # slots are sorted while numbers travel
     # Ids travel while rows are made; arrived ids are sorted while rows and weights travel.
     there, experts = ["send", "sort", "send", "send", "ids", "sort", "rows", "numbers"], ["add"]

@@ -26,9 +26,7 @@ from torch import Tensor
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import EDP, EP, ETP
-from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import Dispatcher
-from spmd_moe.layer.permute import spread
 from tests.support.layer_layouts import Layout, gradient, meaning, part
 from tests.support.operator_log import Operator, operators
 from tests.support.routings import (
@@ -65,8 +63,8 @@ def through(dispatcher: Dispatcher[Any], world: World, early: bool) -> list[Tens
     x, scores = world.x[rank].clone(), world.scores[rank].clone()
     w1, w2 = part(world.w1_EFD, W1, lay, rank), part(world.w2_EDF, W2, lay, rank)
     leaves = [leaf.requires_grad_() for leaf in (x, scores, w1, w2)]
-    routing, slots = routing_of(world.ids[rank], scores)
-    arrived, state = dispatcher.dispatch(x, scores if early else None, routing, slots)
+    routing = routing_of(world.ids[rank], scores)
+    arrived, state = dispatcher.dispatch(x, scores if early else None, routing)
     rows = made_rows(arrived).split(arrived.counts_e.tolist())
     y_RD = torch.cat([part_RD @ w1[e].T @ w2[e].T for e, part_RD in enumerate(rows)])
     if early:
@@ -74,8 +72,7 @@ def through(dispatcher: Dispatcher[Any], world: World, early: bool) -> list[Tens
         y_RD = y_RD * arrived.scores_R.unsqueeze(1)
     else:
         assert arrived.scores_R is None
-    back = dispatcher.collect(y_RD, state)
-    y = combine(back, slots, None if early else scores, arrived.sums)
+    y = dispatcher.combine(dispatcher.collect(y_RD, state), state)
     return [y.detach(), *torch.autograd.grad(y, leaves, world.g[rank])]
 
 
@@ -93,7 +90,7 @@ def test_values_and_gradients(layout: Layout, name: str, routing: str) -> None:
             assert torch.equal(a, b)
 
 
-# --- collect undoes dispatch ------------------------------------------------------------------
+# --- rows that come back ----------------------------------------------------------------------
 
 
 def there_and_back(world: World, name: str) -> bool:
@@ -107,20 +104,12 @@ def there_and_back(world: World, name: str) -> bool:
 
 def comes_back(dispatcher: Dispatcher[Any], mesh: MoEMesh, ids: Tensor, dtype: torch.dtype) -> bool:
     x = torch.randn(ids.shape[0], D, generator=torch.Generator().manual_seed(1)).to(dtype)
-    routing, slots = routing_of(ids)
-    arrived, state = dispatcher.dispatch(x, None, routing, slots)
+    arrived, state = dispatcher.dispatch(x, None, routing_of(ids))
     rows = made_rows(arrived)
     back = dispatcher.collect(rows if mesh[ETP].rank == 0 else torch.zeros_like(rows), state)
-    sent = spread(x, slots) if arrived.sums is None else sums_on_ranks(x, ids, mesh[EP].size)
-    assert back.dtype is dtype and torch.equal(back + 0, sent)
-    return bool(back.any())
-
-
-def sums_on_ranks(x: Tensor, ids: Tensor, ranks: int) -> Tensor:
-    """Rank by rank, each token that has choices there, times their number."""
-    owners = ids.clamp(min=0) * ranks // E
-    times = [((owners == rank) & (ids >= 0)).sum(1) for rank in range(ranks)]
-    return torch.cat([(x * n.unsqueeze(1))[n > 0] for n in times])
+    y = dispatcher.combine(back, state)
+    assert back.dtype is dtype and torch.equal(y + 0, x * (ids >= 0).sum(1, keepdim=True))
+    return bool(y.any())
 
 
 Arrivals = list[list[tuple[float, float]]]  # for each expert here: token and weight of every row
@@ -139,7 +128,7 @@ def arrivals(
     rank = dist.get_rank()
     x = (torch.arange(ids.shape[0]) + 50 * rank).to(row_dtype).unsqueeze(1).expand(-1, D)
     scores = numbered_scores(rank, ids).to(score_dtype)
-    arrived, _ = dispatcher.dispatch(x, scores, *routing_of(ids))
+    arrived, _ = dispatcher.dispatch(x, scores, routing_of(ids))
     rows, scores_R = made_rows(arrived), arrived.scores_R
     assert rows.dtype is row_dtype and scores_R is not None and scores_R.dtype is score_dtype
     assert torch.equal(rows[:, :1].expand(-1, D), rows + 0)
@@ -203,9 +192,9 @@ def collectives(world: World, name: str, early: bool) -> tuple[list[str], list[s
     rank, dispatcher = dist.get_rank(), MAKE[name](mesh_of(world.layout), E)
     x = world.x[rank].clone().requires_grad_()
     scores = world.scores[rank].to(torch.float32).requires_grad_() if early else None
-    routing, slots = routing_of(world.ids[rank])
+    routing = routing_of(world.ids[rank])
     with operators() as there:
-        arrived, state = dispatcher.dispatch(x, scores, routing, slots)
+        arrived, state = dispatcher.dispatch(x, scores, routing)
     weight = 1 if arrived.scores_R is None else arrived.scores_R.unsqueeze(1)
     with operators() as back:
         y = dispatcher.collect(made_rows(arrived) * weight, state)
@@ -267,11 +256,10 @@ def test_all_gather_sends_the_same_whatever_the_routing() -> None:
 SNIPPET = """
 from torch import Tensor
 from spmd_moe.layer.dispatch import AllGather, AllToAll, DedupAllToAll, Local
-from spmd_moe.layer.permute import Slots
 from spmd_moe.layer.router import Routing
 
 def mixed(
-    x: Tensor, routing: Routing, slots: Slots, a: Local, b: AllToAll, c: AllGather, d: DedupAllToAll
+    x: Tensor, routing: Routing, a: Local, b: AllToAll, c: AllGather, d: DedupAllToAll
 ) -> None:
 """
 
@@ -280,7 +268,7 @@ def test_mypy_refuses_the_state_of_another_dispatcher(tmp_path: Path) -> None:
     """Of all pairs, exactly those of one with another are refused."""
     lines, wrong = SNIPPET.lstrip().splitlines(), set()
     for giver in "abcd":
-        lines.append(f"    rows_{giver}, state_{giver} = {giver}.dispatch(x, None, routing, slots)")
+        lines.append(f"    rows_{giver}, state_{giver} = {giver}.dispatch(x, None, routing)")
     for giver, taker in product("abcd", repeat=2):
         lines.append(f"    {taker}.collect(rows_{giver}.rows_RD, state_{giver})")
         if giver != taker:

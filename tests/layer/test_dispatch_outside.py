@@ -30,9 +30,10 @@ from spmd_moe import (
     redistribute,
 )
 from spmd_moe.check.thread_ranks import threaded
+from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch import Arrived
 from spmd_moe.layer.dispatch.forecast import Batch
-from spmd_moe.layer.permute import Slots, spread, take_scores
+from spmd_moe.layer.permute import Slots, sort_by_expert, spread, take_scores
 from spmd_moe.layer.routing_faults import check_marks
 from tests.support.dispatchers import DISPATCHERS
 from tests.support.layer_layouts import Case, Layout
@@ -45,6 +46,8 @@ from tests.support.routings import LAYOUTS, E
 class Padding:
     """Where rows stand in buffers that have the same room for every pair of ranks."""
 
+    slots: Slots
+    late_TK: Tensor | None  # the weights that the experts do not apply
     room: int
     sent_N: Tensor
     got_R: Tensor  # expert-major
@@ -61,8 +64,9 @@ class Padded:
         self.num_experts, self.axes = num_experts, [self.ep]
 
     def dispatch(
-        self, x_TD: Tensor, scores_TK: Tensor | None, routing: Routing, slots: Slots
+        self, x_TD: Tensor, scores_TK: Tensor | None, routing: Routing
     ) -> tuple[Arrived, Padding]:
+        slots = sort_by_expert(routing.expert_ids_TK, routing.complete)
         ranks, me = self.ep.size, self.ep.rank
         told = torch.cat([routing.counts_E, routing.fault.view(1)]).unsqueeze(0)
         told_SE = redistribute(told, self.ep, src=S(0), dst=R)
@@ -75,7 +79,8 @@ class Padded:
         order = sorted(range(len(arrived)), key=lambda r: arrived[r])
         sent_N = [r * room + i for r in range(ranks) for i in range(pairs[me][r])]
         at = (torch.tensor(rows).long() for rows in (sent_N, [got[r] for r in order]))
-        state = Padding(room, *at)
+        late_TK = routing.scores_TK if scores_TK is None else None
+        state = Padding(slots, late_TK, room, *at)
         rows_RD = self._send(spread(x_TD, slots), state.sent_N, state.got_R, room)
         scores_R = None
         if scores_TK is not None:
@@ -85,6 +90,9 @@ class Padded:
 
     def collect(self, y_RD: Tensor, state: Padding) -> Tensor:
         return self._send(y_RD, state.got_R, state.sent_N, state.room)
+
+    def combine(self, rows_ND: Tensor, state: Padding) -> Tensor:
+        return combine(rows_ND, state.slots, state.late_TK)
 
     def forecast(self, batch: Batch) -> None:
         """Not known: `spmd-moe plan` says so."""

@@ -71,9 +71,9 @@ def waits(
 @pytest.mark.parametrize("given", ["", "mask", "ids", "mask and ids"])
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_one_process(name: str, given: str) -> None:
-    """At most one more for a mask or ids, none with fixed shapes."""
+    """One more for a mask or ids without any other, because sizes that are read say it too."""
     forward, losses, backward = waits(MoEMesh.single(), name, given=given)
-    more = 1 if given and name != "fixed" else 0
+    more = 1 if given and name == "local" else 0
     assert (len(forward), losses, backward) == (WAITS[name] + more, [], []), forward
 
 

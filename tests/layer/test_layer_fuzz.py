@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from spmd_moe.layer import moe
+from spmd_moe.layer import combine
 from tests.layer.fuzz_layer import fuzz
 
 
@@ -17,10 +17,10 @@ def test_random_layers_equal_one_process() -> None:
 
 
 def test_the_fuzzer_finds_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def combined(*args: Any) -> Tensor:
-        return combine(*args) * (1.0 + 1e-8)
+    def folded(*args: Any) -> Tensor:
+        return fold(*args) * (1.0 + 1e-8)
 
-    combine = moe.combine
-    monkeypatch.setattr(moe, "combine", combined)
+    fold = combine.fold
+    monkeypatch.setattr(combine, "fold", folded)
     with pytest.raises(AssertionError, match="is off by"):
         fuzz(0, times=60)

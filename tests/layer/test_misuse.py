@@ -34,6 +34,7 @@ from spmd_moe import (
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.core.placement import placements_of
 from spmd_moe.layer.dispatch import Arrived
+from spmd_moe.layer.dispatch.local import Sorted
 from spmd_moe.layer.experts import Experts
 from tests.support.simulated_ranks import fake_world
 from tests.support.workers import run
@@ -185,12 +186,12 @@ def test_a_dispatcher_of_ones_own_may_serve_any_number_of_experts() -> None:
 
         def __init__(self, mesh: MoEMesh) -> None:
             self._local = Local(mesh)
-            self.collect = self._local.collect
+            self.collect, self.combine = self._local.collect, self._local.combine
 
         def forecast(self, batch: object) -> None:
             pass
 
-        def dispatch(self, *given: Any) -> tuple[Arrived, None]:
+        def dispatch(self, *given: Any) -> tuple[Arrived, Sorted]:
             return self._local.dispatch(*given)
 
     mesh = MoEMesh.single()

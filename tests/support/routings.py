@@ -14,7 +14,6 @@ from torch import Tensor
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import EP, ExpertInWeight, ExpertOutWeight, Placement, placement_of
 from spmd_moe.layer.dispatch import Arrived
-from spmd_moe.layer.permute import Slots, sort_by_expert
 from spmd_moe.layer.router import Routing, count_choices
 from tests.support.dispatchers import DISPATCHERS
 from tests.support.layer_layouts import Layout
@@ -104,11 +103,11 @@ def mesh_of(lay: Layout) -> MoEMesh:
     return MoEMesh.init("cpu", dp=lay.dp, cp=lay.cp, tp=lay.tp, ep=lay.ep, etp=lay.etp)
 
 
-def routing_of(ids_TK: Tensor, scores_TK: Tensor | None = None) -> tuple[Routing, Slots]:
+def routing_of(ids_TK: Tensor, scores_TK: Tensor | None = None) -> Routing:
     """Without scores, every weight is 1."""
     complete, nothing = bool((ids_TK >= 0).all()), torch.zeros(())
     fine = torch.zeros((), dtype=torch.int64)
-    routing = Routing(
+    return Routing(
         expert_ids_TK=ids_TK,
         scores_TK=torch.ones(ids_TK.shape) if scores_TK is None else scores_TK,
         logits_TE=nothing,
@@ -118,7 +117,6 @@ def routing_of(ids_TK: Tensor, scores_TK: Tensor | None = None) -> tuple[Routing
         fault=fine,
         complete=complete,
     )
-    return routing, sort_by_expert(ids_TK, complete)
 
 
 def made_rows(arrived: Arrived) -> Tensor:

@@ -6,8 +6,8 @@ on most ranks anyway.
 
 # Shape letters in this file (a small letter is this rank's share of the capital):
 #   T  tokens of all ranks of ep and etp    t  tokens of this rank    K  experts per token
-#   D  model width    R  rows at this rank's experts    E  experts    e  experts on this rank
-#   i  ranks of ep    j  ranks of etp
+#   D  model width    N  slots, t*K    R  rows at this rank's experts
+#   E  experts    e  experts on this rank    i  ranks of ep    j  ranks of etp
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ from spmd_moe.core.placement import (
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer import routing_faults
+from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
-from spmd_moe.layer.permute import Slots, from_slots, sort_by_expert, spread, take_scores, to_slots
+from spmd_moe.layer.permute import Slots, sort_by_expert, spread, take_scores, to_slots, unsorted
 from spmd_moe.layer.router import Routing
 
 
@@ -51,7 +52,8 @@ class Gathered:
 
     shapes: list[ShardShape]  # tokens of each rank, along the axes in the order of the gathers
     here: Slots  # of the slots of all gathered tokens: those whose expert is here
-    own: Slots  # of the slots of this rank's tokens: those that have an expert
+    own: Slots  # of this rank's tokens, in their order
+    late_tK: Tokens | None  # the weights that `combine` applies
 
 
 @final
@@ -80,10 +82,12 @@ class AllGather:
         self.num_experts = num_experts
 
     def dispatch(
-        self, x_tD: Tokens, scores_tK: Tokens | None, routing: Routing, slots: Slots
+        self, x_tD: Tokens, scores_tK: Tokens | None, routing: Routing
     ) -> tuple[Arrived, Gathered]:
         ids_tK, counts_E = routing.expert_ids_TK, routing.counts_E
-        return self._arrive(x_tD, scores_tK, ids_tK, counts_E, routing.fault, slots)
+        arrived, shapes, here = self._arrive(x_tD, scores_tK, ids_tK, counts_E, routing.fault)
+        late_tK = routing.scores_TK if scores_tK is None else None
+        return arrived, Gathered(shapes, here, unsorted(ids_tK), late_tK)
 
     # Only for its signature, as is said in protocol.py: rows are of the expert mesh from here on.
     def _arrive(
@@ -93,8 +97,7 @@ class AllGather:
         expert_ids_tK: Rows,
         counts_E: Rows,
         marked: Rows,
-        own: Slots,
-    ) -> tuple[Arrived, Gathered]:
+    ) -> tuple[Arrived, list[ShardShape], Slots]:
         shapes, rows, counts_e = self._count(expert_ids_tK, counts_E, marked)
         ids_TK = self._gather(expert_ids_tK, shapes)
         all_E = torch.arange(self.num_experts, device=ids_TK.device)
@@ -108,7 +111,7 @@ class AllGather:
             None if scores_tK is None else take_scores(self._gather(scores_tK, shapes), here),
             counts_e,
         )
-        return arrived, Gathered(shapes, here, own)
+        return arrived, shapes, here
 
     def collect(self, y_RD: RowSums, state: Gathered) -> Tokens:
         y = declare_sum(to_slots(y_RD, state.here), self.ep)  # each slot's row is on one rank
@@ -116,7 +119,10 @@ class AllGather:
         for axis, shape in reversed(list(zip(self.axes, state.shapes, strict=True))):
             slots = _times(shape, choices)
             y = redistribute(y, axis, src=P, dst=S(0), shape=slots, dtype=sum_dtype(y))
-        return from_slots(y, state.own)
+        return y
+
+    def combine(self, rows_ND: Tokens, state: Gathered) -> Tokens:
+        return combine(rows_ND, state.own, state.late_tK)
 
     def forecast(self, batch: Batch) -> Iterator[Collective]:
         (etp, ep), dim, wide = self.axes, [batch.dim], batch.wide

@@ -33,15 +33,16 @@ from spmd_moe.layer.copy_rows import Copies, add_copies, copy
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
 from spmd_moe.layer.dispatch.ragged_exchange import Load, RaggedExchange, Traffic
-from spmd_moe.layer.permute import Slots, inverse, reorder
+from spmd_moe.layer.permute import inverse, reorder
 from spmd_moe.layer.router import Routing
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """What `collect` needs to add the rows of each arrived token, and to send the sums back."""
+    """What the rows of each arrived token need to be added, and their sums to be sent back."""
 
+    leaving: Copies  # rows that left, as copies of this rank's tokens
     traffic: Traffic  # of tokens
     here: Copies  # rows at the experts, as copies of arrived tokens
     weights_R: GatheredRows | None  # of the rows, if the experts do not apply them
@@ -76,7 +77,7 @@ class DedupAllToAll:
         self.axes = self.ragged.ep, self.ragged.etp
 
     def dispatch(
-        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing
     ) -> tuple[Arrived, Expanded]:
         ranks, e = self.ragged.ep.size, self.num_local
         rank_TK = torch.floor_divide(routing.expert_ids_TK, e)  # -1 stays -1
@@ -88,28 +89,35 @@ class DedupAllToAll:
 
         # Overlaps with the exchange: sort slots by rank, then by token.
         slot_N = rank_TK.flatten().argsort(stable=True)
-        rows = slots.slot_N.shape[0]  # spmd: allow unknown - only its shape is read
-        slot_N = slot_N.narrow(0, slot_N.shape[0] - rows, rows)  # -1 comes first
         token_N = torch.floor_divide(slot_N, rank_TK.shape[1])
         rank_N = rank_TK.flatten().index_select(0, slot_N)
         first_N = self._first(rank_N, token_N, rank_TK.shape[0])
         ids_N = routing.expert_ids_TK.flatten().index_select(0, slot_N).remainder(e)
         codes_N = (ids_N * 2 + first_N).to(torch.int32)
         counts_Se, (by_slot, by_token) = self.ragged.count(told, got)
+        if not routing.complete:  # slots without an expert come first
+            rows = sum(by_slot.sends)
+            none = slot_N.shape[0] - rows
+            slot_N, token_N = slot_N.narrow(0, none, rows), token_N.narrow(0, none, rows)
+            first_N, codes_N = first_N.narrow(0, none, rows), codes_N.narrow(0, none, rows)
 
         codes = self.ragged.send(codes_N, by_slot)
         leaving = self._leaving(first_N, token_N, goes_TS, sum(by_token.sends))
         rows_MD = self.ragged.send(copy(x_TD, leaving), by_token)
         scores = routing.scores_TK if scores_TK is None else scores_TK
         weights = self.ragged.send(scores.flatten().index_select(0, slot_N), by_slot)
-        early = scores_TK is not None
-        return self._arrive(codes, rows_MD, weights, counts_Se, (by_slot, by_token), early, leaving)
+        arriving = codes, rows_MD, weights, counts_Se, (by_slot, by_token), scores_TK is not None
+        arrived, here, late_R = self._arrive(*arriving)
+        return arrived, Expanded(leaving, by_token, here, late_R)
 
     def collect(self, y_RD: RowSums, state: Expanded) -> Tokens:
         dtype = y_RD.dtype
         if state.weights_R is not None:
             y_RD = y_RD * state.weights_R.unsqueeze(1)
         return self.ragged.send_back(add_copies(y_RD, state.here, dtype), state.traffic)
+
+    def combine(self, rows_LD: Tokens, state: Expanded) -> Tokens:
+        return add_copies(rows_LD, state.leaving)
 
     def forecast(self, batch: Batch) -> Iterator[Collective]:
         slots_ijs, dtype = batch.slots_ijs(self.num_local), batch.weight_dtype
@@ -145,8 +153,7 @@ class DedupAllToAll:
         counts_Se: GatheredRows,
         traffic: tuple[Traffic, Traffic],
         early: bool,
-        leaving: Copies,
-    ) -> tuple[Arrived, Expanded]:
+    ) -> tuple[Arrived, Copies, GatheredRows | None]:
         """Rows of all etp ranks, expert-major."""
         by_slot, by_token = traffic
         codes_R, tokens = self.ragged.gather(codes, by_slot), by_token.gathered.total
@@ -154,8 +161,7 @@ class DedupAllToAll:
         rows_RD = copy(self.ragged.gather(rows, by_token), here)
         weights_R = reorder(self.ragged.gather(weights, by_slot), order_R, back_R)
         early_R, late_R = (weights_R, None) if early else (None, weights_R)
-        arrived = Arrived(rows_RD, early_R, counts_Se.sum(0), sums=leaving)
-        return arrived, Expanded(by_token, here, late_R)
+        return Arrived(rows_RD, early_R, counts_Se.sum(0)), here, late_R
 
     def _here(
         self, codes_R: GatheredRows, tokens: int

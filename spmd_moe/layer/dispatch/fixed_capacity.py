@@ -35,9 +35,18 @@ from spmd_moe.core.placement import EP, ETP, GatheredRows, P, R, Rows, RowSums, 
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.core.validate import is_positive_int
+from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
-from spmd_moe.layer.permute import Slots, inverse, place, reorder, spread, take_scores
+from spmd_moe.layer.permute import (
+    Slots,
+    inverse,
+    place,
+    reorder,
+    sort_by_expert,
+    spread,
+    take_scores,
+)
 from spmd_moe.layer.router import Routing
 
 
@@ -46,6 +55,8 @@ from spmd_moe.layer.router import Routing
 class InBuffers:
     """Where each row is in the buffers, and back."""
 
+    slots: Slots
+    late_TK: Tokens | None  # the weights that `combine` applies
     row_B: Tokens  # the row at each place; N where there is none
     place_N: Tokens  # the place of each row; B where it found none
     order_R: GatheredRows  # from the order of arrival to expert-major
@@ -97,8 +108,10 @@ class FixedCapacity:
         self.room = rows_per_rank
 
     def dispatch(
-        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing
     ) -> tuple[Arrived, InBuffers]:
+        # Every slot has a row, also one without an expert; that row comes back as zeros.
+        slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
         counts_Se = routing.counts_E.view(self.ep.size, self.num_local)
         # spmd: allow unknown - its length
         row_B, place_N = self._fill(counts_Se, slots.slot_N.shape[0])
@@ -112,12 +125,16 @@ class FixedCapacity:
         got = self._send(head, 1)
         rows_BD = self._send(place(spread(x_TD, slots), row_B, place_N), self.room)
         arrived, order_R, back_R = self._arrive(got, rows_BD, dropped)
-        return arrived, InBuffers(row_B, place_N, order_R, back_R)
+        late_TK = routing.scores_TK if scores_TK is None else None
+        return arrived, InBuffers(slots, late_TK, row_B, place_N, order_R, back_R)
 
     def collect(self, y_RD: RowSums, state: InBuffers) -> Tokens:
         y_RD = reorder(y_RD, state.back_R, state.order_R)
         y_BD = redistribute(y_RD, self.etp, src=P, dst=S(0), dtype=sum_dtype(y_RD))
         return self._take_out(self._send(y_BD, self.room), state.place_N, state.row_B)
+
+    def combine(self, rows_ND: Tokens, state: InBuffers) -> Tokens:
+        return combine(rows_ND, state.slots, state.late_TK)
 
     def forecast(self, batch: Batch) -> Iterator[Collective]:
         ep, etp, dim, wide = self.ep, self.etp, [batch.dim], batch.wide

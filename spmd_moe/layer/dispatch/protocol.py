@@ -2,14 +2,15 @@
 
     num_experts, axes, fixed_shapes    what it was made for
     dispatch   tokens on the dense mesh  ->  rows on the expert mesh, sorted by local expert
-    collect    the experts' rows  ->  the rows of this rank's slots, in the order of `slots`
-    forecast   the collectives of both, and of their backward, for given numbers of rows
+    collect    the experts' rows  ->  the rows of this rank's tokens
+    combine    these rows  ->  the weighted sum of each token's rows
+    forecast   the collectives of all, and of their backward, for given numbers of rows
 
-`collect` is the exact inverse of `dispatch`: with experts that return what they get, every slot
-gets back the row of its token, or where rows are added before they are sent back, the sum of such
-rows. What a dispatcher has to remember in between is a `State` of its own, so the state of one does
-not type-check with another. Expert weights are sharded on ep in order: rank j of ep has experts j*e
-to (j+1)*e - 1.
+`collect` is the inverse of `dispatch`: with experts that return what they get, each row of a token
+comes back, or where rows are added before they are sent back, the sum of such rows. It is apart
+from `combine` because shared experts run while the rows are on their way back. What a dispatcher
+has to remember in between is a `State` of its own, so the state of one does not type-check with
+another. Expert weights are sharded on ep in order: rank j of ep has experts j*e to (j+1)*e - 1.
 
 Rows come R on etp, since each rank of etp has a slice of every expert's hidden dim and needs all
 rows, and go back P on etp, since each then has a part of the sum over the hidden dim.
@@ -19,7 +20,7 @@ there are methods that stand only for their signature.
 """
 
 # Shape letters in this file:
-#   T  tokens    K  experts per token    D  model width    N  slots that have an expert
+#   T  tokens    K  experts per token    D  model width    N  rows of this rank's tokens
 #   R  rows at this rank's experts       e  experts on this rank
 
 from __future__ import annotations
@@ -32,14 +33,13 @@ from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import Axis, MoEMesh, check_mesh
 from spmd_moe.core.placement import EP, GatheredRows, RowSums, Tokens
 from spmd_moe.core.validate import check_positive_ints, describe_value, split_evenly
-from spmd_moe.layer.copy_rows import Copies
 from spmd_moe.layer.dispatch.forecast import Batch, Collective
-from spmd_moe.layer.permute import Gather, Slots
+from spmd_moe.layer.permute import Gather
 from spmd_moe.layer.router import Routing
 
 State = TypeVar("State")
 
-_MEMBERS = ("num_experts", "axes", "fixed_shapes", "dispatch", "collect", "forecast")
+_MEMBERS = ("num_experts", "axes", "fixed_shapes", "dispatch", "collect", "combine", "forecast")
 
 
 @final
@@ -55,9 +55,6 @@ class Arrived:
     # as zeros; as zeros `collect` has to bring their gradients, too.
     padded: bool = False
     dropped: Tokens | None = None  # int64: how many of this rank's choices found no room
-    # Set if `collect` returns sums of weighted rows: the token of each sum. Otherwise it returns a
-    # row for each slot, and `combine` applies the weights and adds the rows.
-    sums: Copies | None = None
 
 
 @runtime_checkable
@@ -71,8 +68,7 @@ class Dispatcher(Protocol[State]):
     Attributes:
         num_experts: The number of experts it was made for; None if it serves any number.
         axes: The axes ep and etp it was made on, in any order.
-        fixed_shapes: True if the host reads no size. Every slot then has a row, also a slot without
-            an expert.
+        fixed_shapes: True if the host reads no size.
 
     Example:
         >>> from spmd_moe import AllToAll, Dispatcher, MoEMesh
@@ -89,22 +85,22 @@ class Dispatcher(Protocol[State]):
     def fixed_shapes(self) -> bool: ...
 
     def dispatch(
-        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, slots: Slots, /
+        self, x_TD: Tokens, scores_TK: Tokens | None, routing: Routing, /
     ) -> tuple[Arrived, State]:
-        """Rows of this rank's slots, and their scores, to the ranks that have their experts.
+        """Rows of this rank's tokens, and their scores, to the ranks that have their experts.
 
-        `scores_TK` is None where rows are weighed after the experts: by `combine`, or with those of
-        `routing` by a dispatcher that adds rows before they are sent back (`Arrived.sums`).
+        `scores_TK` is None where the experts do not apply them. The rows are then multiplied by
+        `routing.scores_TK` after the experts, before any of them are added.
         """
 
     def collect(self, y_RD: RowSums, state: State, /) -> Tokens:
-        """The experts' rows back to the slots they came from: [N, D] in the order of `slots`.
+        """The experts' rows back to the tokens they came from, in an order of its own."""
 
-        With `Arrived.sums`, sums of them: a row for each of those copies.
-        """
+    def combine(self, rows_ND: Tokens, state: State, /) -> Tokens:
+        """The sum of each token's rows: [T, D]. Zeros for a token without any."""
 
     def forecast(self, batch: Batch, /) -> Iterable[Collective] | None:
-        """The collectives of `dispatch`, `collect` and their backward on this rank, in order.
+        """The collectives of these and of their backward on this rank, in order.
 
         Forward first. None if that is not known: `spmd-moe plan` then says so, and leaves them out.
         """

@@ -27,7 +27,6 @@ from spmd_moe import (
     init_weights,
 )
 from spmd_moe.layer.grouped_matmul import LoopedMatmul, RowGroups, TorchGroupedMM
-from spmd_moe.layer.permute import sort_by_expert
 from tests.bench.gpu.run_items import NotHereError
 from tests.bench.peers.layers import WIDE, layers
 from tests.bench.peers.measure import forward, step
@@ -148,8 +147,7 @@ def compiled_scores(device: str) -> str:
     routing = layer.router(x)
 
     def arrive(x_TD: Tensor, scores_TK: Tensor) -> Tensor:
-        slots = sort_by_expert(routing.expert_ids_TK, every_slot=True)
-        scores_R = layer.dispatcher.dispatch(x_TD, scores_TK, routing, slots)[0].scores_R
+        scores_R = layer.dispatcher.dispatch(x_TD, scores_TK, routing)[0].scores_R
         assert scores_R is not None
         return scores_R
 
