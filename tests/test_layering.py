@@ -23,7 +23,7 @@ ROOT = PACKAGE.parent
 FOLDERS = {
     "core": "messages errors spmd_types_compat placement declare_placements shard_shape validate "
     "mesh_degrees host_values torch_modes compute_dtype float32_matmul per_rank_work "
-    "check_gpu ranks_agree bind_roles mesh moves collectives redistribute",
+    "check_gpu ranks_agree bind_roles mesh moves autograd_function collectives redistribute",
     "layer": "routing_faults router_logits router_scores router_config router_noise router "
     "permute copy_rows scaled_rows combine dispatch.forecast dispatch.protocol dispatch.local "
     "dispatch.ragged_exchange dispatch.all_to_all dispatch.dedup_all_to_all "

@@ -7,7 +7,7 @@ and storing whole models is torch's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -21,12 +21,13 @@ from spmd_types import (
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from spmd_moe.core.autograd_function import apply
 from spmd_moe.core.errors import MeshError, explain
 from spmd_moe.core.mesh import Axis
 from spmd_moe.core.moves import Step, awaitable, wait_for
 from spmd_moe.core.placement import P, Role, V
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_modes import is_unchecked, is_unobserved
+from spmd_moe.core.torch_modes import is_unchecked
 from spmd_moe.core.validate import describe_value
 
 Dtype: TypeAlias = torch.dtype | None
@@ -40,7 +41,8 @@ class Move(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype, grad_dtype: Dtype
     ) -> Tensor:
         ctx.back = group, step.backward(), grad_dtype, dtype
-        return _moved(x, group, step, dtype)
+        y = step.row.run(x if dtype is None else x.to(dtype), group, step)
+        return y if dtype is None else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -55,14 +57,7 @@ def move(
     x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype = None, grad_dtype: Dtype = None
 ) -> Tensor:
     """`Move`, with types."""
-    if is_unobserved():
-        return _moved(x, group, step, dtype)
-    return cast(Tensor, Move.apply(x, group, step, dtype, grad_dtype))  # type: ignore[no-untyped-call]  # torch does not type apply
-
-
-def _moved(x: Tensor, group: ProcessGroup, step: Step, dtype: Dtype) -> Tensor:
-    y = step.row.run(x if dtype is None else x.to(dtype), group, step)
-    return y if dtype is None else y.to(x.dtype)
+    return apply(Move, x, group, step, dtype, grad_dtype)
 
 
 class Exchange(torch.autograd.Function):
@@ -78,7 +73,8 @@ class Exchange(torch.autograd.Function):
         ctx: Any, x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]
     ) -> Tensor:
         ctx.back = group, sends, receives
-        return _exchanged(x, group, receives, sends)
+        moved = funcol.all_to_all_single(x.contiguous(), receives, sends, group)
+        return awaitable(moved, "all_to_all")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,12 +122,7 @@ def exchange(
     """
     if group.size() == 1:
         return x
-    run = _exchanged if is_unobserved() else Exchange.apply
-    return cast(Tensor, run(x, group, list(receives), list(sends)))
-
-
-def _exchanged(x: Tensor, group: ProcessGroup, receives: list[int], sends: list[int]) -> Tensor:
-    return awaitable(funcol.all_to_all_single(x.contiguous(), receives, sends, group), "all_to_all")
+    return apply(Exchange, x, group, list(receives), list(sends))
 
 
 def declare_sum(x: Tensor, axis: Axis | ProcessGroup) -> Tensor:

@@ -32,12 +32,6 @@ def is_unchecked() -> bool:
     return all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-def is_unobserved() -> bool:
-    """No checker, and no autograd: an `autograd.Function` is not needed, and its kernel is
-    called as it is."""
-    return not torch.is_grad_enabled() and is_unchecked()
-
-
 def function_transform(tensors: Iterable[Tensor]) -> str | None:
     """The name of the transform that a call is in: of torch.func, or forward AD of any tensor."""
     if torch.compiler.is_compiling():
@@ -52,6 +46,8 @@ def function_transform(tensors: Iterable[Tensor]) -> str | None:
 
 def is_vmapped(x: Tensor) -> bool:
     """Many tensors in one, as torch.vmap makes them."""
+    if torch.compiler.is_compiling():
+        return False
     return is_batchedtensor(x) or is_legacy_batchedtensor(x)
 
 

@@ -17,15 +17,14 @@ from typing import final
 
 import torch
 
+from spmd_moe.core.autograd_function import finish
 from spmd_moe.core.compute_dtype import sum_dtype
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.mesh import Axis
-from spmd_moe.core.moves import wait_for
 from spmd_moe.core.placement import CallersTokens, I, Kind, R, S, Tokens
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
-from spmd_moe.core.torch_modes import is_unobserved
 
 INSIDE = S(0)
 
@@ -86,11 +85,7 @@ class Boundary:
         )
         if self.same_rows and len(frame.lead) > 1:
             y = y.view(*frame.lead, y.shape[-1])
-        if is_unobserved():
-            return wait_for(y)  # torch never releases a result that is neither read nor waited for
-        # A copy waits as well, and is no view: to add to one in place would lose the hook by which
-        # FSDP gathers for backward.
-        return y.clone()
+        return finish(y)
 
     def _shape(self, x_TD: CallersTokens) -> ShardShape | None:
         if self.whole:

@@ -14,14 +14,14 @@ float32 or wider, in a fixed order, without atomics, and no reordered rows are s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
 
+from spmd_moe.core.autograd_function import apply
 from spmd_moe.core.compute_dtype import as_dtype
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_modes import is_unobserved
 from spmd_moe.layer.permute import sum_bags
 
 T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
@@ -52,11 +52,13 @@ class _Copy(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(original_R, row_R, start_M)
         ctx.back = not adds, x.dtype
-        return _run(x, original_R, row_R, start_M, adds, dtype)
+        if adds:
+            return sum_bags(x, row_R, start_M, dtype)
+        return as_dtype(x.index_select(0, original_R), dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _call(grad, *ctx.saved_tensors, *ctx.back), None, None, None, None, None
+        return apply(_Copy, grad, *ctx.saved_tensors, *ctx.back), None, None, None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x: Tensor, original_R: Tensor, row_R: Tensor, start_M: Tensor) -> object:
@@ -68,26 +70,13 @@ class _Copy(torch.autograd.Function):
 
 def copy(x_MD: T, copies: Copies) -> T:
     """Each row's original: `[R, D]`."""
-    return cast(T, _moved(x_MD, copies, False, x_MD.dtype))
+    return _moved(x_MD, copies, False, x_MD.dtype)
 
 
 def add_copies(x_RD: T, copies: Copies, dtype: torch.dtype | None = None) -> T:
     """The sum of the copies of each original, in the order of `row_R`: `[M, D]`."""
-    return cast(T, _moved(x_RD, copies, True, dtype or x_RD.dtype))
+    return _moved(x_RD, copies, True, dtype or x_RD.dtype)
 
 
-def _moved(x: Tensor, copies: Copies, adds: bool, dtype: torch.dtype) -> Tensor:
-    run = _run if is_unobserved() else _call
-    return run(x, copies.original_R, copies.row_R, copies.start_M, adds, dtype)
-
-
-def _run(
-    x: Tensor, original_R: Tensor, row_R: Tensor, start_M: Tensor, adds: bool, dtype: torch.dtype
-) -> Tensor:
-    if adds:
-        return sum_bags(x, row_R, start_M, dtype)
-    return as_dtype(x.index_select(0, original_R), dtype)
-
-
-def _call(*args: object) -> Tensor:
-    return cast(Tensor, _Copy.apply(*args))  # type: ignore[no-untyped-call]  # torch
+def _moved(x: T, copies: Copies, adds: bool, dtype: torch.dtype) -> T:
+    return apply(_Copy, x, copies.original_R, copies.row_R, copies.start_M, adds, dtype)

@@ -247,7 +247,7 @@ class _GroupedFFN(torch.autograd.Function):
 
 def _refuse_batched(dy_RD: T) -> None:
     """Raise for a backward of several gradients at once; the operators take those of one."""
-    if not torch.compiler.is_compiling() and is_vmapped(dy_RD):
+    if is_vmapped(dy_RD):
         raise GradientError(
             explain(
                 "Experts",

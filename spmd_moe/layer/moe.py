@@ -17,12 +17,12 @@ from typing import Any, Literal, Protocol, final
 import torch
 from torch import nn
 
+from spmd_moe.core.autograd_function import no_rows
 from spmd_moe.core.compute_dtype import as_dtype
 from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.per_rank_work import is_simulating
 from spmd_moe.core.placement import DENSE, TP, CallersTokens, Kind, Tokens
-from spmd_moe.core.torch_modes import is_unchecked
 from spmd_moe.core.validate import check_instance, check_one_of, check_positive_ints, settings_of
 from spmd_moe.layer.activations import SWIGLU, Activation
 from spmd_moe.layer.balance_losses import (
@@ -330,11 +330,8 @@ class MoE(nn.Module):
         if self.fixed or is_simulating():
             return  # no rank reads marks there; in a simulation this call is that of all ranks
         with suppress(Exception):  # what the caller has to hear is why his input is refused
-            like, dim = self.experts.w1_eFD, self.config.dim
-            none_0D = torch.zeros(0, dim, dtype=like.dtype, device=like.device)
-            if not is_unchecked():  # a checker wants it of the kinds that x has
-                none_0D = x.reshape(-1).narrow(0, 0, 0).to(like.device, like.dtype).view(0, dim)
-            x_0D, _ = self.boundary.enter(none_0D)
+            dim = self.config.dim
+            x_0D, _ = self.boundary.enter(no_rows(x, self.experts.w1_eFD, dim))
             seen_0D = x_0D.view(0, self.config.router.input_dim or dim)
             routing = self.router(seen_0D, refused=True)
             early_0K = None if self.weigh_in_combine else routing.scores_TK

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
+from spmd_moe.core.autograd_function import apply
 from spmd_moe.core.compute_dtype import as_dtype, sum_dtype
 from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.placement import GatheredRows, Tokens
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_modes import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
 
@@ -130,7 +130,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         token_N, row_TK = ctx.saved_tensors
-        return _call(_Fold, grad, token_N, row_TK, ctx.every_slot), None, None, None
+        return apply(_Fold, grad, token_N, row_TK, ctx.every_slot), None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x_TD: Tensor, token_N: Tensor, row_TK: Tensor) -> object:
@@ -152,7 +152,7 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         token_N, row_TK = ctx.saved_tensors
-        return _call(_Spread, grad, token_N, row_TK, ctx.every_slot), None, None, None
+        return apply(_Spread, grad, token_N, row_TK, ctx.every_slot), None, None, None
 
     @staticmethod
     def spmd_typecheck(*, x_ND: Tensor, row_TK: Tensor, token_N: Tensor) -> object:
@@ -172,7 +172,7 @@ class _Take(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, back)
         ctx.ends = ends
-        return _taken(x, index, ends[0])
+        return (_with_zeros(x) if ends[0] else x).index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -187,34 +187,26 @@ class _Take(torch.autograd.Function):
 
 def spread(x_TD: T, slots: Slots) -> T:
     """The rows: each token once for every expert that it chose, sorted by expert."""
-    if is_unobserved():
-        return cast(T, x_TD.index_select(0, slots.token_N))
-    return cast(T, _call(_Spread, x_TD, slots.token_N, slots.row_TK, slots.every_slot))
+    return apply(_Spread, x_TD, slots.token_N, slots.row_TK, slots.every_slot)
 
 
 def fold(x_ND: Tokens, slots: Slots) -> Tokens:
     """The sum of each token's rows, in the order of its choices."""
-    if is_unobserved():
-        return add_rows(x_ND, slots.row_TK, slots.every_slot)
-    return _call(_Fold, x_ND, slots.token_N, slots.row_TK, slots.every_slot)
+    return apply(_Fold, x_ND, slots.token_N, slots.row_TK, slots.every_slot)
 
 
 def gather_rows(x: Tensor, gather: Gather | None) -> Tensor:
     """The rows of a gather. Without one, x is rows already."""
     if gather is None:
         return x
-    if not torch.is_grad_enabled():
-        return x.index_select(0, gather.token_R)
-    return _call(_Spread, x, *gather, _every_slot(gather))
+    return apply(_Spread, x, *gather, _every_slot(gather))
 
 
 def fold_gathered(x_RD: Tensor, gather: Gather | None) -> Tensor:
     """The sum of the rows that a gather took of each token: what `gather_rows` does in backward."""
     if gather is None:
         return x_RD
-    if not torch.is_grad_enabled():
-        return add_rows(x_RD, gather.row_TK, _every_slot(gather))
-    return _call(_Fold, x_RD, *gather, _every_slot(gather))
+    return apply(_Fold, x_RD, *gather, _every_slot(gather))
 
 
 def _every_slot(gather: Gather) -> bool:
@@ -248,13 +240,7 @@ def place(x: T, index: Tensor, back: Tensor) -> T:
 
 
 def _take(x: T, index: Tensor, back: Tensor, ends: tuple[bool, bool]) -> T:
-    if is_unobserved():
-        return cast(T, _taken(x, index, ends[0]))
-    return cast(T, _call(_Take, x, index, back, ends))
-
-
-def _taken(x: Tensor, index: Tensor, zeros_at_the_end: bool) -> Tensor:
-    return (_with_zeros(x) if zeros_at_the_end else x).index_select(0, index)
+    return apply(_Take, x, index, back, ends)
 
 
 def add_rows(x_ND: Tensor, row_TK: Tensor, every_slot: bool) -> Tensor:
@@ -287,7 +273,3 @@ def _typed(x: Tensor, index: Tensor) -> object:
     """Rows taken by an index, as a product with a matrix of ones and zeros: linear in the rows."""
     equation = "n...,mk->m..." if index.ndim > 1 else "n...,m->m..."
     return rules.einsum(equation, x, index, linear_in=(0,))
-
-
-def _call(function: type[torch.autograd.Function], *args: object) -> Tensor:
-    return cast(Tensor, function.apply(*args))

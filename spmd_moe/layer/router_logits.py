@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor
 
+from spmd_moe.core.autograd_function import apply
 from spmd_moe.core.compute_dtype import as_dtype, no_autocast
 from spmd_moe.core.float32_matmul import float32_matmul, is_reduced
 from spmd_moe.core.placement import Tokens, Whole
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_modes import is_unobserved
 
 T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
-U = TypeVar("U", bound=Tensor)
 
 
 class _Gate(torch.autograd.Function):
@@ -30,7 +29,11 @@ class _Gate(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_ED: Tensor, mask_T: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED, mask_T)
-        return _product(x_TD, weight_ED, mask_T, dtype)
+        with no_autocast(x_TD):
+            x_TD, weight_ED = as_dtype(_masked(x_TD, mask_T), dtype), as_dtype(weight_ED, dtype)
+            if is_reduced(x_TD):
+                return float32_matmul(x_TD, weight_ED.t())
+            return fn.linear(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,28 +67,16 @@ def router_logits(
 
 
 def _in_dtype(x_TD: Tokens, weight_ED: Whole, mask_T: Tokens | None, dtype: torch.dtype) -> Tokens:
-    if is_unobserved():
-        return _product(x_TD, weight_ED, mask_T, dtype)
     # Autograd saves the same tensors, but its products use the precision that the program allows.
     if mask_T is None and x_TD.dtype is weight_ED.dtype is dtype and not is_reduced(x_TD):
         with no_autocast(x_TD):
             return fn.linear(x_TD, weight_ED)
-    logits_TE: Tokens = _Gate.apply(x_TD, weight_ED, mask_T, dtype)  # type: ignore[no-untyped-call]  # torch
-    return logits_TE
+    return apply(_Gate, x_TD, weight_ED, mask_T, dtype)
 
 
 def mask_rows(x_TD: Tokens, mask_T: Tokens | None) -> Tokens:
     """Zeros in the rows of padding, so that it reaches neither values nor gradients."""
     return _masked(x_TD, mask_T)
-
-
-def _product(x_TD: T, weight_ED: U, mask_T: T | None, dtype: torch.dtype) -> T:
-    with no_autocast(x_TD):
-        x_TD = as_dtype(_masked(x_TD, mask_T), dtype)
-        weight_ED = as_dtype(weight_ED, dtype)
-        if is_reduced(x_TD):
-            return cast(T, float32_matmul(x_TD, weight_ED.t()))
-        return cast(T, fn.linear(x_TD, weight_ED))
 
 
 def _masked(x_TD: T, mask_T: T | None) -> T:

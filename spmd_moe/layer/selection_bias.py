@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmd_moe.core.autograd_function import apply
 from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE, Tokens, TokenSums, Whole
 from spmd_moe.core.spmd_types_compat import rules
-from spmd_moe.core.torch_modes import is_unobserved
 from spmd_moe.core.validate import check_number, describe_value
 from spmd_moe.layer.balance_losses import sum_over
 from spmd_moe.layer.router import Router
@@ -50,10 +50,7 @@ class _CountInBackward(torch.autograd.Function):
 
 def count_in_backward(x_TD: Tokens, counts_E: Tokens, seen_E: TokenSums) -> Tokens:
     """`x_TD`, whose backward adds `counts_E` to the counter `seen_E`, once for each step."""
-    if is_unobserved():
-        return x_TD
-    counted: Tokens = _CountInBackward.apply(x_TD, counts_E, seen_E)  # type: ignore[no-untyped-call]  # torch
-    return counted
+    return apply(_CountInBackward, x_TD, counts_E, seen_E)
 
 
 @torch.no_grad()
