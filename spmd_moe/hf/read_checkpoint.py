@@ -24,7 +24,7 @@ from spmd_moe.hf.checkpoint_layout import (
 )
 from spmd_moe.hf.element_map import FileTensor, Part
 from spmd_moe.hf.safetensors_slices import (
-    DTYPES,
+    READABLE,
     DamagedFileError,
     FileIO,
     Folder,
@@ -32,6 +32,7 @@ from spmd_moe.hf.safetensors_slices import (
     read_folder,
 )
 from spmd_moe.layer.router import Router
+from spmd_moe.train.checkpoint.safetensors_file import DTYPES
 from spmd_moe.train.obligations import Obligation
 
 Rows: TypeAlias = Mapping[str, tuple[Obligation, Part]]
@@ -161,9 +162,9 @@ def _wrong(folder: Folder, tensors: Sequence[FileTensor], layout: Layout, rows: 
         entry, (row, part) = folder.entries[tensor.key], rows[tensor.names[0]]
         have = f"{entry.file} has {tensor.key!r} as {entry.dtype}{list(entry.shape)}"
         shape = tensor.shape(part.whole)
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            return f"{have}, a dtype that is not known here: {', '.join(DTYPES)} are"
+        if entry.dtype not in READABLE:
+            return f"{have}, a dtype that is not known here: {', '.join(READABLE)} are"
+        dtype = DTYPES[entry.dtype]
         if entry.shape != shape:
             return f"{have}, the model as {list(shape)}"
         if dtype is not part.tensor.dtype and not (row.is_buffer and dtype.is_floating_point):

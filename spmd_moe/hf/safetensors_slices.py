@@ -1,9 +1,6 @@
 """Safetensors files: their headers, and reads and writes of a box of a tensor.
 
-    8 bytes    length of the header, little endian
-    header     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
-    data       the tensors, row-major, one after another
-
+The format itself is in `train/checkpoint/safetensors_file.py`, which makes the headers.
 A folder has one file, `model.safetensors`, or several and an index that says which has which key.
 """
 
@@ -21,22 +18,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from spmd_moe.train.checkpoint.safetensors_file import DTYPES
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE = 8 << 20  # bytes that are read or written at a time
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of the dtypes of the format, those whose values are the numbers that a model computes with: 8-bit
+# floats, for example, come with scales.
+READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 Range = tuple[int, int]  # first index, and how many
 
@@ -126,7 +115,7 @@ def entries_of(header: bytes, file: str, size: int | None) -> dict[str, Entry]:
             shape = tuple(map(int, about["shape"]))
             entry = Entry(file, str(about["dtype"]), shape, len(header) + start)
             entries[key] = entry
-            wrong = entry.dtype in DTYPES and entry.bytes != end - start
+            wrong = entry.dtype in READABLE and entry.bytes != end - start
             if wrong or min((start, *shape)) < 0:
                 raise DamagedFileError(file, f"contradicts itself about {key!r}")
             if size is not None and len(header) + end > size:
@@ -136,19 +125,6 @@ def entries_of(header: bytes, file: str, size: int | None) -> dict[str, Entry]:
     except _UNREADABLE:
         raise DamagedFileError(file, "has a header that cannot be read") from None
     return entries
-
-
-def make_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
-    """The header of a file with these tensors, name: (dtype, shape), in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for key, (dtype, shape) in tensors.items():
-        end = start + math.prod(shape) * DTYPES[dtype].itemsize
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # the data begins on a multiple of 8
-    return len(text).to_bytes(8, "little") + text
 
 
 def in_file_order(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[str]:

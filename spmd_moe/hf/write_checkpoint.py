@@ -24,17 +24,15 @@ from spmd_moe.core.validate import PathLike, check_path, check_positive_ints
 from spmd_moe.hf.checkpoint_layout import Layout, agreed, needed_layout, rows_and_parts, tensor_of
 from spmd_moe.hf.element_map import FileTensor, Part
 from spmd_moe.hf.safetensors_slices import (
-    DTYPES,
     INDEX,
-    NAMES,
     SINGLE,
     Entry,
     FileIO,
     entries_of,
     in_file_order,
-    make_header,
     pieces,
 )
+from spmd_moe.train.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES, make_header
 from spmd_moe.train.obligations import Obligation
 from spmd_moe.train.storage_mesh import REPLICA, shard_group
 
@@ -115,7 +113,7 @@ def _files(
     tensors: dict[str, tuple[str, Sequence[int]]] = {}
     for tensor in _with_aliases(layout, source.entries if source else {}):
         row, part = rows[tensor.names[0]]
-        dtype = NAMES[part.tensor.dtype]
+        dtype = DTYPE_NAMES[part.tensor.dtype]
         if row.is_buffer and source is not None and tensor.key in source.entries:
             dtype = source.entries[tensor.key].dtype  # a buffer keeps its own dtype
         tensors[tensor.key] = dtype, tensor.shape(part.whole)
@@ -129,7 +127,9 @@ def _files(
     else:
         groups = _in_shards(tensors, max_shard_bytes)
     headers = {
-        name: make_header({key: group[key] for key in in_file_order(group)})
+        name: make_header(
+            (key, DTYPES[group[key][0]], group[key][1]) for key in in_file_order(group)
+        )
         for name, group in groups.items()
     }
     return headers, _index(tensors, groups) if len(groups) > 1 else None

@@ -28,7 +28,7 @@ from spmd_moe import (
 from spmd_moe.check.command_line import main
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.train.checkpoint.convert import convert
-from spmd_moe.train.checkpoint.safetensors_file import DTYPES, header
+from spmd_moe.train.checkpoint.safetensors_file import DTYPES, make_header
 
 MESH = MoEMesh.single()
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch's tools
@@ -75,7 +75,7 @@ def test_safetensors_opens_the_files(saved: Path) -> None:
 def test_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     data = bytes(range(1, 9)) * 3 if dtype is not torch.bool else bytes([1, 0, 1])
     tensor = torch.frombuffer(bytearray(data), dtype=dtype)
-    text = header([("some.name", dtype, tuple(tensor.shape))])
+    text = make_header([("some.name", dtype, tuple(tensor.shape))])
     (tmp_path / "x").write_bytes(text + data)
     found = load_file(tmp_path / "x")["some.name"]
     assert found.dtype is dtype and found.view(torch.uint8).tolist() == list(data)

@@ -57,7 +57,7 @@ from spmd_moe.train.checkpoint.index import (
     encode,
     other_version,
 )
-from spmd_moe.train.checkpoint.safetensors_file import chunk_name, header
+from spmd_moe.train.checkpoint.safetensors_file import chunk_name, make_header
 from spmd_moe.train.checkpoint.strict_json import Json
 
 INDEX, UNFINISHED = "index.json", ".part"
@@ -119,7 +119,7 @@ class Writer(StorageWriter):
         results = []
         folder, name = plan.storage_data
         items = sorted(plan.items, key=_order)
-        text = header(map(_described, items))
+        text = make_header(map(_described, items))
         with open(self.path.with_name(folder) / name, "wb") as file:
             file.write(text)
             for item in items:
@@ -352,7 +352,7 @@ class Reader(StorageReader):
             for chunk in entry.chunks
             if chunk.file == name
         ]
-        text = header(
+        text = make_header(
             (tensor, entry.dtype, chunk.shape)
             for _, tensor, entry, chunk in sorted(found, key=lambda row: row[0])
         )

@@ -4,8 +4,9 @@
     n bytes   {"weight": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]}, ...}
     the rest  the tensors, contiguous, without gaps
 
-Only the header is made here; `on_disk.py` writes and reads the tensors. The `safetensors`
-package, and any tool built on it, opens such a file; this package does not need it.
+Only the header is made here, as the `safetensors` package makes it, which this package does not
+need. `on_disk.py` writes and reads the tensors of checkpoints, `hf/safetensors_slices.py` parts of
+those of Hugging Face models.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def chunk_name(name: str, at: Sequence[int], shape: Sequence[int], whole: Sequen
     return f"{name}[{slices}]"
 
 
-def header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+def make_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
     """What precedes the first tensor; `tensors` are name, dtype and shape, in their order."""
     entries: dict[str, object] = {_METADATA: {"format": "pt"}}
     end = 0
@@ -74,6 +75,6 @@ def header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
             "shape": list(shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(entries).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return len(text).to_bytes(8, "little") + text
