@@ -19,7 +19,7 @@ from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.experts import ExpertRecompute, ScoreApplication
 from spmd_moe.layer.moe import MoEConfig, SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
-from tests.support.layer_layouts import Case, Layout
+from tests.support.layer_layouts import Case, Layout, seed_of
 
 WORLDS = (1, 2, 3, 4, 6, 8)
 EXPERTS = WIDE = 24  # what all of these worlds divide
@@ -132,7 +132,7 @@ def layouts(world: int) -> Iterator[Layout]:
 
 def choices(layout: Layout, number: int) -> Iterator[dict[str, Any]]:
     """`number` ways to fill the factors, the same on every run."""
-    draw = random.Random(f"{layout}/91")
+    draw = random.Random(f"{seed_of(layout)}/91")
     for _ in range(number):
         yield {name: draw.choice(values) for name, values in FACTORS.items()}
 
@@ -161,6 +161,6 @@ def _spread(total: int, spread: str, layout: Layout) -> list[int]:
         return list(ShardShape.even(total, ranks).sizes)
     if spread == "last":
         return [0] * (ranks - 1) + [total]
-    draw = random.Random(f"{layout}/{total}")
+    draw = random.Random(f"{seed_of(layout)}/{total}")
     owners = [draw.randrange(ranks) for _ in range(total)]
     return [owners.count(rank) for rank in range(ranks)]

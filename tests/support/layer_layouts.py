@@ -14,15 +14,9 @@ import torch
 from spmd_types import Shard
 from torch import Tensor
 
+from spmd_moe.check.layouts import Layout as Layout
 from spmd_moe.core.placement import (
-    CP,
-    DENSE,
-    DP,
-    EDP,
     EP,
-    ETP,
-    EXPERT,
-    TP,
     I,
     Kind,
     P,
@@ -34,37 +28,9 @@ from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.moe import MoEConfig
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of the axes; coordinates of a rank on them."""
-
-    dp: int = 1
-    cp: int = 1
-    tp: int = 1
-    ep: int = 1
-    etp: int = 1
-
-    @property
-    def world(self) -> int:
-        return self.dp * self.cp * self.tp
-
-    @property
-    def sizes(self) -> dict[Role, int]:
-        edp = self.world // (self.ep * self.etp)
-        return {DP: self.dp, CP: self.cp, TP: self.tp, EDP: edp, EP: self.ep, ETP: self.etp}
-
-    def place(self, rank: int) -> dict[Role, int]:
-        """The rank's coordinate on every axis; the last axis of each mesh runs fastest."""
-        place: dict[Role, int] = {}
-        for roles in (DENSE, EXPERT):
-            rest = rank
-            for role in reversed(roles):
-                place[role] = rest % self.sizes[role]
-                rest //= self.sizes[role]
-        return place
-
-    def __str__(self) -> str:
-        return f"dp{self.dp}cp{self.cp}tp{self.tp}-ep{self.ep}etp{self.etp}"
+def seed_of(layout: Layout) -> str:
+    """What draws of a layout are seeded with."""
+    return f"dp{layout.dp}cp{layout.cp}tp{layout.tp}-ep{layout.ep}etp{layout.etp}"
 
 
 def _ones(rows: int) -> Tensor:
