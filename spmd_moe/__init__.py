@@ -75,15 +75,15 @@ if TYPE_CHECKING:
     from spmd_moe.layer.dispatch import FixedCapacity as FixedCapacity
     from spmd_moe.layer.dispatch import Local as Local
     from spmd_moe.layer.expert_load import expert_load as expert_load
-    from spmd_moe.layer.experts import ExpertRecompute as ExpertRecompute
-    from spmd_moe.layer.experts import ScoreApplication as ScoreApplication
     from spmd_moe.layer.grouped_matmul import GroupedMatmul as GroupedMatmul
     from spmd_moe.layer.grouped_matmul import LoopedMatmul as LoopedMatmul
     from spmd_moe.layer.grouped_matmul import Masked as Masked
     from spmd_moe.layer.grouped_matmul import TorchGroupedMM as TorchGroupedMM
     from spmd_moe.layer.moe import MoE as MoE
-    from spmd_moe.layer.moe import MoEConfig as MoEConfig
-    from spmd_moe.layer.moe import SharedConfig as SharedConfig
+    from spmd_moe.layer.moe_config import ExpertRecompute as ExpertRecompute
+    from spmd_moe.layer.moe_config import MoEConfig as MoEConfig
+    from spmd_moe.layer.moe_config import ScoreApplication as ScoreApplication
+    from spmd_moe.layer.moe_config import SharedConfig as SharedConfig
     from spmd_moe.layer.moe_output import MoEOutput as MoEOutput
     from spmd_moe.layer.router import Routing as Routing
     from spmd_moe.layer.router_config import RouterConfig as RouterConfig
@@ -119,9 +119,9 @@ else:
         "reduce_loss_terms z_loss",
         "layer.dispatch": "AllGather AllToAll DedupAllToAll Dispatcher FixedCapacity Local",
         "layer.expert_load": "expert_load",
-        "layer.experts": "ExpertRecompute ScoreApplication",
         "layer.grouped_matmul": "GroupedMatmul LoopedMatmul Masked TorchGroupedMM",
-        "layer.moe": "MoE MoEConfig SharedConfig",
+        "layer.moe": "MoE",
+        "layer.moe_config": "ExpertRecompute MoEConfig ScoreApplication SharedConfig",
         "layer.moe_output": "MoEOutput",
         "layer.router": "Routing",
         "layer.router_config": "RouterConfig",

@@ -40,9 +40,10 @@ from spmd_moe.layer import balance_losses, routing_faults
 from spmd_moe.layer.activations import SWIGLU
 from spmd_moe.layer.dispatch import AllToAll, FixedCapacity, Local
 from spmd_moe.layer.expert_load import expert_load
-from spmd_moe.layer.experts import ExpertRecompute, Experts
+from spmd_moe.layer.experts import Experts
 from spmd_moe.layer.grouped_matmul import LoopedMatmul
-from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import ExpertRecompute, MoEConfig, SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.selection_bias import update_selection_bias
 from spmd_moe.train.init_weights import init_weights

@@ -28,8 +28,8 @@ FOLDERS = {
     "permute copy_rows scaled_rows combine dispatch.forecast dispatch.protocol dispatch.local "
     "dispatch.ragged_exchange dispatch.all_to_all dispatch.dedup_all_to_all "
     "dispatch.all_gather dispatch.fixed_capacity dispatch.default_dispatcher dispatch "
-    "activations grouped_mm_support grouped_matmul choose_matmul grouped_ffn "
-    "experts shared_experts boundary balance_losses selection_bias check_inputs "
+    "activations boundary moe_config grouped_mm_support grouped_matmul choose_matmul grouped_ffn "
+    "experts shared_experts balance_losses selection_bias check_inputs "
     "moe_output moe expert_load",
     "train": "recompute obligations storage_mesh init_weights reduced_gradients gradients "
     "parallelize hang_stack hang_report hang_watch checkpoint.strict_json "

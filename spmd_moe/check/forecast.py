@@ -23,8 +23,8 @@ from spmd_moe.core.placement import DENSE, EP, ETP, EXPERT, TP, I, R, Role
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer.boundary import INSIDE
 from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
-from spmd_moe.layer.experts import ScoreApplication
-from spmd_moe.layer.moe import MoE, MoEConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import MoEConfig, ScoreApplication
 from spmd_moe.layer.router import first_in_turn
 
 

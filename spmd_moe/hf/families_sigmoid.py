@@ -16,7 +16,7 @@ from spmd_moe.hf.family_activations import (
     softcapped_glu,
 )
 from spmd_moe.layer.activations import Activation, clamped_swiglu
-from spmd_moe.layer.experts import ScoreApplication
+from spmd_moe.layer.moe_config import ScoreApplication
 
 DEEPSEEK_V3 = Family(
     "deepseek_v3",

@@ -18,8 +18,7 @@ from torch import nn
 from spmd_moe.hf.element_map import WHICH
 from spmd_moe.hf.family_activations import function_of, of_function
 from spmd_moe.layer.activations import Activation
-from spmd_moe.layer.experts import ScoreApplication
-from spmd_moe.layer.moe import SharedConfig
+from spmd_moe.layer.moe_config import ScoreApplication, SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.router_scores import RankName, ScoreName
 

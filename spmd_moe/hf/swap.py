@@ -36,9 +36,9 @@ from spmd_moe.hf.find_blocks import (
 )
 from spmd_moe.hf.model_methods import override_methods
 from spmd_moe.hf.names_on_disk import NoConversionError, disk_tensors
-from spmd_moe.layer.experts import ExpertRecompute
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
-from spmd_moe.layer.moe import MoE, MoEConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import ExpertRecompute, MoEConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 Balance = Literal["batch", "sequence"] | None

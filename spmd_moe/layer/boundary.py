@@ -19,30 +19,13 @@ import torch
 
 from spmd_moe.core.autograd_function import finish
 from spmd_moe.core.compute_dtype import sum_dtype
-from spmd_moe.core.errors import ConfigError, explain
 from spmd_moe.core.host_values import read_ints
 from spmd_moe.core.mesh import Axis
-from spmd_moe.core.placement import CallersTokens, I, Kind, R, S, Tokens
+from spmd_moe.core.placement import CallersTokens, Kind, R, S, Tokens
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 
 INSIDE = S(0)
-
-
-def check_boundary_kinds(where: str, **kinds: object) -> None:
-    """Kinds that tokens can have on tp outside of the layer."""
-    known = (R, I, INSIDE)
-    for name, kind in kinds.items():
-        if not any(kind is k or (isinstance(kind, type(k)) and kind == k) for k in known):
-            meant = next((k for k in known if repr(k) == kind), INSIDE)
-            raise ConfigError(
-                explain(
-                    where,
-                    f"{name} is {kind!r}; it must be R, I or S(0)",
-                    why="on tp, tokens are whole on every rank or sharded by rows",
-                    fixes=[f"{name}={meant!r}"],
-                )
-            )
 
 
 @final
@@ -73,6 +56,14 @@ class Boundary:
         frame = Frame(x.shape[:-1], self._shape(rows))
         return self.own_rows(rows, frame, 1), frame
 
+    def _shape(self, x_TD: CallersTokens) -> ShardShape | None:
+        if self.whole:
+            return ShardShape.even(x_TD.shape[0], self.tp.size)
+        if not self.must_count:
+            return None
+        rows = torch.ones_like(x_TD.select(1, 0), dtype=torch.int64).sum(0, keepdim=True)
+        return ShardShape.ragged(read_ints(redistribute(rows, self.tp, src=S(0), dst=R)))
+
     def own_rows(self, x: CallersTokens, frame: Frame, dims: int = 0) -> Tokens:
         """This rank's rows of what goes with the caller's tokens; a token's row has `dims` dims."""
         rows = _rows(x, dims)
@@ -86,14 +77,6 @@ class Boundary:
         if self.same_rows and len(frame.lead) > 1:
             y = y.view(*frame.lead, y.shape[-1])
         return finish(y)
-
-    def _shape(self, x_TD: CallersTokens) -> ShardShape | None:
-        if self.whole:
-            return ShardShape.even(x_TD.shape[0], self.tp.size)
-        if not self.must_count:
-            return None
-        rows = torch.ones_like(x_TD.select(1, 0), dtype=torch.int64).sum(0, keepdim=True)
-        return ShardShape.ragged(read_ints(redistribute(rows, self.tp, src=S(0), dst=R)))
 
 
 def _rows(x: CallersTokens, dims: int) -> CallersTokens:

@@ -15,7 +15,6 @@ where it is linear: then no expert's output has to be kept for backward.
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import final
 
 import torch
@@ -44,48 +43,10 @@ from spmd_moe.layer.activations import Activation
 from spmd_moe.layer.choose_matmul import choose_matmul
 from spmd_moe.layer.grouped_ffn import Call, Recipe, Weights, grouped_ffn
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul
+from spmd_moe.layer.moe_config import ExpertRecompute
 from spmd_moe.layer.permute import Gather, gather_rows
 from spmd_moe.layer.routing_faults import nan_parameter
 from spmd_moe.layer.scaled_rows import scaled
-
-
-class ScoreApplication(Enum):
-    """Where a row is multiplied by the router's weight.
-
-    `BEFORE_SECOND_MATMUL`: the output of the experts need not be saved for backward.
-    `IN_COMBINE`: required by some checkpoints; the output is saved.
-    `ON_INPUT`: the input of the expert is multiplied, as in Llama 4; the product is saved.
-
-    Example:
-        >>> from spmd_moe import MoEConfig, RouterConfig, ScoreApplication
-        >>> choice = ScoreApplication.IN_COMBINE
-        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2), score_application=choice)
-    """
-
-    BEFORE_SECOND_MATMUL = "before the second matmul"
-    """The row's output is never needed again, so it is not kept for backward."""
-    IN_COMBINE = "in combine"
-    """As some checkpoints demand; keeps the output for the weights' gradient."""
-    ON_INPUT = "on input"
-    """Multiplies the input of the expert, as in Llama 4; the product is saved for backward."""
-
-
-class ExpertRecompute(Enum):
-    """What backward computes again instead of saving it in forward.
-
-    `NONE`: the results of the first matmuls are saved.
-    `FIRST_MATMULS`: backward computes the first matmuls again.
-
-    Example:
-        >>> from spmd_moe import ExpertRecompute, MoEConfig, RouterConfig
-        >>> choice = ExpertRecompute.FIRST_MATMULS
-        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2), recompute=choice)
-    """
-
-    NONE = "none"
-    """The results of the first matmuls are saved."""
-    FIRST_MATMULS = "first matmuls"
-    """Backward computes the first matmuls again."""
 
 
 @final
@@ -179,14 +140,6 @@ def _weighed(
     return scaled(x_RD, scores_R)
 
 
-def _members(counts_e: GatheredRows, rows: int) -> GatheredRows:
-    """`[R, e]`: True in the column of the row's expert, and nowhere in a row of no expert."""
-    experts = torch.arange(counts_e.shape[0], device=counts_e.device)
-    row_R = torch.arange(rows, device=counts_e.device)
-    expert_R = torch.searchsorted(counts_e.cumsum(0), row_R, right=True)
-    return expert_R.unsqueeze(1) == experts
-
-
 def experts_ffn(
     x: GatheredRows,
     counts_e: GatheredRows,
@@ -239,3 +192,11 @@ def _check_scores(scores_R: GatheredRows, rows: GatheredRows) -> None:
                 ],
             )
         )
+
+
+def _members(counts_e: GatheredRows, rows: int) -> GatheredRows:
+    """`[R, e]`: True in the column of the row's expert, and nowhere in a row of no expert."""
+    experts = torch.arange(counts_e.shape[0], device=counts_e.device)
+    row_R = torch.arange(rows, device=counts_e.device)
+    expert_R = torch.searchsorted(counts_e.cumsum(0), row_R, right=True)
+    return expert_R.unsqueeze(1) == experts

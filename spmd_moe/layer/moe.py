@@ -11,8 +11,7 @@ enter -> route -> dispatch -> experts -> collect -> combine -> leave
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import nn
@@ -22,138 +21,28 @@ from spmd_moe.core.compute_dtype import as_dtype
 from spmd_moe.core.errors import ConfigError, SpmdMoeError, explain
 from spmd_moe.core.mesh import MoEMesh, check_mesh
 from spmd_moe.core.per_rank_work import is_simulating
-from spmd_moe.core.placement import DENSE, TP, CallersTokens, Kind, Tokens
-from spmd_moe.core.validate import check_instance, check_one_of, check_positive_ints, settings_of
-from spmd_moe.layer.activations import SWIGLU, Activation
+from spmd_moe.core.placement import DENSE, TP, CallersTokens, Tokens
+from spmd_moe.core.validate import check_instance, settings_of
 from spmd_moe.layer.balance_losses import (
     LossTerms,
     declare_sums,
     loss_terms,
     reduce_on_tp,
 )
-from spmd_moe.layer.boundary import INSIDE, Boundary, Frame, check_boundary_kinds
+from spmd_moe.layer.boundary import Boundary, Frame
 from spmd_moe.layer.check_inputs import Beside, check_inputs
 from spmd_moe.layer.choose_matmul import check_matmul
 from spmd_moe.layer.dispatch import Dispatcher
 from spmd_moe.layer.dispatch.default_dispatcher import default_dispatcher
 from spmd_moe.layer.dispatch.protocol import check_dispatcher, settings_of_dispatcher
-from spmd_moe.layer.experts import ExpertRecompute, Experts, ScoreApplication
+from spmd_moe.layer.experts import Experts
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
+from spmd_moe.layer.moe_config import MoEConfig, ScoreApplication
 from spmd_moe.layer.moe_output import MoEOutput
 from spmd_moe.layer.router import Router, Routing
-from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.router_logits import mask_rows
 from spmd_moe.layer.selection_bias import count_in_backward
 from spmd_moe.layer.shared_experts import ReplicatedShared, ShardedShared
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class SharedConfig:
-    """A shared expert, through which all tokens pass.
-
-    Args:
-        hidden_dim: The width of its hidden layer.
-        gated: Whether a sigmoid gate scales its output.
-        sharded: Whether its weights are sharded on tp; otherwise they are replicated.
-        activation: Its activation. Default: that of the routed experts.
-
-    Raises:
-        ConfigError: A value has another type, or is not positive.
-
-    Example:
-        >>> from spmd_moe import MoEConfig, RouterConfig, SharedConfig
-        >>> config = MoEConfig(8, 16, RouterConfig(4, top_k=2), shared=SharedConfig(16, gated=True))
-    """
-
-    hidden_dim: int
-    gated: bool = False
-    sharded: bool = False
-    activation: Activation | None = None
-
-    def __post_init__(self) -> None:
-        check_positive_ints("SharedConfig", hidden_dim=self.hidden_dim)
-        for name in ("gated", "sharded"):
-            check_instance("SharedConfig", name, getattr(self, name), bool, f"{name}=True")
-        if self.activation is not None:
-            check_instance(
-                "SharedConfig", "activation", self.activation, Activation, "activation=SWIGLU"
-            )
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class MoEConfig:
-    """What the layer computes, and how the caller holds tokens.
-
-    Args:
-        dim: Width of a token.
-        hidden_dim: Width of the hidden layer of one expert.
-        router: How tokens choose experts.
-        activation: The function between the matrices of an expert.
-        bias: Whether experts have biases.
-        score_application: Where rows are multiplied by the router's weights.
-        recompute: Which activations of the experts backward computes again.
-        shared: A shared expert.
-        src: Placement of the input tokens on tp: `S(0)` (each rank has its own rows), `R` or `I`.
-        dst: Placement of the output tokens on tp.
-        balance: What the losses balance over; None computes no loss terms. With `"sequence"` and
-            `S(0)` on tp, batch row `b` must be a chunk of the same sequence on every tp rank.
-
-    Raises:
-        ConfigError: A value has another type, or is out of range.
-
-    Example:
-        >>> from spmd_moe import I, MoEConfig, RouterConfig
-        >>> config = MoEConfig(64, 128, RouterConfig(8, top_k=2), src=I, dst=I, balance="batch")
-    """
-
-    dim: int
-    hidden_dim: int
-    router: RouterConfig
-    activation: Activation = SWIGLU
-    bias: bool = False
-    score_application: ScoreApplication = ScoreApplication.BEFORE_SECOND_MATMUL
-    recompute: ExpertRecompute = ExpertRecompute.NONE
-    shared: SharedConfig | None = None
-    src: Kind = INSIDE
-    dst: Kind = INSIDE
-    balance: Literal["batch", "sequence"] | None = None
-
-    def __post_init__(self) -> None:
-        """What is wrong on any mesh. What does not fit a mesh, the parts of the layer refuse."""
-        where = "MoEConfig"
-        check_positive_ints(where, dim=self.dim, hidden_dim=self.hidden_dim)
-        check_instance(
-            where, "router", self.router, RouterConfig, "router=RouterConfig(8, top_k=2)"
-        )
-        check_instance(where, "bias", self.bias, bool, "bias=True")
-        check_instance(where, "activation", self.activation, Activation, "activation=SWIGLU")
-        check_instance(
-            where,
-            "score_application",
-            self.score_application,
-            ScoreApplication,
-            "score_application=ScoreApplication.BEFORE_SECOND_MATMUL",
-        )
-        check_instance(
-            where, "recompute", self.recompute, ExpertRecompute, "recompute=ExpertRecompute.NONE"
-        )
-        if self.shared is not None:
-            fix = f"shared=SharedConfig({self.hidden_dim})"
-            check_instance(where, "shared", self.shared, SharedConfig, fix)
-        check_one_of(where, "balance", self.balance, ("batch", "sequence", None))
-        if self.balance is not None and (self.router.given or self.router.num_zero_experts):
-            router = "given=True" if self.router.given else "num_zero_experts"
-            raise ConfigError(
-                explain(
-                    where,
-                    f"balance is {self.balance!r}, with a router of {router}",
-                    why="the loss is computed from the layer's own logits, one of each expert",
-                    fixes=["balance=None"],
-                )
-            )
-        check_boundary_kinds(where, src=self.src, dst=self.dst)
 
 
 class _Call(Protocol):
@@ -261,6 +150,12 @@ class MoE(nn.Module):
                 )
             )
 
+    def extra_repr(self) -> str:
+        config, by = self.config, type(self.dispatcher).__name__
+        sizes = f"{config.dim} to {config.hidden_dim}, {config.activation}"
+        choices = f"{config.router.num_experts} experts, {config.router.top_k} for each token"
+        return f"{sizes}, {choices}, {config.src} to {config.dst} on tp, {by} on {self.mesh}"
+
     def forward(
         self,
         x: CallersTokens,
@@ -308,22 +203,6 @@ class MoE(nn.Module):
         counts_E, dropped = (declare_sums(n, self.data_axes) for n in (chosen_E, lost))
         return MoEOutput(self.boundary.leave(y_TD, frame), losses, counts_E, dropped)
 
-    def _route(self, x_TD: Tokens, mask_T: Tokens | None, beside: Beside, frame: Frame) -> Routing:
-        """Route this rank's tokens, with what else the caller gives of them."""
-        _, ids, weights, router_input = beside
-        own = self.boundary.own_rows
-        seen_TD = x_TD if router_input is None else own(router_input, frame, 1)
-        ids_TK = None if ids is None else own(ids, frame, 1)
-        weights_TK = None if weights is None else own(weights, frame, 1)
-        routing: Routing = self.router(seen_TD, mask_T, ids_TK, weights_TK)
-        return routing
-
-    def extra_repr(self) -> str:
-        config, by = self.config, type(self.dispatcher).__name__
-        sizes = f"{config.dim} to {config.hidden_dim}, {config.activation}"
-        choices = f"{config.router.num_experts} experts, {config.router.top_k} for each token"
-        return f"{sizes}, {choices}, {config.src} to {config.dst} on tp, {by} on {self.mesh}"
-
     @torch.no_grad()
     def _tell_refused(self, x: CallersTokens) -> None:
         """Take part with no tokens, up to where all who would wait raise a `RoutingError`."""
@@ -336,6 +215,16 @@ class MoE(nn.Module):
             routing = self.router(seen_0D, refused=True)
             early_0K = None if self.weigh_in_combine else routing.scores_TK
             self.dispatcher.dispatch(x_0D, early_0K, routing)
+
+    def _route(self, x_TD: Tokens, mask_T: Tokens | None, beside: Beside, frame: Frame) -> Routing:
+        """Route this rank's tokens, with what else the caller gives of them."""
+        _, ids, weights, router_input = beside
+        own = self.boundary.own_rows
+        seen_TD = x_TD if router_input is None else own(router_input, frame, 1)
+        ids_TK = None if ids is None else own(ids, frame, 1)
+        weights_TK = None if weights is None else own(weights, frame, 1)
+        routing: Routing = self.router(seen_TD, mask_T, ids_TK, weights_TK)
+        return routing
 
     def _loss_terms(
         self, x: CallersTokens, frame: Frame, routing: Routing, mask_T: Tokens | None

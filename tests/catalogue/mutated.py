@@ -19,8 +19,8 @@ from spmd_moe.layer.balance_losses import (
 from spmd_moe.layer.boundary import INSIDE
 from spmd_moe.layer.dispatch import AllGather, DedupAllToAll, FixedCapacity
 from spmd_moe.layer.expert_load import expert_load
-from spmd_moe.layer.experts import ScoreApplication
-from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import MoEConfig, ScoreApplication, SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.selection_bias import update_selection_bias
 from spmd_moe.train.init_weights import init_weights

@@ -83,7 +83,7 @@ def _together(ranks: list[Ran], layout: Layout) -> dict[str, Tensor]:
         if placement is None:
             found |= {f"{name} of rank {r}": t for r, t in enumerate(by_rank)}
         else:
-            found[name] = meaning(by_rank, gradient(placement), layout)  # type: ignore[arg-type]  # the two Layouts have the same parts
+            found[name] = meaning(by_rank, gradient(placement), layout)
     return found
 
 

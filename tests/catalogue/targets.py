@@ -12,7 +12,8 @@ from spmd_moe.check import Case
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import CP, DP, EDP, EP, ETP, TP, I, Placed, R, S, V
 from spmd_moe.layer.dispatch import AllGather
-from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import MoEConfig, SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.catalogue import parts, styles

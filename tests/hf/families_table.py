@@ -12,7 +12,7 @@ import torch
 
 from spmd_moe.hf.families import FAMILIES, UNSUPPORTED
 from spmd_moe.hf.family import Family
-from spmd_moe.layer.experts import ScoreApplication
+from spmd_moe.layer.moe_config import ScoreApplication
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hf_families.md"
 HEAD = """# Families of Hugging Face transformers

@@ -22,8 +22,7 @@ from torch import Tensor
 from spmd_moe.check.thread_ranks import RanksError, threaded
 from spmd_moe.core.errors import ConfigError
 from spmd_moe.core.shard_shape import ShardShape
-from spmd_moe.layer.experts import ExpertRecompute, ScoreApplication
-from spmd_moe.layer.moe import MoEConfig, SharedConfig
+from spmd_moe.layer.moe_config import ExpertRecompute, MoEConfig, ScoreApplication, SharedConfig
 from spmd_moe.layer.router import RouterConfig
 from tests.support.dispatchers import ROOM
 from tests.support.layer_cases import HELD, layouts

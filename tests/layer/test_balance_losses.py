@@ -26,7 +26,8 @@ from spmd_moe.layer.balance_losses import (
     reduce_loss_terms,
     z_loss,
 )
-from spmd_moe.layer.moe import MoE, MoEConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import MoEConfig
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.support import layer_oracle as oracle

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.layer.activations import CLAMPED_SWIGLU, GELU, SQUARED_RELU, SWIGLU, Activation
-from spmd_moe.layer.experts import ExpertRecompute, Gather, experts_ffn
+from spmd_moe.layer.experts import Gather, experts_ffn
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, TorchGroupedMM
+from spmd_moe.layer.moe_config import ExpertRecompute
 from spmd_moe.layer.router import Router, Routing
 from spmd_moe.layer.router_config import RouterConfig
 from tests.support.experts_oracle import WIDTH, Case, OneHot, weights_in

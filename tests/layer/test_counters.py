@@ -21,7 +21,8 @@ from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DENSE
 from spmd_moe.layer.dispatch import AllToAll, Dispatcher, Local
-from spmd_moe.layer.moe import MoE, MoEConfig, MoEOutput
+from spmd_moe.layer.moe import MoE, MoEOutput
+from spmd_moe.layer.moe_config import MoEConfig
 from spmd_moe.layer.router import Router
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.layer.selection_bias import update_selection_bias

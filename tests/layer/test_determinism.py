@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spmd_moe import LoopedMatmul, MoE, MoEConfig, MoEMesh, RouterConfig, SharedConfig, init_weights
 from spmd_moe.check.thread_ranks import threaded
-from spmd_moe.layer.moe import ScoreApplication
+from spmd_moe.layer.moe_config import ScoreApplication
 
 WIDTH, TOKENS = 64, 120
 COMPANY = (1, 2, 3, 5, 8, 18, 64)  # none leaves a last batch of one

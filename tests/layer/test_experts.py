@@ -26,10 +26,11 @@ from spmd_moe.layer.activations import (
     Activation,
     clamped_swiglu,
 )
-from spmd_moe.layer.experts import ExpertRecompute, Experts, Gather, ScoreApplication, experts_ffn
+from spmd_moe.layer.experts import Experts, Gather, experts_ffn
 from spmd_moe.layer.grouped_ffn import Weights
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, TorchGroupedMM
-from spmd_moe.layer.moe import MoE, MoEConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import ExpertRecompute, MoEConfig, ScoreApplication
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.support.experts_oracle import HIDDEN, WIDTH, Case, OneHot, compare

@@ -18,9 +18,10 @@ from torch import Tensor
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.layer import grouped_ffn
 from spmd_moe.layer.activations import CLAMPED_SWIGLU, GELU, SQUARED_RELU, SWIGLU, Activation
-from spmd_moe.layer.experts import ExpertRecompute, Experts, Gather, ScoreApplication
+from spmd_moe.layer.experts import Experts, Gather
 from spmd_moe.layer.grouped_matmul import GroupedMatmul, LoopedMatmul, TorchGroupedMM
-from spmd_moe.layer.moe import MoE, MoEConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import ExpertRecompute, MoEConfig, ScoreApplication
 from spmd_moe.layer.router_config import RouterConfig
 from tests.support.experts_oracle import Case
 

@@ -15,7 +15,8 @@ from spmd_moe.check.signatures import signatures
 from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import R
-from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import MoEConfig, SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.support.dispatchers import make_dispatcher

@@ -34,7 +34,8 @@ from spmd_moe.core.errors import OutputError
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import DP, I, Kind, R, S
 from spmd_moe.layer.balance_losses import LossTerms, Totals, balance_loss, reduce_loss_terms, z_loss
-from spmd_moe.layer.moe import MoE, MoEConfig, MoEOutput
+from spmd_moe.layer.moe import MoE, MoEOutput
+from spmd_moe.layer.moe_config import MoEConfig
 from spmd_moe.layer.router_config import RouterConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.support.workers import run

@@ -23,7 +23,7 @@ from spmd_moe.check.layouts import layouts
 from spmd_moe.core.placement import CP, DP, TP, I, Placement, R, S, V
 from spmd_moe.layer.boundary import INSIDE
 from spmd_moe.layer.dispatch import AllGather, FixedCapacity
-from spmd_moe.layer.experts import ScoreApplication
+from spmd_moe.layer.moe_config import ScoreApplication
 
 EXPERTS, WIDTH, HIDDEN = 24, 8, 48
 GROUPED: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.layer.activations import Activation
-from spmd_moe.layer.experts import ExpertRecompute, Experts, experts_ffn
+from spmd_moe.layer.experts import Experts, experts_ffn
 from spmd_moe.layer.grouped_ffn import Weights
 from spmd_moe.layer.grouped_matmul import GroupedMatmul
+from spmd_moe.layer.moe_config import ExpertRecompute
 
 NUM_EXPERTS, WIDTH, HIDDEN = 4, 16, 24
 

@@ -16,8 +16,7 @@ import torch
 
 from spmd_moe.core.placement import I, Kind, R, S
 from spmd_moe.core.shard_shape import ShardShape
-from spmd_moe.layer.experts import ExpertRecompute, ScoreApplication
-from spmd_moe.layer.moe import MoEConfig, SharedConfig
+from spmd_moe.layer.moe_config import ExpertRecompute, MoEConfig, ScoreApplication, SharedConfig
 from spmd_moe.layer.router_config import RouterConfig
 from tests.support.layer_layouts import Case, Layout, seed_of
 

@@ -25,7 +25,7 @@ from spmd_moe.core.placement import (
     Role,
 )
 from spmd_moe.core.shard_shape import ShardShape
-from spmd_moe.layer.moe import MoEConfig
+from spmd_moe.layer.moe_config import MoEConfig
 
 
 def seed_of(layout: Layout) -> str:

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmd_moe.layer.experts import ScoreApplication
-from spmd_moe.layer.moe import MoEConfig
+from spmd_moe.layer.moe_config import MoEConfig, ScoreApplication
 from spmd_moe.layer.router_config import RouterConfig
 
 

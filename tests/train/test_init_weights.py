@@ -14,7 +14,8 @@ from spmd_moe.check.thread_ranks import threaded
 from spmd_moe.core.declare_placements import declare_placements
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import Whole, placement_of
-from spmd_moe.layer.moe import MoE, MoEConfig, SharedConfig
+from spmd_moe.layer.moe import MoE
+from spmd_moe.layer.moe_config import MoEConfig, SharedConfig
 from spmd_moe.train.init_weights import init_weights
 from tests.layer.test_counters import CONFIG, single
 from tests.support.layer_layouts import Layout, part
