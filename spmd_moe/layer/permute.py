@@ -26,7 +26,7 @@ from torch import Tensor
 from spmd_moe.core.autograd_function import apply
 from spmd_moe.core.compute_dtype import as_dtype, sum_dtype
 from spmd_moe.core.host_values import read_ints
-from spmd_moe.core.placement import GatheredRows, Tokens
+from spmd_moe.core.placement import GatheredRows
 from spmd_moe.core.spmd_types_compat import rules
 
 T = TypeVar("T", bound=Tensor)  # the result has the kind of the argument
@@ -81,13 +81,6 @@ def slots_of(
     row = row.scatter(0, slot_N, torch.arange(count, device=ids.device))
     token_N = torch.floor_divide(slot_N, expert_ids_TK.shape[1])  # `//` is Python around this
     return Slots(slot_N, token_N, row.view_as(expert_ids_TK), every_slot)
-
-
-def unsorted(expert_ids_TK: Tensor) -> Slots:
-    """Every slot in the order of the tokens, for rows that were not sorted."""
-    slot_N = torch.ones_like(expert_ids_TK.flatten()).cumsum(0) - 1
-    token_N = torch.floor_divide(slot_N, expert_ids_TK.shape[1])
-    return Slots(slot_N, token_N, slot_N.view_as(expert_ids_TK), every_slot=True)
 
 
 def expert_major(counts_Se: GatheredRows, rows: int) -> GatheredRows:
@@ -190,7 +183,7 @@ def spread(x_TD: T, slots: Slots) -> T:
     return apply(_Spread, x_TD, slots.token_N, slots.row_TK, slots.every_slot)
 
 
-def fold(x_ND: Tokens, slots: Slots) -> Tokens:
+def fold(x_ND: T, slots: Slots) -> T:
     """The sum of each token's rows, in the order of its choices."""
     return apply(_Fold, x_ND, slots.token_N, slots.row_TK, slots.every_slot)
 
@@ -218,13 +211,8 @@ def take_scores(scores_TK: T, slots: Slots) -> T:
     return from_slots(cast(T, scores_TK.flatten()), slots)
 
 
-def to_slots(x_ND: T, slots: Slots) -> T:
-    """Every slot's row, [T*K, D]: zeros where a slot has none."""
-    return _take(x_ND, slots.row_TK.flatten(), slots.slot_N, (not slots.every_slot, False))
-
-
 def from_slots(x: T, slots: Slots) -> T:
-    """The rows of those slots that have one; the inverse of `to_slots`."""
+    """The rows of those slots that have one, of rows for every slot."""
     return _take(x, slots.slot_N, slots.row_TK.flatten(), (False, not slots.every_slot))
 
 

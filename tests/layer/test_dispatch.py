@@ -245,8 +245,8 @@ def test_all_gather_sends_the_same_whatever_the_routing() -> None:
         for routing in ("uneven", "one expert")
     ]
     gather, scatter = "all_gather_into_tensor", "reduce_scatter_tensor"
-    # How many tokens each rank has, their choices, and the tokens.
-    there = [f"{gather} of counts", f"{gather} of counts", f"{gather} of rows"]
+    # How many tokens each rank has, their choices, the tokens, and their weights.
+    there = [f"{gather} of {what}" for what in ("counts", "counts", "rows", "weights")]
     back, backward = [f"{scatter} of rows"], [f"{gather} of rows", f"{scatter} of rows"]
     assert runs == [[(there, back, backward)] * 4] * 2
 

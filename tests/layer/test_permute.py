@@ -28,7 +28,6 @@ from spmd_moe.layer.permute import (
     sort_by_expert,
     spread,
     take_scores,
-    to_slots,
 )
 from tests.support.operator_log import operators
 
@@ -174,12 +173,6 @@ MOVES: dict[str, tuple[Move, Definition]] = {
             tokens, len(rows), [(t, n) for n, (t, _) in enumerate(rows)]
         ),
     ),
-    "to_slots": (
-        to_slots,
-        lambda rows, tokens, k: matrix(
-            tokens * k, len(rows), [(t * k + c, n) for n, (t, c) in enumerate(rows)]
-        ),
-    ),
     "from_slots": (
         from_slots,
         lambda rows, tokens, k: matrix(
@@ -255,14 +248,6 @@ def test_take_scores(ids: Ids) -> None:
     place = {slot: row for row, slot in enumerate(rows)}
     wanted = [[place.get((t, c), -1) + 1 for c in range(k)] for t in range(len(ids))]
     assert grad.tolist() == wanted
-
-
-@settings(deadline=None)
-@given(choices())
-def test_from_slots_undoes_to_slots(ids: Ids) -> None:
-    slots = sort_by_expert(as_tensor(ids), every_slot=False)
-    x = torch.randn(len(rows_of(ids)), WIDTH, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(from_slots(to_slots(x, slots), slots), x)
 
 
 # --- sums -------------------------------------------------------------------------------------

@@ -38,11 +38,11 @@ from spmd_moe.core.placement import (
 from spmd_moe.core.redistribute import redistribute
 from spmd_moe.core.shard_shape import ShardShape
 from spmd_moe.layer import routing_faults
-from spmd_moe.layer.combine import combine
 from spmd_moe.layer.dispatch.forecast import Batch, Collective, gather, one, scatter
 from spmd_moe.layer.dispatch.protocol import Arrived, experts_of_a_rank
-from spmd_moe.layer.permute import Slots, sort_by_expert, spread, take_scores, to_slots, unsorted
+from spmd_moe.layer.permute import Slots, fold, sort_by_expert, spread, take_scores
 from spmd_moe.layer.router import Routing
+from spmd_moe.layer.scaled_rows import scaled
 
 
 @final
@@ -52,8 +52,7 @@ class Gathered:
 
     shapes: list[ShardShape]  # tokens of each rank, along the axes in the order of the gathers
     here: Slots  # of the slots of all gathered tokens: those whose expert is here
-    own: Slots  # of this rank's tokens, in their order
-    late_tK: Tokens | None  # the weights that `combine` applies
+    late_R: GatheredRows | None  # the weights of the rows, if `collect` applies them
 
 
 @final
@@ -85,19 +84,22 @@ class AllGather:
         self, x_tD: Tokens, scores_tK: Tokens | None, routing: Routing
     ) -> tuple[Arrived, Gathered]:
         ids_tK, counts_E = routing.expert_ids_TK, routing.counts_E
-        arrived, shapes, here = self._arrive(x_tD, scores_tK, ids_tK, counts_E, routing.fault)
-        late_tK = routing.scores_TK if scores_tK is None else None
-        return arrived, Gathered(shapes, here, unsorted(ids_tK), late_tK)
+        weights_tK, early = (
+            routing.scores_TK if scores_tK is None else scores_tK,
+            scores_tK is not None,
+        )
+        return self._arrive(x_tD, weights_tK, ids_tK, counts_E, routing.fault, early)
 
     # Only for its signature, as is said in protocol.py: rows are of the expert mesh from here on.
     def _arrive(
         self,
         x_tD: Rows,
-        scores_tK: Rows | None,
+        weights_tK: Rows,
         expert_ids_tK: Rows,
         counts_E: Rows,
         marked: Rows,
-    ) -> tuple[Arrived, list[ShardShape], Slots]:
+        early: bool,
+    ) -> tuple[Arrived, Gathered]:
         shapes, rows, counts_e = self._count(expert_ids_tK, counts_E, marked)
         ids_TK = self._gather(expert_ids_tK, shapes)
         all_E = torch.arange(self.num_experts, device=ids_TK.device)
@@ -105,34 +107,33 @@ class AllGather:
         local_TK = ids_TK - own_e.select(0, 0)
         elsewhere_TK = (local_TK < 0) | (local_TK >= own_e.shape[0])
         here = sort_by_expert(torch.where(elsewhere_TK, -1, local_TK), every_slot=False, rows=rows)
+        rows_RD = spread(self._gather(x_tD, shapes), here)
+        weights_R = take_scores(self._gather(weights_tK, shapes), here)
+        early_R, late_R = (weights_R, None) if early else (None, weights_R)
         # spmd: allow argument - taken by places that are each rank's own, what is whole becomes V
-        arrived = Arrived(
-            spread(self._gather(x_tD, shapes), here),
-            None if scores_tK is None else take_scores(self._gather(scores_tK, shapes), here),
-            counts_e,
-        )
-        return arrived, shapes, here
+        arrived = Arrived(rows_RD, early_R, counts_e)
+        # spmd: allow argument - the weights of these rows, as above
+        return arrived, Gathered(shapes, here, late_R)
 
     def collect(self, y_RD: RowSums, state: Gathered) -> Tokens:
-        y = declare_sum(to_slots(y_RD, state.here), self.ep)  # each slot's row is on one rank
-        choices = state.own.row_TK.shape[1]  # spmd: allow unknown - only its shape is read
+        """What experts here give to each token is added here, so one row of each token travels."""
+        if state.late_R is not None:
+            y_RD = scaled(y_RD, state.late_R)
+        y = declare_sum(fold(y_RD, state.here), self.ep)
         for axis, shape in reversed(list(zip(self.axes, state.shapes, strict=True))):
-            slots = _times(shape, choices)
-            y = redistribute(y, axis, src=P, dst=S(0), shape=slots, dtype=sum_dtype(y))
+            y = redistribute(y, axis, src=P, dst=S(0), shape=shape, dtype=sum_dtype(y))
         return y
 
-    def combine(self, rows_ND: Tokens, state: Gathered) -> Tokens:
-        return combine(rows_ND, state.own, state.late_tK)
+    def combine(self, rows_TD: Tokens, state: Gathered) -> Tokens:
+        return rows_TD
 
     def forecast(self, batch: Batch) -> Iterator[Collective]:
         (etp, ep), dim, wide = self.axes, [batch.dim], batch.wide
         by_etp = ShardShape.ragged(batch.tokens_ij[ep.rank])
         by_ep = ShardShape.ragged([sum(of_etp) for of_etp in batch.tokens_ij])
         axes = [(etp, by_etp), (ep, by_ep)]
-        slots = [(axis, _times(rows, batch.top_k)) for axis, rows in axes]
         travel = [("choices", [batch.top_k], torch.int64), ("tokens", dim, batch.dtype)]
-        if batch.score_dtype is not None:
-            travel.append(("weights", [batch.top_k], batch.score_dtype))
+        travel.append(("weights", [batch.top_k], batch.weight_dtype))
 
         what, marks = "how many tokens and choices each rank has", 1
         for axis, _ in axes:
@@ -143,10 +144,10 @@ class AllGather:
             for axis, rows in axes:
                 what = f"{name} to all ranks"
                 yield from gather("forward", what, axis, rows, tail, dtype)
-        for axis, rows in reversed(slots):
-            yield from scatter("forward", "rows back to their tokens", axis, rows, dim, wide)
-        for axis, rows in slots:
-            yield from gather("backward", "gradient of rows", axis, rows, dim, batch.dtype)
+        for axis, rows in reversed(axes):
+            yield from scatter("forward", "sums back to their tokens", axis, rows, dim, wide)
+        for axis, rows in axes:
+            yield from gather("backward", "gradient of sums", axis, rows, dim, batch.dtype)
         for name, tail, dtype in reversed(travel[1:]):
             summed = torch.promote_types(dtype, torch.float32)
             for axis, rows in reversed(axes):
@@ -189,7 +190,3 @@ class AllGather:
                 gathered, axis, src=S(0), dst=R, shape=shape, grad_dtype=sum_dtype(x)
             )
         return gathered
-
-
-def _times(rows: ShardShape, factor: int) -> ShardShape:
-    return ShardShape.ragged([n * factor for n in rows.sizes])
