@@ -183,11 +183,55 @@ class _Mirror(_Group):  # type: ignore[misc]  # see above
     alltoall_base = all_to_all_single
 
     @torch.no_grad()
+    def alltoall(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
+        """Of lists of tensors, one for each rank."""
+        self._log("all_to_all", torch.cat([x.reshape(-1) for x in inputs]))
+        for out in outs:
+            self._repeat(out, inputs[self.place])
+        return _done(outs)
+
+    @torch.no_grad()
+    def reduce_scatter(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
+        """Of lists of tensors, one for each rank."""
+        for out, parts in zip(outs, inputs, strict=True):
+            self._log("reduce_scatter", torch.cat([x.reshape(-1) for x in parts]))
+            out.copy_(parts[self.place])
+            if _adds(opts):
+                out.mul_(self.ranks)
+        return _done(outs)
+
+    @torch.no_grad()
+    def reduce(self, tensors: Any, opts: Any = None) -> Any:
+        for x in tensors:
+            self._log("reduce", x)
+            if _adds(opts) and opts.rootRank == self.place:
+                x.mul_(self.ranks)
+        return _done(tensors)
+
+    @torch.no_grad()
+    def gather(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
+        self._log("gather", inputs[0])
+        for part in outs[0] if outs else ():  # on the rank that receives
+            self._repeat(part, inputs[0])
+        return _done(outs)
+
+    @torch.no_grad()
+    def scatter(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
+        self._log("scatter", outs[0])
+        if inputs:  # on the rank that sends; others keep what they have
+            self._repeat(outs[0], inputs[0][self.place])
+        return _done(outs)
+
+    @staticmethod
+    def _repeat(out: Tensor, x: Tensor) -> None:
+        out.copy_(x) if out.shape == x.shape else out.zero_()
+
+    @torch.no_grad()
     def allgather(self, outs: Any, inputs: Any, opts: Any = None) -> Any:
         for parts, x in zip(outs, inputs, strict=True):
             self._log("all_gather", x)
             for part in parts:
-                part.copy_(x) if part.shape == x.shape else part.zero_()
+                self._repeat(part, x)
         return _done(outs)
 
     @torch.no_grad()

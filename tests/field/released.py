@@ -1,6 +1,7 @@
 """Released versions of frameworks, and what parity must say of them.
 
-    python -m tests.field.released      # runs all and writes the table
+    python -m tests.field.released          # runs all and writes the page
+    python -m tests.field.released 0.3.0    # runs what has this in its name; keeps other rows
 
 Each version is downloaded once, without its dependencies, into a directory of its own. Bugs that no
 release has are put back: a copy of a release in which the lines of the fix are as they were.
@@ -14,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "parity_field.md"
+ROWS = Path(__file__).with_name("rows.json")
 CACHE = Path(os.environ.get("SPMD_MOE_FIELD", Path(tempfile.gettempdir()) / "spmd_moe_field"))
 # What packages import besides torch. Older versions of transformers demand an older hub.
 HUGGING_FACE = ("tokenizers", "safetensors", "regex", "numpy")
@@ -217,48 +219,51 @@ def broken_row(release: Release, found: dict[str, Any]) -> str:
     first = next(f for f in found["findings"] if release.tensor in f["tensors"])
     said = f"{', '.join(first['tensors'][:2])}: {first['right'] or 'no correction'}"
     kind = "fix taken back" if release.undo else "released"
-    block = f"{release.block} {release.plan}".strip()
+    block = " ".join(filter(None, (release.block, release.plan, *release.vary)))
     cells = [release.package, release.version, block, f"{release.bug}, {kind}", said]
     cells += [first["in"][0], f"{found['seconds']:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
-def clean_row(release: Release, found: dict[str, Any], mutants: int) -> str:
+def clean_row(release: Release, found: dict[str, Any]) -> str:
     runs = [run for run in found["runs"] if run["compared"]]
-    block = " ".join((f"{release.block} {release.plan}".strip(), *release.vary))
+    block = " ".join(filter(None, (release.block, release.plan, *release.vary)))
+    alike = (release.package, release.version, release.block)
+    same = [b for b in BROKEN if b.undo and (b.package, b.version, b.block) == alike]
     tensors = sum(run["compared"] for run in runs)
     cells = [release.package, release.version, block, str(len(runs)), str(tensors)]
-    cells += [str(mutants or "-"), f"{found['seconds']:.0f}"]
+    cells += [str(len(same)), f"{found['seconds']:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
-def lines() -> Iterator[str]:
+def page(rows: Mapping[str, str]) -> Iterator[str]:
     yield "# Parity on released code\n"
     yield "Written by `python -m tests.field.released`: all layouts of up to 4 ranks.\n"
     yield "## Bugs that it finds\n"
     yield "| package | version | block | bug | parity says | first in | seconds |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for release in BROKEN:
-        found = report(release)
-        assert as_due(release, found), f"{release}: {found['findings']}"
-        yield broken_row(release, found)
+    yield from (rows[str(r)] for r in BROKEN if str(r) in rows)
     yield "\n## Runs without a finding\n"
     yield "Mutants are the bugs above for which a fix is taken back in the same block.\n"
-    yield "| package | version | block | layouts | tensors | mutants found | seconds |"
+    yield "| package | version | block | layouts | tensors | mutants | seconds |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for release in CLEAN:
+    yield from (rows[str(r)] for r in CLEAN if str(r) in rows)
+
+
+def main(*words: str) -> None:
+    """Run the releases that have one of the words in their name, or all; keep the other rows."""
+    rows: dict[str, str] = json.loads(ROWS.read_text()) if ROWS.is_file() else {}
+    for release in RELEASES:
+        if words and not any(word in str(release) for word in words):
+            continue
         found = report(release)
-        assert as_due(release, found), f"{release}: {found['findings']}"
-        alike = (release.package, release.version, release.block)
-        same = [b for b in BROKEN if b.undo and (b.package, b.version, b.block) == alike]
-        yield clean_row(release, found, len(same))
-
-
-def main() -> None:
-    with PAGE.open("w") as page:
-        for line in lines():
-            print(line, file=page, flush=True)
+        if not as_due(release, found):
+            raise RuntimeError(f"{release}: {found['findings']}")
+        rows[str(release)] = (broken_row if release.bug else clean_row)(release, found)
+        print(rows[str(release)], flush=True)
+        ROWS.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        PAGE.write_text("\n".join(page(rows)) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
