@@ -29,6 +29,7 @@ from mypy.nodes import (
     ReturnStmt,
     RevealExpr,
     Statement,
+    SymbolNode,
     TupleExpr,
     Var,
     YieldExpr,
@@ -94,7 +95,8 @@ class _Review:
     def __init__(self, checker: Any, report: Report) -> None:
         self.checker, self.report = checker, report
         self._in_order: set[Statement] = set()
-        self._taken_over: set[Node] = set()  # parameters that are names of something else by now
+        # Parameters that are names of something else by now.
+        self._taken_over: set[SymbolNode | None] = set()
         self.comparison = Comparison(self.type_of, lambda expr: alternatives(expr, checker))
 
     def type_of(self, expr: Expression) -> Type | None:

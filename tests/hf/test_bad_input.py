@@ -87,7 +87,7 @@ REFUSED = {
 
 def filled(mesh: MoEMesh) -> nn.Module:
     """A model whose weights are all 0.5."""
-    model = hf.swap(model_of("qwen3_moe"), mesh)
+    model: nn.Module = hf.swap(model_of("qwen3_moe"), mesh)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)

@@ -18,7 +18,8 @@ def test_random_layers_equal_one_process() -> None:
 
 def test_the_fuzzer_finds_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def folded(*args: Any) -> Tensor:
-        return fold(*args) * (1.0 + 1e-8)
+        right: Tensor = fold(*args)
+        return right * (1.0 + 1e-8)
 
     fold = combine.fold
     monkeypatch.setattr(combine, "fold", folded)

@@ -65,7 +65,8 @@ class Rows(nn.Module):
         assert isinstance(weight, DTensor)
         if self.typed:
             rows = DTensor.from_local(x, weight.device_mesh, [Shard(0)])
-            out: DTensor = rows @ weight
+            out = rows @ weight
+            assert isinstance(out, DTensor)
             return out.to_local()
         return x @ weight.to_local()  # whose backward takes the gradient for the whole
 
