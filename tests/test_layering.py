@@ -41,8 +41,9 @@ FOLDERS = {
     "read_checkpoint write_checkpoint pooled_loss model_methods swap",
     "signatures": "allow_comments declared_tensors annotated_functions interception",
     "sanitize": "tensor_digest observe_functions compare_ranks gradient_sums watch_job",
-    "check": "rules mirror_world follow_sharded_dims target load_target signatures findings "
-    "check_declarations checker_escapes layouts source_lines tensor_origin observer "
+    "check": "rules mirror_world dim_labels dim_parts follow_sharded_dims target load_target "
+    "signatures findings check_declarations checker_escapes layouts source_lines tensor_origin "
+    "record random_draws observer "
     "trace compare_coordinates thread_ranks whole_tensors compare_one_process "
     "check_layout parity.axis_groups parity.placement_words parity.cpu_stand_ins "
     "parity.held_elements parity.built_target parity.cannot_compare parity.weights "

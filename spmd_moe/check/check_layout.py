@@ -10,7 +10,7 @@ from spmd_moe.check.compare_coordinates import compare
 from spmd_moe.check.compare_one_process import check_values
 from spmd_moe.check.findings import Finding
 from spmd_moe.check.layouts import Layout
-from spmd_moe.check.target import Target
+from spmd_moe.check.target import CannotCheckError, Target
 from spmd_moe.check.trace import Configuration, Trace, standing, trace
 from spmd_moe.core.placement import DENSE, EXPERT, TP
 
@@ -64,6 +64,28 @@ def _traced(target: Target, wanted: Sequence[Configuration], packages: set[str])
     return [found[c] for c in dict.fromkeys(wanted)]
 
 
+def _against_whole(
+    target: Target, layout: Layout, traces: Sequence[Trace], packages: set[str]
+) -> Iterator[tuple[Trace, Finding]]:
+    """Another trace beside one process, for views that the shapes of a shard leave open.
+
+    Where dp or cp has several ranks, one process has the tokens of one cell, and other shapes.
+    """
+    most = max((t.configuration.tokens for t in traces), default=0)
+    asking = next((t for t in traces if t.record.asks and t.configuration.tokens == most), None)
+    if asking is None or layout.dp * layout.cp > 1:
+        return
+    try:
+        with standing(Layout(), 0) as here:
+            alone = trace(target, Configuration(Layout(), most), packages, here)
+    except CannotCheckError:  # it does not build in one process
+        return
+    with standing(layout, asking.configuration.rank) as here:
+        again = trace(target, asking.configuration, packages, here, alone.record)
+    known = {found.kind for found in asking.findings}
+    yield from ((asking, found) for found in again.findings if found.kind not in known)
+
+
 def check_layout(
     target: Target,
     layout: Layout,
@@ -84,7 +106,7 @@ def check_layout(
         result.traced += 1
         result.tensors += found.record.tensors
         result.untyped += found.record.untyped
-    compared = list(compare(traces))
+    compared = [*compare(traces), *_against_whole(target, layout, traces, packages)]
     # Where a type depends on the size, that is what is wrong; what fails of it is not shown beside.
     sized = {id(t) for t, f in compared if f.rule == "X12"}
     for found in traces:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from spmd_moe.check.findings import Finding, allowed, finding, short_path
 from spmd_moe.check.mirror_world import Issued
-from spmd_moe.check.observer import Operand, Point, Seen, Types
+from spmd_moe.check.record import Operand, Point, Seen, Types
 from spmd_moe.check.trace import Trace
 from spmd_moe.core.messages import kinds_text, plural
 from spmd_moe.core.placement import DENSE, EXPERT

@@ -23,7 +23,8 @@ from spmd_moe.check.check_declarations import declared_types
 from spmd_moe.check.findings import Finding, finding
 from spmd_moe.check.layouts import Layout
 from spmd_moe.check.mirror_world import mirror_world
-from spmd_moe.check.observer import Observer, Point, Record
+from spmd_moe.check.observer import Observer
+from spmd_moe.check.record import Point, Record
 from spmd_moe.check.signatures import axis, checked, declare
 from spmd_moe.check.target import CannotCheckError, Case, Target, build, cannot, line_of
 from spmd_moe.check.thread_ranks import RanksError, threaded

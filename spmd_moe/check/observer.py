@@ -7,10 +7,11 @@ it is passed several times.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, final
 from unittest import mock
 
@@ -21,67 +22,22 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from spmd_moe.check.findings import Finding, allowed, finding, short_path
-from spmd_moe.check.follow_sharded_dims import follow, is_given, keep_rows, moved, rows_are_given
+from spmd_moe.check.findings import allowed, finding, short_path
+from spmd_moe.check.follow_sharded_dims import (
+    asks_for_whole,
+    cut_dims,
+    follow,
+    is_given,
+    keep_rows,
+    moved,
+    rows_are_given,
+)
 from spmd_moe.check.mirror_world import Issued
+from spmd_moe.check.random_draws import is_random, seed_of
+from spmd_moe.check.record import Operand, Point, Record, Seen, Types
 from spmd_moe.check.source_lines import Lines
-from spmd_moe.check.tensor_origin import Lineage, descend, lineage
+from spmd_moe.check.tensor_origin import descend, lineage
 from spmd_moe.core.errors import describe
-
-Types = tuple[tuple[str, str], ...]  # axis and kind, by axis
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A place in the program: lines of checked code, the innermost last, and an operation."""
-
-    lines: tuple[tuple[str, int], ...]
-    op: str
-
-    @property
-    def at(self) -> str:
-        file, line = self.lines[-1]
-        return f"{short_path(file)}:{line}"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A tensor as an operation gets it."""
-
-    types: Types
-    shape: tuple[int, ...]
-    offset: int  # in its storage
-    total: float  # of its elements: enough to tell that two are not the same
-    made_of: Lineage = field(default_factory=Lineage)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One operation: its operands and results, and what it was given beside tensors."""
-
-    operands: tuple[Operand, ...]
-    plain: tuple[object, ...]
-    results: tuple[Types, ...]
-    reads: int  # of data, before it: sizes may come from there
-    even: tuple[str, int] | None = None  # an axis, all of whose ranks it takes to have these rows
-
-
-@final
-@dataclass(slots=True)
-class Record:
-    """What the observer saw."""
-
-    points: dict[Point, list[Seen]] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    lines: dict[str, set[int]] = field(default_factory=dict)  # of checked code, by file
-    tensors: int = 0
-    untyped: int = 0
-    # What the program read from data, how many collectives came before it, and the types of what
-    # no collective had a part in.
-    reads: list[tuple[int, str, Types]] = field(default_factory=list)
 
 
 @final
@@ -89,9 +45,15 @@ class Observer(TorchFunctionMode):
     """Sees every operation before the type checker does, and the types of its results after."""
 
     def __init__(
-        self, packages: set[str], names: Mapping[Any, str], log: list[Issued], typed: bool
+        self,
+        packages: set[str],
+        names: Mapping[Any, str],
+        log: list[Issued],
+        typed: bool,
+        whole: Record | None = None,  # of the same run in one process
     ) -> None:
         super().__init__()
+        self._whole, self._seed = whole, torch.initial_seed()
         self.record, self.log, self.typed = Record(), log, typed
         self._lines, self._names = Lines(packages, __file__), names
         self._shown: dict[object, Types] = {}
@@ -119,11 +81,14 @@ class Observer(TorchFunctionMode):
             return run_operation(run, args, kwargs)
         leaves = list(_leaves((args, kwargs)))
         tensors, plain = _tensors(leaves), tuple(repr(x) for x in leaves if isinstance(x, _PLAIN))
+        drawn = is_random(name, args, kwargs)
+        seed = seed_of(leaves, self._seed) if drawn else None
+        plain += () if seed is None else (f"seed {seed}",)
         given = self._operands(tensors, bool(plain))
         if name.endswith("_") and given:  # what was in it is overwritten, and may be anything
             given = (replace(given[0], total=0.0), *given[1:])
         self._before(func, name, args, kwargs, lines)
-        found: tuple[Types, ...] = ()
+        found, shapes = tuple[Types, ...](), tuple[tuple[int, ...], ...]()
         reads, before = len(self.record.reads), len(self.log)
         try:
             result = run_operation(run, args, kwargs)
@@ -132,9 +97,10 @@ class Observer(TorchFunctionMode):
                 self._made.update(map(id, results))
                 self._kept += results
             found = tuple(map(self._types, results))
+            shapes = tuple(tuple(x.shape) for x in results)
         finally:  # what is refused has been asked for
             even = self._even(name, args, kwargs)
-            seen = Seen(given, plain, found, reads, even)
+            seen = Seen(given, plain, found, shapes, reads, even)
             point = Point(lines, name)
             passes = self.record.points.setdefault(point, [])
             passes.append(seen)
@@ -148,7 +114,9 @@ class Observer(TorchFunctionMode):
         descend([x.made_of for x in given], written, (point, len(passes)), len(self.log) > before)
         if self.typed:
             self._count(name, results, found, lines)
-            self._follow(name, args, kwargs, tensors, results, lines)
+            if drawn and seed is None:
+                self._drawn(name, results, found, lines)
+            self._follow(point, args, kwargs, tensors, results)
             self._cut_off(args, results)
         return result
 
@@ -165,7 +133,7 @@ class Observer(TorchFunctionMode):
         def leave(x: DTensor, *args: Any, **kwargs: Any) -> Tensor:
             lines = self._lines.here(sys._getframe(1))
             if lines:
-                seen = Seen((), (), (self._types(x),), len(self.record.reads))
+                seen = Seen((), (), (self._types(x),), (), len(self.record.reads))
                 self.record.points.setdefault(Point(lines, "to_local"), []).append(seen)
             return to_local(x, *args, **kwargs)
 
@@ -257,26 +225,57 @@ class Observer(TorchFunctionMode):
 
     def _follow(
         self,
-        name: str,
+        point: Point,
         args: Any,
         kwargs: Any,
         tensors: list[Tensor],
         results: list[Tensor],
-        lines: tuple[tuple[str, int], ...],
     ) -> None:
         """Which dims are cut: X7."""
+        name, lines = point.op, point.lines
         axis, dst = _move_of(name, args, kwargs)
         if axis is None and name != "Exchange":
             keep_rows(name, args, tensors, results)
         if axis is not None and results:
             moved(args[0], results[0], axis, dst)
             return
-        why = follow(name, args, kwargs, results)
-        if why:
-            self._say("X7", "shard", lines, f"{name} of {describe(args[0])}: {why}",
+        whole = None
+        if tensors and results and asks_for_whole(name, tensors[0], results[0]):
+            self.record.asks = True
+            if self._whole is not None:
+                number = len(self.record.points[point]) - 1
+                whole = self._whole.shapes_at(point, number)
+        if not any(map(cut_dims, tensors)):
+            return
+        misuse = follow(name, args, kwargs, results, whole)
+        if misuse is not None:
+            label = self._names.get(misuse.axis, str(misuse.axis))
+            why, *fixes = (text.replace("{axis}", label) for text in (misuse.why, *misuse.fixes))
+            self._say("X7", "shard", lines, f"{name} of {describe(tensors[0])}: {why}",
                 "on the whole it would compute something else than on the parts of the ranks",
-                "redistribute(x, axis, src=S(dim), dst=R)   # before it",
-                "redistribute(x, axis, src=..., dst=S(0), shape=...)   # after it")  # fmt: skip
+                *fixes)  # fmt: skip
+
+    def _drawn(
+        self,
+        name: str,
+        results: list[Tensor],
+        found: tuple[Types, ...],
+        lines: tuple[tuple[str, int], ...],
+    ) -> None:
+        """Random numbers that no seed makes the same on the ranks of an axis: X2."""
+        same = (
+            (x, axis, kind)
+            for x, types in zip(results, found, strict=True)
+            for axis, kind in types
+            if kind in ("R", "I")
+        )
+        for x, axis, kind in itertools.islice(same, 1):
+            what = f"{name} draws {describe(x)}, which is {kind} on {axis}"
+            self._say("X2", "random", lines, what,
+                "each rank has a generator of its own, so the ranks draw different numbers",
+                f"torch.manual_seed(seed)   # before it, with one seed for the ranks of {axis}",
+                f"redistribute(x, {axis}, src={kind}, dst=S(0))   # before it: each draws its own",
+                "# spmd: allow random - <reason>   # where the ranks are seeded alike")  # fmt: skip
 
     def _cut_off(self, args: Any, results: list[Tensor]) -> None:
         """Under no_grad, what is made of tensors that have a history in checked code has lost it.

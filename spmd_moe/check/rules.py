@@ -78,9 +78,9 @@ _ROWS = (
         "X2",
         "rank-dependent numbers",
         "what is the same on all ranks of an axis is computed alike on them: "
-        "no slice, mask or factor by a plain rank",
+        "no slice, mask or factor by a plain rank, no random numbers of one rank",
         ("traced",),
-        ("rank",),
+        ("rank", "random"),
     ),
     Rule(
         "X3",
@@ -111,8 +111,8 @@ _ROWS = (
     Rule(
         "X7",
         "sharded dims",
-        "a dim that is cut over ranks is not mixed with others, and nothing that needs all of it "
-        "runs along it",
+        "a dim that is cut over ranks is not mixed with others, nothing that needs all of it runs "
+        "along it, and one axis cuts one dim of a product",
         ("traced",),
         ("shard",),
     ),
