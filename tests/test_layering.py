@@ -52,13 +52,15 @@ FOLDERS = {
     "parity.parity adapters.import_framework adapters.transformers_blocks "
     "adapters.torchtitan_shardings adapters.torchtitan_moe adapters.deepspeed_autoep "
     "adapters.deepspeed_moe adapters.megatron_moe adapters reports forecast plan supervise run "
-    "subcommands parity.command parity command_check command_plan command_convert command_line",
+    "subcommands parity.command parity command_check command_plan command_convert "
+    "command_types command_line",
     "static": "kinds operator_rules error_codes placed_types generic_placements role_names "
     "annotations syntax_tree messages collective_calls torch_names error_report "
     "end_of_module refill_syntax_tree daemon reassigned_names problems_found expression_hooks "
     "builtin_calls "
     "module_calls torch_modules settings call_arguments branch_placements check_declared "
-    "override_placements strict_mode strict_code review_module hook_table plugin_entry",
+    "override_placements strict_mode strict_code review_module hook_table plugin_entry "
+    "coverage run_types",
     "tooling": "write_ops_json",
 }
 ORDER = [

@@ -12,19 +12,21 @@ from typing import NoReturn
 from spmd_moe.check.command_check import CHECK
 from spmd_moe.check.command_convert import CONVERT
 from spmd_moe.check.command_plan import PLAN
+from spmd_moe.check.command_types import TYPES
 from spmd_moe.check.parity.command import PARITY
 from spmd_moe.check.target import checker_error
 from spmd_moe.core.errors import SpmdMoeError
 from spmd_moe.core.messages import printable
 
 # Every subcommand, in the order of `--help`.
-SUBCOMMANDS = (CHECK, PLAN, PARITY, CONVERT)
+SUBCOMMANDS = (CHECK, PLAN, PARITY, TYPES, CONVERT)
 RAW = argparse.RawDescriptionHelpFormatter
 DESCRIPTION = "Checks of typed MoE code, before anything is trained, and conversion of checkpoints."
 EPILOG = """\
 examples:
   spmd-moe plan my_package.my_module:target --layout 'dp 2 tp 4 ep 8'
   spmd-moe check my_package.my_module:target
+  spmd-moe types my_package/
   spmd-moe check --help         # what a target is, the rules, the words that allow exceptions
 
 exit status: 0 nothing found, 1 something found, 2 could not check, 130 interrupted

@@ -17,7 +17,7 @@ from mypy.plugin import Plugin, ReportConfigContext
 from spmd_moe.static import (
     error_codes as error_codes,  # settings may name them, so mypy has to know them
 )
-from spmd_moe.static.settings import ignored_list, read_config
+from spmd_moe.static.settings import ignored_list, read_config, settings_file, wrong_setting
 from spmd_moe.static.torch_names import is_foreign
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     )
 
 H = TypeVar("H")
+
+
+ALWAYS_STRICT: list[str] = []  # modules, beside the settings: `spmd-moe types --strict`
 
 
 class _Known(dict[str, H | None]):
@@ -55,9 +58,12 @@ class SpmdMoePlugin(Plugin):
         super().__init__(options)
         # So that mypy reads the definition of `Placed` that is meant for this plugin.
         options.always_true = [*options.always_true, "_WITH_PLUGIN"]
-        self._config = read_config(options.config_file)
-        if other := ignored_list(options.config_file):
-            raise CompileError(_ignored(other, str(options.config_file)), use_stdout=True)
+        settings = settings_file(options.config_file)
+        self._config = read_config(settings).with_strict(ALWAYS_STRICT)
+        if wrong := wrong_setting(settings):
+            raise CompileError([f"{settings}: error: spmd_moe: {wrong}"], use_stdout=True)
+        if other := ignored_list(settings):
+            raise CompileError(_ignored(other, str(settings)), use_stdout=True)
         self._is_daemon = options.fine_grained_incremental
         self._for_daemon = options.fine_grained_incremental or options.cache_fine_grained
         self._annotations = _Known(lambda name: self._answers.annotation(name))

@@ -38,7 +38,7 @@ from spmd_moe.static.syntax_tree import children
 TypeOf = Callable[[Expression], Type | None]
 Found = Iterator[tuple[Problem, Context]]
 
-_MADE = (
+MADE = (
     CallExpr | OpExpr | UnaryExpr | ComparisonExpr | IndexExpr | MemberExpr | CastExpr | AwaitExpr
 )
 _KERNELS = "torch.autograd.function.Function"  # below types: they have rules of their own
@@ -52,7 +52,7 @@ def unknown_problems(node: Node, type_of: TypeOf, declared: bool = False) -> Fou
         yield from _attributes(node)
     elif isinstance(node, FuncDef):
         yield from _signature(node)
-    elif isinstance(node, _MADE) and not declared and _begins_here(node, type_of):
+    elif isinstance(node, MADE) and not declared and _begins_here(node, type_of):
         what = f"{named(node)}: nothing is known of its placement"
         yield _problem(what, "declare what it is made by, or assign it to a declared name"), node
     for child in children(node):
@@ -139,7 +139,7 @@ def _operands(node: Node) -> Iterator[Expression]:
                 yield child.expr
         elif isinstance(child, Expression):
             yield child
-            if not isinstance(child, _MADE):  # a list of tensors, a slice
+            if not isinstance(child, MADE):  # a list of tensors, a slice
                 yield from _operands(child)
 
 

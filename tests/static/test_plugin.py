@@ -14,7 +14,13 @@ import pytest
 from spmd_moe.static.end_of_module import HOOK
 from spmd_moe.static.error_codes import STATIC_RULES, codes_table
 from spmd_moe.static.problems_found import RAISE
-from spmd_moe.static.settings import Config, read_config
+from spmd_moe.static.settings import (
+    Config,
+    ignored_list,
+    read_config,
+    settings_file,
+    wrong_setting,
+)
 from tests.static.test_typecheck import ROOT, mypy
 from tests.support import small_mypy_world
 from tests.support.mypy_lock import mypy_alone
@@ -247,6 +253,22 @@ def test_settings_are_read_from_both_kinds_of_file(tmp_path: Path) -> None:
         toml.write_text(text)
         assert read_config(str(toml)) == Config()
     assert read_config(None) == read_config(str(tmp_path / "none.ini")) == Config()
+    assert wrong_setting(str(toml)) == "strict = 3 is not a list of modules"
+    assert wrong_setting(str(ini)) is wrong_setting(None) is None
+    ini.write_text("[mypy]\n[spmd_moe]\nstrct = a\n")
+    assert wrong_setting(str(ini)) == "'strct' is no setting; there is 'strict'"
+
+
+def test_a_list_is_read_where_mypy_has_no_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toml = tmp_path / "pyproject.toml"
+    toml.write_text('[tool.spmd_moe]\nstrict = ["a"]\n')
+    assert settings_file(None) == str(toml) and settings_file("mypy.ini") == "mypy.ini"
+    assert ignored_list(str(tmp_path / "elsewhere" / ".mypy.ini")) is None
+    monkeypatch.setenv("HOME", str(tmp_path / "elsewhere"))  # the user's own settings
+    assert ignored_list(str(tmp_path / "elsewhere" / ".mypy.ini")) == str(toml)
 
 
 def test_a_list_of_strict_modules_in_a_file_that_is_not_read_is_an_error(tmp_path: Path) -> None:
