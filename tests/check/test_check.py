@@ -20,6 +20,7 @@ from spmd_types import _checker, is_type_checking
 from torch.overrides import _get_current_function_mode_stack
 
 from spmd_moe.check import CannotCheckError, Layout, check, observer, run_checks
+from spmd_moe.check.follow_sharded_dims import give, keep_rows, rows_are_given
 from spmd_moe.check.signatures import signatures
 from spmd_moe.check.target import CheckerError
 from spmd_moe.check.trace import Configuration, standing, trace
@@ -112,6 +113,7 @@ def test_a_rule_finds_its_mistake_where_it_is(run: Callable[..., torch.Tensor]) 
         t.room_for_own_rows,
         t.number_of_all_ranks,
         t.own_numbers,
+        t.read_at_once,
     ],
     ids=lambda run: run.__name__,
 )
@@ -119,6 +121,17 @@ def test_correct_code_breaks_no_rule(run: Callable[..., torch.Tensor]) -> None:
     few = [Layout(), Layout(tp=4, ep=2, etp=2), Layout(dp=2, tp=2, ep=2)]
     report = run_checks(t.of(run), chosen=few)
     assert report.ok, str(report)
+
+
+def test_rows_are_not_matched_across_a_sum_over_them() -> None:
+    """There may be as many experts as tokens."""
+    x = torch.zeros(4, 4)
+    give(x)
+    one_expert, one_token, sent = x.sum(0), x.sum(1), torch.einsum("te,td->ed", x, x)
+    keep_rows("sum", (x, 0), [x], [one_expert])
+    keep_rows("sum", (x, 1), [x], [one_token])
+    keep_rows("einsum", ("te,td->ed", x, x), [x, x], [sent])
+    assert [rows_are_given(y) for y in (one_expert, one_token, sent)] == [False, True, False]
 
 
 def test_numbers_of_a_rank_are_fixed_by_sharding_them() -> None:
