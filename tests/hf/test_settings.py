@@ -48,9 +48,8 @@ def test_latent_experts_of_nemotron(
 
 def test_zero_experts_of_longcat_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = holder("LongcatFlashMoE", monkeypatch, zero_expert_num=2)
-    experts: Any = theirs.get_submodule("mlp.experts")
-    rows = experts.gate_up_proj.shape[0]
-    assert rows == 2 + experts.down_proj.shape[0]  # two that no forward reads
+    gate_up, down = (theirs.get_parameter(f"mlp.experts.{n}_proj") for n in ("gate_up", "down"))
+    assert gate_up.shape[0] == 2 + down.shape[0]  # two that no forward reads
     with pytest.raises(ConfigError, match=r"zero_expert_num is 2: rows of gate_up_proj"):
         hf.swap(theirs, MoEMesh.single())
 
