@@ -28,11 +28,18 @@ from tests.hf.models import (
 
 
 def on_a_rank(
-    whole: nn.Module, degrees: dict[str, int], logits: Tensor, grads: dict[str, Tensor]
+    whole: nn.Module,
+    degrees: dict[str, int],
+    logits: Tensor,
+    grads: dict[str, Tensor],
+    recomputed: bool = False,
 ) -> tuple[float, float, float]:
     """Errors of logits and gradients, and this rank's part of the loss."""
     mesh = MoEMesh.init("cpu", **degrees)
-    model = hf.swap(copy.deepcopy(whole), mesh)
+    model: Any = hf.swap(copy.deepcopy(whole), mesh)
+    if recomputed:
+        model.activation_checkpointing_enable()
+        model.config.use_cache = False
     out = model(mine(mesh), labels=mine(mesh), num_items_in_batch=TARGETS)
     out.loss.backward()
     reduce_gradients(model, mesh)
@@ -153,12 +160,13 @@ def test_the_pooled_loss_in_a_tuple_is_refused() -> None:
     assert threaded(2, tuple_on_a_rank, model_of("qwen3_moe")) == [said] * 2
 
 
-def test_gradient_checkpointing() -> None:
-    model = model_of("qwen3_moe")
-    ours = hf.swap(model, MoEMesh.single())
-    ours.activation_checkpointing_enable()
-    ours(tokens(), labels=tokens(), num_items_in_batch=TARGETS, use_cache=False).loss.backward()
-    assert gradient_error(ours, MoEMesh.single(), theirs("qwen3_moe")[2]) < 1e-5
+@pytest.mark.parametrize("degrees", [{}, LAYOUTS[1]], ids=str)
+def test_gradient_checkpointing(degrees: dict[str, int]) -> None:
+    logits, _, grads = theirs("qwen3_moe")
+    world = 4 if degrees else 1
+    found = threaded(world, on_a_rank, model_of("qwen3_moe"), degrees, logits, grads, True)
+    assert max(error for error, _, _ in found) < 2e-5
+    assert max(error for _, error, _ in found) < 1e-5
 
 
 def test_a_copy_is_a_model_of_its_own() -> None:
