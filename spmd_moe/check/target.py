@@ -224,6 +224,9 @@ def line_of_error(error: BaseException) -> str:
 def accounted(error: BaseException, at: str) -> SpmdMoeError:
     """Any error that ends a check, as one that says whose it is."""
     if isinstance(error, SpmdMoeError):
+        nowhere = str(error).endswith(f"at:  {COMMAND_LINE}")  # raised outside of the user's code
+        if nowhere and not isinstance(error, CannotCheckError):
+            return CannotCheckError(at_line(str(error), at))
         return error
     if not isinstance(error, Exception):  # SystemExit and its like
         shown = f"{type(error).__name__}({', '.join(map(_repr, error.args))})"

@@ -17,6 +17,8 @@ import pytest
 from spmd_moe.check import Layout, command_check
 from spmd_moe.check.check_layout import Result
 from spmd_moe.check.rules import RULES
+from spmd_moe.check.target import COMMAND_LINE, accounted
+from spmd_moe.core.errors import PlacementError, explain
 from tests.check.fuzz_targets import Hostile, fuzz, verify
 from tests.support.command_server import Commands, Done
 
@@ -199,6 +201,11 @@ def test_a_raw_collective_runs_in_the_lone_process_too(done: dict[str, Done]) ->
 
 def test_a_plan_of_a_target_that_leaves(done: dict[str, Done]) -> None:
     assert done["plan"].status == 2 and "SystemExit(0)" in done["plan"].err
+
+
+def test_an_error_outside_of_the_users_code_is_at_the_target() -> None:
+    error = PlacementError(explain("obligations", "it says nothing", why="", at=COMMAND_LINE))
+    assert str(accounted(error, "my.py:3")).endswith("\n  at:  my.py:3")
 
 
 def test_help_teaches(done: dict[str, Done]) -> None:

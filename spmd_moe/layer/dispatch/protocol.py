@@ -61,9 +61,10 @@ class Arrived:
 class Dispatcher(Protocol[State]):
     """Sends rows to the ranks that have their experts, and back.
 
-    What is wrong on one rank must end the call on all that wait for it: `routing.fault`, a single
-    number, goes along with the counts, and the numbers that come from all ranks go to `check_marks`
-    before any row is sent. A rank whose input was refused calls with no tokens, and only so far.
+    If the input of one rank is refused, all ranks that wait for it must raise. So a dispatcher
+    sends `routing.fault`, one number, together with the counts, and passes the numbers of all ranks
+    to `check_marks` before it sends rows. A rank whose input was refused takes part up to that
+    point, with zero tokens.
 
     Attributes:
         num_experts: The number of experts it was made for; None if it serves any number.
