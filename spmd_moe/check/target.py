@@ -148,7 +148,7 @@ def build(target: Target, mesh: MoEMesh, tokens: int) -> Case:
         what = "it returns a function, not a Case: it makes targets, and is none"
         fix = "my_target = make_target(...)   # in its module; check my_target"
         raise cannot("TARGET", what, why, fix, at=at)
-    if type(built) is not Case:  # a mock is an instance of whatever it likes
+    if type(built) is not Case:  # a mock can pass isinstance
         raise cannot("TARGET", f"it returns {type(built).__name__}, not Case", why, fix, at=at)
     if not any(isinstance(arg, Tensor) for arg in built.args):
         raise cannot("TARGET", "none of the arguments it builds is a tensor", why, fix, at=at)
