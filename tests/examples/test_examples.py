@@ -137,5 +137,5 @@ def test_porting_says_what_it_needs(
     monkeypatch.setattr(sys, "argv", [path])
     with pytest.raises(SystemExit, match=r"^1$"):
         runpy.run_path(path, run_name="__main__")
-    needed = "this example needs mypy: pip install 'spmd-moe[dev]', or: pip install mypy\n"
+    needed = "this example needs mypy: pip install 'spmd-moe[mypy]', or: pip install mypy\n"
     assert capsys.readouterr().err == needed
