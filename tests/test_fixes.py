@@ -6,6 +6,8 @@ import builtins
 import re
 from pathlib import Path
 
+from torch.distributed import device_mesh
+
 import spmd_moe.check
 from spmd_moe.layer import permute
 
@@ -16,7 +18,7 @@ USERS = {"S", "layer", "moe"}  # the kind in a placement, and modules of the use
 
 
 def test_fixes_call_what_exists() -> None:
-    modules = (spmd_moe, spmd_moe.check, permute, builtins)
+    modules = (spmd_moe, spmd_moe.check, permute, device_mesh, builtins)
     known = {name for module in modules for name in dir(module)} | USERS
     texts = "\n".join(file.read_text() for file in MESSAGES)
     fixes = re.findall(r"^\s+fix: (.*)", texts, re.M)

@@ -258,7 +258,13 @@ _TYPED = (
     "spmd_moe.core.host_values",
     "torch.distributed.tensor",
 )
-_BETWEEN = ("torch.", "contextlib", "spmd_moe.core.redistribute", "spmd_moe.check.")
+_BETWEEN = (
+    "torch.",
+    "contextlib",
+    "spmd_moe.core.autograd_function",
+    "spmd_moe.core.redistribute",
+    "spmd_moe.check.",
+)
 
 
 def _caller() -> tuple[tuple[str, int] | None, bool]:

@@ -51,15 +51,10 @@ GRADIENTS = [
         "the router's weights are gathered under no_grad, as their ids may be",
         edit(
             "layer.dispatch.all_gather",
-            "        arrived = Arrived(\n            spread(self._gather(x_tD, shapes), here),\n"
-            "            None if scores_tK is None else "
-            "take_scores(self._gather(scores_tK, shapes), here),",
+            "        weights_R = take_scores(self._gather(weights_tK, shapes), here)\n",
             "        with torch.no_grad():\n"
-            "            scores_TK = scores_tK\n"
-            "            if scores_tK is not None:\n"
-            "                scores_TK = self._gather(scores_tK, shapes)\n"
-            "        arrived = Arrived(\n            spread(self._gather(x_tD, shapes), here),\n"
-            "            None if scores_TK is None else take_scores(scores_TK, here),",
+            "            weights_TK = self._gather(weights_tK, shapes)\n"
+            "        weights_R = take_scores(weights_TK, here)\n",
         ),
         target="gathering",
         rule="X3",
@@ -70,12 +65,12 @@ GRADIENTS = [
         "the router's weights are detached before they are gathered",
         edit(
             "layer.dispatch.all_gather",
-            "take_scores(self._gather(scores_tK, shapes), here)",
-            "take_scores(self._gather(scores_tK.detach(), shapes), here)",
+            "take_scores(self._gather(weights_tK, shapes), here)",
+            "take_scores(self._gather(weights_tK.detach(), shapes), here)",
         ),
         target="gathering",
         rule="X3",
-        at="scores_tK.detach()",
+        at="weights_tK.detach()",
     ),
     Bug(
         "B32c",

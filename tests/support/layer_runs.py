@@ -76,7 +76,7 @@ def forward_typed(
     declare_all(layer, (x, *masks, *more.values()))
     with checked(layer.mesh):
         out = forward(case, layer, more, x, *masks)
-    assert {"Experts.forward", "combine"} <= what_ran()
+    assert {"Experts.forward", f"{type(layer.dispatcher).__name__}.combine"} <= what_ran()
     if case.layout.tp > 1:
         have = get_local_type(out.hidden)[MeshAxis.of(layer.mesh[TP].group)]
         assert have is (case.config.dst if case.whole_out else V), have
