@@ -172,7 +172,7 @@ def _install(name: str, *wanted: str) -> Path:
 
 
 def _without(folder: Path, undo: Undo) -> Path:
-    """A copy of the release, of links but for one file."""
+    """A copy of the release, of hard links, except for one file."""
     copy = CACHE / "undone" / folder.name
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(

@@ -284,7 +284,7 @@ BAD_CHECKPOINTS: dict[str, Callable[[], object]] = {
     "checkpoint_random_state": odd_random,
     "checkpoint_same_names": of_two_stages,
     "checkpoint_unwanted": unwanted,
-    "checkpoint_other_version": loading(replaced(b'"version": 2', b'"version": 1')),
+    "checkpoint_other_version": loading(replaced(b'"version": 3', b'"version": 1')),
     "checkpoint_cut": loading(spoiled_data(lambda data: data[:-1])),
     "checkpoint_other_bytes": loading(other_weight),
     "checkpoint_other_names": into(model(bias=True)),

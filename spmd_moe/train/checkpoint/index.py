@@ -1,6 +1,6 @@
 """The index of a checkpoint: what it holds and where, under a SHA-256 digest.
 
-    {"format": "spmd_moe checkpoint", "version": 2, "sha256": "...", "index": {
+    {"format": "spmd_moe checkpoint", "version": 3, "sha256": "...", "index": {
       "files":   {"rank0.safetensors": {"bytes": 5120, "header_bytes": 512}},
       "tensors": {"router.weight_ED": {"dtype": "F32", "shape": [8, 64], "chunks": [
                    {"at": [0, 0], "shape": [4, 64], "file": "rank0.safetensors",
@@ -27,7 +27,7 @@ import torch
 from spmd_moe.train.checkpoint.safetensors_file import DTYPE_NAMES, DTYPES
 from spmd_moe.train.checkpoint.strict_json import Json, from_json, to_json
 
-FORMAT, VERSION = "spmd_moe checkpoint", 2
+FORMAT, VERSION = "spmd_moe checkpoint", 3
 MAX_BYTES = 2**30  # of an index
 
 _HEAD = b'{"format": "%s", "version": %d, "sha256": "' % (FORMAT.encode(), VERSION)
