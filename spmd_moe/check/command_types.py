@@ -9,24 +9,24 @@ import sys
 from spmd_moe.check.subcommands import Subcommand
 
 DESCRIPTION = """\
-Check placements without running anything: mypy reads the files with our plugin, and nothing has to
-be configured. Printed are the placement errors; then, for each module, how many of its functions
-name placements, and of how many tensors the placement is known.
+Check placements without running the program: runs mypy with the plugin of this package; no settings
+are needed. Prints the placement errors and, for each module, how many functions have placements in
+their signatures and for how many tensors the placement is known.
 
     Tokens = Placed[Tensor, DP[V], CP[V], TP[R]]      # what an annotation looks like
 
     def forward(self, x_TD: Tokens) -> Tokens: ...
 
-What is between the annotations is inferred. Of an unknown tensor nothing is checked: declare what
-it is made by. mypy's own settings are used if there are any (mypy.ini, .mypy.ini, pyproject.toml,
-setup.cfg); other errors of mypy's are counted, and not printed.
+Placements between annotations are inferred. A tensor of unknown placement is not checked: annotate
+the function or variable it comes from. mypy's own settings are used if there are any (mypy.ini,
+.mypy.ini, pyproject.toml, setup.cfg); other mypy errors are counted, not printed.
 """
 EPILOG = """\
 examples:
   spmd-moe types my_package/
-  spmd-moe types my_package/moe.py --strict    # a tensor of which nothing is known is an error
+  spmd-moe types my_package/moe.py --strict    # a tensor of unknown placement is an error
 
-exit status: 0 nothing found, 1 something found, 2 could not check (a path is missing, mypy is not
+exit status: 0 no errors found, 1 errors found, 2 could not check (a path is missing, mypy is not
 installed, or no function names a placement), 130 interrupted
 """
 
@@ -34,7 +34,7 @@ installed, or no function names a placement), 130 interrupted
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="+", help="a file or directory")
     parser.add_argument(
-        "--strict", action="store_true", help="take every module under PATH to be strict"
+        "--strict", action="store_true", help="treat every module under PATH as strict"
     )
 
 

@@ -33,7 +33,7 @@ def is_random(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
 
 
 def seed_of(leaves: Iterable[Any], before: int) -> int | None:
-    """The seed that the checked code gave: of a generator, or of torch's since `before`."""
+    """The seed that the checked code set: that of its generator, or of torch's since `before`."""
     given = [x.initial_seed() for x in leaves if isinstance(x, torch.Generator)]
     seed = given[0] if given else torch.initial_seed()
     return seed if given or seed != before else None

@@ -32,7 +32,7 @@ def apply(function: type[torch.autograd.Function], x: T, *more: object) -> T:
 
 
 def finish(y: T) -> T:
-    """Wait for a result that leaves the library, and return a tensor that is no view."""
+    """Wait for a result that is returned to the user; the tensor returned is not a view."""
     if _is_unobserved():
         return wait_for(y)  # torch never releases a result that is neither read nor waited for
     # A copy waits as well, and is no view: to add to one in place would lose the hook by which

@@ -1,4 +1,4 @@
-"""Python's own functions that hand on the items that they are given: `enumerate`, `zip`.
+"""Built-in functions that pass on items: `enumerate`, `zip`, `list` and `tuple`.
 
 torch does not say what the rows of a tensor are, and mypy forgets what is known of one object where
 it infers a type variable.

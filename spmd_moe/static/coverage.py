@@ -1,4 +1,4 @@
-"""How much of a module is followed: functions with placements, and tensors of which it is known."""
+"""Coverage of a module: functions with placements, and tensors of known placement."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Coverage:
 
     module: str
     functions: int = 0
-    placed: int = 0  # of these, whose signature names a placement
-    unannotated: int = 0  # of these, whose bodies mypy does not look at
+    placed: int = 0  # functions whose signature names a placement
+    unannotated: int = 0  # functions whose bodies mypy does not check
     known: int = 0  # expressions that are tensors, and have a placement
     unknown: int = 0
 
@@ -42,7 +42,7 @@ def coverage(tree: MypyFile, type_of: Callable[[Expression], Type | None]) -> Co
 
 
 def found_in(types: dict[Expression, Type]) -> Callable[[Expression], Type | None]:
-    """The type of an expression, after mypy is done."""
+    """Returns a function that gives the type of an expression after mypy's run."""
 
     def type_of(expr: Expression) -> Type | None:
         t = types.get(expr)

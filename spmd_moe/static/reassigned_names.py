@@ -1,7 +1,7 @@
-"""Names that hold one placement first and another later: sums that grow in a loop, and parameters.
+"""Names whose placement changes: sums accumulated in a loop, and reassigned parameters.
 
-mypy falls back on what a name was first found to be where it joins a loop with what came before it.
-So a name that begins as R, and to which V is added, is V from its beginning on.
+Where mypy joins a loop with the code before it, it uses the type that a name had first.
+So a name that starts as R, and to which V is added, is V from its first assignment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`spmd-moe types`, in a process of its own: mypy with the plugin, and what it could follow.
+"""`spmd-moe types`, in its own process: mypy with the plugin, and a table of known placements.
 
 python -m spmd_moe.static.run_types [--strict] PATH ...
 """
@@ -19,7 +19,7 @@ _ERROR = re.compile(r": error: .*\[([\w-]+)\]$")
 
 
 def main(words: Sequence[str]) -> int:
-    """The exit status: 0 nothing found, 1 something found, 2 nothing could be checked."""
+    """Run the command; 0 if no errors are found, 1 if some are, 2 if it cannot check."""
     strict, paths = "--strict" in words, [word for word in words if word != "--strict"]
     missing = next((path for path in paths if not Path(path).exists()), None)
     if missing is not None:
@@ -52,7 +52,7 @@ def _checked(paths: Sequence[str], strict: bool) -> int:
     options.export_types = options.preserve_asts = True
     options.pretty = False
     options.show_error_end = options.show_absolute_path = options.show_column_numbers = False
-    for source in sources:  # with a text of its own a module is not taken from the cache
+    for source in sources:  # a module given as text is not read from the cache
         if source.path is not None and Path(source.path).is_file():
             source.text = Path(source.path).read_text(encoding="utf-8")
     if strict:
@@ -73,7 +73,7 @@ def _checked(paths: Sequence[str], strict: bool) -> int:
 
 
 def _sorted(messages: Sequence[str]) -> tuple[list[str], int]:
-    """What is said of placements, and the number of mypy's other errors."""
+    """The messages about placements, and the number of other mypy errors."""
     own: list[str] = []
     others, ours = 0, False
     for line in messages:
@@ -93,9 +93,9 @@ def _summary(rows: Sequence[object], own: Sequence[str], others: int) -> int:
     print()
     if unannotated:
         without = plural(unannotated, "function")
-        print(f"without annotations, so that mypy does not look into them: {without}")
+        print(f"without annotations, so not checked by mypy: {without}")
     if others:
-        print(f"errors of mypy's that are not about placements, for which run mypy: {others}")
+        print(f"other mypy errors, which `mypy` prints: {others}")
     if not placed and not found:
         print(
             "nothing was checked: no function here names a placement, such as\n"

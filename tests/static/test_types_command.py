@@ -1,4 +1,4 @@
-"""`spmd-moe types`: what it prints and its exit status, over a world of a few lines."""
+"""`spmd-moe types`: output and exit status, with small stubs in place of torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_it_says_what_it_could_follow_of_each_module_and_again_from_the_cache(
         assert rows["right"] == ["1", "of", "2", "1", "of", "2", "1"]
         assert rows["bare"] == ["0", "of", "1", "0", "of", "0", "0"]
         assert rows["all"] == ["1", "of", "3", "1", "of", "2", "1"]
-        assert "so that mypy does not look into them: 1 function\n" in said
+        assert "so not checked by mypy: 1 function\n" in said
         assert said.endswith("no placement errors\n")
 
 
@@ -65,9 +65,8 @@ def test_errors_of_placements_are_printed_and_others_are_counted(tmp_path: Path)
     status, said = types(tmp_path, "wrong.py")
     assert status == 1, said
     assert "exp: x is P on TP  [placement-operation]" in said and "note:   fix:" in said
-    assert (
-        "incompatible type" not in said and "for which run mypy: 2" in said
-    )  # an annotation, an assignment
+    # One is about an annotation, one about an assignment.
+    assert "incompatible type" not in said and "which `mypy` prints: 2" in said
     assert said.endswith("1 placement error\n")
 
 
