@@ -101,10 +101,12 @@ def follow(
     kwargs: Mapping[str, Any],
     results: Sequence[Tensor],
     whole: Shapes | None = None,
+    received: bool = False,
 ) -> Misuse | None:
     """Mark the results of an operation, or return its misuse of a sharded dim.
 
     `whole` are the shapes of the first operand and result in one process, where they are known.
+    `received` says that the first operand was made of what a collective returned.
     """
     product = product_of(name, args, kwargs, results[0]) if results else None
     joins = dim_parts.joins(name) and args and isinstance(args[0], list | tuple)
@@ -115,7 +117,10 @@ def follow(
     met = dim_parts.mixed(name, tensors)
     if met is not None:
         return Misuse(met[0].axis, met[1], _UNFUSED)
-    found = _follow(name, args, kwargs, results, product, whole)
+    if product is not None:
+        found = _product(product, results[0], received)
+    else:
+        found = _follow(name, args, kwargs, results, whole)
     for y in results if not dim_parts.divides(name) and not joins else ():
         dim_parts.carry(name, tensors, y, cut_dims(y))
     return found
@@ -126,11 +131,8 @@ def _follow(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     results: Sequence[Tensor],
-    product: Product | None,
     whole: Shapes | None,
 ) -> Misuse | None:
-    if product is not None:
-        return _product(product, results[0])
     if dim_parts.joins(name):
         mark(results[0], dim_parts.joined(args, kwargs, cut_dims(args[0][0])))
     if not isinstance(args[0], Tensor):
@@ -295,10 +297,13 @@ def dim_groups(a: tuple[int, ...], b: tuple[int, ...]) -> list[tuple[list[int], 
 
 # --- products and others ------------------------------------------------------------------------
 
-_ALL_ROWS = "redistribute(x, {axis}, src=S(0), dst=R)   # all rows, before they meet features"
+_ALL_ROWS = (
+    "redistribute(x, {axis}, src=S(0), dst=R)   # all rows, before they meet features",
+    "# spmd: allow shard - <reason>   # where a rank needs its own block, as in ring attention",
+)
 
 
-def _product(product: Product, y: Tensor) -> Misuse | None:
+def _product(product: Product, y: Tensor, received: bool) -> Misuse | None:
     """An axis must cut one label of a product: two would give each rank a block of the result."""
     cut: dict[MeshAxis, dict[Hashable, str]] = {}
     for x, labels in zip(product.operands, product.labels, strict=True):
@@ -309,18 +314,22 @@ def _product(product: Product, y: Tensor) -> Misuse | None:
     for axis, of_label in cut.items():
         if len(of_label) > 1:
             what = f"{{axis}} cuts {' and '.join(of_label.values())}, which are different dims here"
-            return Misuse(axis, what, (_ALL_ROWS,))
-        if _rows_by_features(product, axis, next(iter(of_label))):
+            return Misuse(axis, what, _ALL_ROWS)
+        if not received and _rows_by_features(product, axis, next(iter(of_label))):
             rows, features = map(describe, product.operands)
             what = f"over {{axis}}, ranks have different rows of {rows}, and features of {features}"
-            return Misuse(axis, what, (_ALL_ROWS,))
+            return Misuse(axis, what, _ALL_ROWS)
     places = {label: place for place, label in enumerate(product.out)}
     mark(y, {a: places[label] for a, found in cut.items() for label in found if label in places})
     return None
 
 
 def _rows_by_features(product: Product, axis: MeshAxis, cut: Hashable) -> bool:
-    """Rows that differ between the ranks, by a matrix of which each has other features."""
+    """Rows that differ between the ranks, by a matrix of which each has other features.
+
+    Rows that were received may belong to these features: to the expert of this rank, or to the
+    queries of this rank where keys go around in a ring.
+    """
     if cut != "feature" or len(product.operands) != 2:
         return False
     x, w = product.operands

@@ -247,7 +247,8 @@ class Observer(TorchFunctionMode):
                 whole = self._whole.shapes_at(point, number)
         if not any(map(cut_dims, tensors)):
             return
-        misuse = follow(name, args, kwargs, results, whole)
+        received = bool(tensors) and lineage(tensors[0]).moved
+        misuse = follow(name, args, kwargs, results, whole, received)
         if misuse is not None:
             label = self._names.get(misuse.axis, str(misuse.axis))
             why, *fixes = (text.replace("{axis}", label) for text in (misuse.why, *misuse.fixes))

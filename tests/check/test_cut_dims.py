@@ -29,6 +29,8 @@ WRONG: dict[t.Step, tuple[Make, str]] = {
 RIGHT: dict[t.Step, Make] = {
     t.all_rows_by_own_features: t.of,
     t.all_rows_by_own_features_einsum: t.of,
+    t.received_rows_by_own_features: t.of_own,
+    t.own_keys_first: t.of,
     t.unflattened_by_length: t.of_sequences,
     t.heads_side_by_side: t.of,
     t.halves_of_the_whole: t.of,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmd_moe.check import Case
-from spmd_moe.core.collectives import declare_sum
+from spmd_moe.core.collectives import declare_sum, exchange
 from spmd_moe.core.mesh import MoEMesh
 from spmd_moe.core.placement import CP, DP, TP, P, Placed, R, S, V
 from spmd_moe.core.redistribute import redistribute
@@ -95,6 +95,19 @@ def own_rows_times_own_features(m: Parts, x: Tensor) -> Tensor:
 def other_rows_by_own_features(m: Parts, x: Tensor) -> Tensor:
     """For rows that are V."""
     return F.linear(x, m.up_FD)
+
+
+def received_rows_by_own_features(m: Parts, x: Tensor) -> Tensor:
+    """Right, for rows that are V: each rank has one expert, and gets the rows of it."""
+    mine = [x.shape[0] if rank == m.tp.rank else 0 for rank in range(m.tp.size)]
+    return F.linear(exchange(x, m.tp.group, receives=mine, sends=mine), m.up_FD)
+
+
+def own_keys_first(m: Parts, x: Tensor) -> Tensor:
+    """Right: the first step of ring attention."""
+    own = redistribute(x, m.tp, src=R, dst=S(0))
+    y = own @ own.t()  # spmd: allow shard - the first step of a ring
+    return y.sum(1)
 
 
 def all_rows_by_own_features(m: Parts, x: Tensor) -> Tensor:
