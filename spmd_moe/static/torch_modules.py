@@ -57,7 +57,8 @@ _NO_PARAMETERS = _LINEAR | {
 _WITH_PARAMETERS = frozenset({"Linear", "Bilinear", "Embedding", "EmbeddingBag", "PReLU"}) | {
     *("LayerNorm", "RMSNorm", "GroupNorm", "Conv1d", "Conv2d", "MultiheadAttention"),
 }
-_CLASSES = _NO_PARAMETERS | _WITH_PARAMETERS | {"Sequential"}
+_CLASSES = _NO_PARAMETERS | _WITH_PARAMETERS | {"Sequential"}  # what may be hooked
+_UNKNOWN = "a class that cannot be told"
 
 
 def is_own(fullname: str) -> bool:
@@ -78,7 +79,7 @@ def result_of_call(ctx: MethodContext, fullname: str, notes: Notes) -> Type:
     if any(isinstance(each, TypeInfo) for each in classes):
         return _of_forward(classes) or ctx.default_return_type
     names = {name for name in classes if isinstance(name, str)}
-    if not names or not names <= _CLASSES:
+    if not names or not names <= _NO_PARAMETERS | _WITH_PARAMETERS:
         return ctx.default_return_type
     declared = _parameters(call.callee, checker) if names & _WITH_PARAMETERS else []
     linearity = "linear" if names <= _LINEAR else "nonlinear"
@@ -167,8 +168,11 @@ def _classes_in(call: Expression, made: TypeInfo) -> list[str | TypeInfo]:
     """A class of torch's own by its name; of a Sequential, those in it."""
     if made.name != "Sequential" or not isinstance(call, CallExpr):
         return [made.name]
-    inner = [made for made in map(_class_made, _items(call)) if made is not None]
-    return [made.name if made.fullname.startswith(OWN) else made for made in inner]
+    found: list[str | TypeInfo] = []
+    for inner in map(_class_made, _items(call)):
+        own = inner is not None and inner.fullname.startswith(OWN)
+        found.append(_UNKNOWN if inner is None else inner.name if own else inner)
+    return found
 
 
 def _is_ref(expr: Expression, fullname: str) -> bool:

@@ -148,6 +148,10 @@ def items_of_pythons_functions(x: Tokens, w: Whole) -> None:
     reveal_type(list(w)[0])  # N: DP[R] CP[R] TP[R]
 
 
+def made_elsewhere() -> nn.Module:
+    return nn.Identity()
+
+
 class OfTorch(nn.Module):
     """Modules of torch's own, with declared parameters and without."""
 
@@ -159,6 +163,7 @@ class OfTorch(nn.Module):
         self.other = nn.Sequential(nn.Linear(8, 8), OfTorch(mesh))
         self.attention = nn.MultiheadAttention(8, 2)
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.made = nn.ModuleList([nn.Sequential(made_elsewhere(), nn.SiLU())])
         declare_placements(
             self, {"norm.*": Placed[Tensor, DP[R], TP[V]], "embed.weight": RouterWeight}
         )
@@ -175,3 +180,5 @@ class OfTorch(nn.Module):
             h = layer(h)
         reveal_type(h)  # N: DP[R] TP[I]
         reveal_type(self.layers[0](x))  # N: DP[V] CP[V] TP[V]
+        other: Whole = self.made[0](x)  # nothing is known of what was made elsewhere
+        reveal_type(other)  # N: DP[R] CP[R] TP[R]
