@@ -37,7 +37,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def spmd_typecheck(*, x_RA: Tensor, scores_R: Tensor) -> object:
-        return rules.einsum("ra,r->ra", x_RA, scores_R)
+        return rules.einsum("ra,r->ra", x_RA, scores_R, linear_in=(0,))
 
 
 def scaled(x_RA: T, scores_R: Tensor) -> T:
