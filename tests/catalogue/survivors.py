@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-_ENOUGH = "R is allowed where V is said, and V is enough here"
 _SAME = "INSIDE is S(0): the same program"
 _COUNTS = "R and I differ in their gradients alone, and numbers that the host reads have none"
 _IN_TURN = "choices in turn are for benchmarks, and no module that is checked here has them"
@@ -13,7 +12,6 @@ ARGUED: dict[str, str] = {
     "boundary:own_rows:dst=S(0):1": _SAME,
     "boundary:leave:src=S(0):1": _SAME,
     "boundary:_shape:dst=I:1": _COUNTS,
-    "selection_bias:update_selection_bias:retyped:2": _ENOUGH,
     "router:__call__:retyped:2": _IN_TURN,
     "router:__call__:retyped:3": _IN_TURN,
     "dispatch.fixed_capacity:forecast:factor left out:1": _FORECAST,
