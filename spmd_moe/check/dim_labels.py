@@ -23,7 +23,7 @@ class Product(NamedTuple):
 
 
 _MATMULS = {"matmul", "__matmul__", "bmm", "mm", "mv", "dot"}
-_ELEMENTWISE = {"add", "sub", "mul", "div", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
+ELEMENTWISE = {"add", "sub", "mul", "div", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
     "__rmul__", "__truediv__", "where", "masked_fill", "__iadd__", "__isub__", "__imul__", "add_",
     "mul_", "sub_", "div_", "maximum", "minimum"}  # fmt: skip
 
@@ -35,7 +35,7 @@ def product_of(
     tensors = tuple(x for x in args if isinstance(x, Tensor))
     if name == "einsum":
         return _einsum(args)
-    if name in _ELEMENTWISE and len(tensors) > 1:
+    if name in ELEMENTWISE and len(tensors) > 1:
         places = tuple(tuple(range(y.ndim - x.ndim, y.ndim)) for x in tensors)
         return Product(tensors, places, tuple(range(y.ndim)))
     if len(tensors) < 2:

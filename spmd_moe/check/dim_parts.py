@@ -16,7 +16,7 @@ from torch import Tensor
 
 Dims: TypeAlias = dict[MeshAxis, int]
 _PART, _WHOLE = "_spmd_moe_part", "_spmd_moe_divided"
-_CHUNKS = {"chunk": 0, "split": 0, "tensor_split": 0}  # and which dim they divide by default
+_DIVIDES = {"chunk", "split", "tensor_split", "narrow", "__getitem__"}
 _JOINS = {"cat", "concat", "concatenate"}
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "maximum", "minimum"}
 
@@ -50,22 +50,24 @@ def divide(
             if dim in starts:
                 _mark(x, results[0], axis, dim, starts[dim])
         return
-    by_place = args[1] if name == "narrow" and len(args) > 1 else None
-    later = args[2] if len(args) > 2 and name != "narrow" else by_place
-    dim = kwargs.get("dim", 0 if later is None else later) % x.ndim
-    start = kwargs.get("start", args[2] if len(args) > 2 else 0) if name == "narrow" else 0
-    sizes = [y.shape[dim] for y in results]
+    # narrow(x, dim, start, length), but chunk(x, chunks, dim)
+    start = _argument(args, kwargs, 2, "start") if name == "narrow" else 0
+    dim = _argument(args, kwargs, 1 if name == "narrow" else 2, "dim") % x.ndim
     begin = start if isinstance(start, int) else 0  # else a tensor says where
-    starts_at = list(itertools.accumulate(sizes, initial=begin))
-    for y, place in zip(results, starts_at, strict=False):
+    places = itertools.accumulate((y.shape[dim] for y in results), initial=begin)
+    for y, place in zip(results, places, strict=False):
         yield y, cut
         for axis, cut_dim in cut.items():
             if cut_dim == dim and y.shape[dim] != x.shape[dim]:
                 _mark(x, y, axis, dim, place)
 
 
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return kwargs.get(name, args[place] if len(args) > place else 0)
+
+
 def divides(name: str) -> bool:
-    return name in _CHUNKS or name in ("narrow", "__getitem__")
+    return name in _DIVIDES
 
 
 def joins(name: str) -> bool:
@@ -93,7 +95,7 @@ def joined(args: Sequence[Any], kwargs: Mapping[str, Any], cut: Dims) -> Dims:
     """Sharded dims of parts that are put together again along the dim that they divide."""
     pieces = [x for x in args[0] if isinstance(x, Tensor)]
     parts = [part_of(x) for x in pieces]
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    dim = _argument(args, kwargs, 1, "dim")
     known = parts and all(p is not None and parts[0] and p.of is parts[0].of for p in parts)
     if not known or any(d != dim % pieces[0].ndim for d in cut.values()):
         return {}

@@ -16,7 +16,7 @@ from spmd_types import MeshAxis, Shard, V, get_local_type
 from torch import Tensor
 
 from spmd_moe.check import dim_parts
-from spmd_moe.check.dim_labels import Product, product_of
+from spmd_moe.check.dim_labels import ELEMENTWISE, Product, product_of
 from spmd_moe.check.dim_parts import Dims
 from spmd_moe.core.errors import describe
 
@@ -55,7 +55,7 @@ def rows_are_given(x: Tensor) -> bool:
 def keep_rows(
     name: str, args: Sequence[Any], operands: Iterable[Tensor], results: Iterable[Tensor]
 ) -> None:
-    """What has as many rows as something with a given number of them has a given number, too.
+    """Mark results with as many rows as an operand whose number of rows is given.
 
     Not after an operation that sums over the rows, or puts another dim first: there may be as many
     experts as tokens.
@@ -152,7 +152,7 @@ def _follow(
             mark(part, _picked(x, _dim(args, kwargs, 1, 0), x.ndim - part.ndim))
     elif name in _OVER_A_DIM:
         mark(y, _reduced(x, y, _dim(args, kwargs, 1, 10**9)))
-    elif name in _ELEMENTWISE and x.shape == y.shape:
+    elif name in _OF_ONE and x.shape == y.shape:
         mark(y, cut_dims(x))
     return None
 
@@ -174,11 +174,10 @@ _OTHER_ROWS = {"einsum", "transpose", "permute", "t", "T", "mT", "swapaxes", "mo
 _OVER_A_DIM = {"sum", "mean", "prod", "amax", "amin"}
 _SWAPS = {"transpose", "permute", "t", "T", "mT", "swapaxes"}
 _PICKS = {"select", "unbind", "__iter__"}
-_ELEMENTWISE = {"add", "sub", "mul", "div", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__",
-    "__rmul__", "__truediv__", "neg", "__neg__", "exp", "log", "sigmoid", "silu", "relu", "gelu",
-    "tanh", "softplus", "sqrt", "square", "clamp", "to", "float", "double", "half", "bfloat16",
-    "type", "contiguous", "clone", "where", "masked_fill", "requires_grad_", "dropout", "pow",
-    "__pow__"}  # fmt: skip
+# Of one tensor, or of one and numbers.
+_OF_ONE = ELEMENTWISE | {"neg", "__neg__", "exp", "log", "sigmoid", "silu", "relu", "gelu", "tanh",
+    "softplus", "sqrt", "square", "clamp", "to", "float", "double", "half", "bfloat16", "type",
+    "contiguous", "clone", "requires_grad_", "dropout", "pow", "__pow__"}  # fmt: skip
 
 
 def _dim(
