@@ -11,8 +11,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spmd_moe.core.messages import plural
+
+if TYPE_CHECKING:
+    from spmd_moe.static.coverage import Coverage  # imports mypy, which may be missing
 
 PLUGIN = "spmd_moe.mypy_plugin"
 _ERROR = re.compile(r": error: .*\[([\w-]+)\]$")
@@ -86,9 +90,9 @@ def _sorted(messages: Sequence[str]) -> tuple[list[str], int]:
     return own, others
 
 
-def _summary(rows: Sequence[object], own: Sequence[str], others: int) -> int:
-    placed = sum(getattr(row, "placed", 0) for row in rows)
-    unannotated = sum(getattr(row, "unannotated", 0) for row in rows)
+def _summary(rows: Sequence[Coverage], own: Sequence[str], others: int) -> int:
+    placed = sum(row.placed for row in rows)
+    unannotated = sum(row.unannotated for row in rows)
     found = sum(": error: " in line for line in own)
     print()
     if unannotated:

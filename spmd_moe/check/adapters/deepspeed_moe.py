@@ -19,13 +19,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from spmd_moe.check.adapters.deepspeed_autoep import DISPATCH, LAYER, autoep_target
+from spmd_moe.check.adapters.deepspeed_autoep import (
+    DIM,
+    DISPATCH,
+    EXPERTS,
+    HIDDEN,
+    LAYER,
+    autoep_target,
+)
 from spmd_moe.check.adapters.import_framework import empty_modules, framework, member
 from spmd_moe.check.target import Case, cannot
 
 # Imported by deepspeed, and not used by its MoE layer.
 OPTIONAL = frozenset({"hjson", "msgpack", "ninja", "cpuinfo", "einops", "tqdm"})
-DIM, HIDDEN, EXPERTS = 16, 24, 8
 
 
 def deepspeed_target(name: str, plan: str | None, path: str | None) -> Callable[..., Case]:
@@ -110,7 +116,7 @@ class _Comm:
 
 @final
 class _Units(threading.local):
-    """What a model-parallel unit of Megatron tells DeepSpeed: the tensor-parallel ranks."""
+    """The interface of Megatron's `mpu` that DeepSpeed reads: the tensor-parallel ranks."""
 
     tp: DeviceMesh
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spmd_moe.check.adapters.import_framework import empty_modules, framework, has, member
-from spmd_moe.check.adapters.torchtitan_shardings import typed_target
+from spmd_moe.check.adapters.torchtitan_shardings import DIM, EXPERTS, HIDDEN, typed_target
 from spmd_moe.check.target import Case, cannot
 
 # Imported by torchtitan, and not used by its MoE layer on a CPU.
@@ -28,7 +28,6 @@ OPTIONAL = frozenset(
     | {"deep_ep", "torchvision", "av", "einops", "torchdata", "tyro", "safetensors"}
 )
 PLANS = ("tp", "ep")
-DIM, HIDDEN, EXPERTS = 16, 24, 8
 
 
 def torchtitan_target(name: str, plan: str | None, path: str | None) -> Callable[..., Case]:
