@@ -54,7 +54,7 @@ class Seen:
 @final
 @dataclass(slots=True)
 class Record:
-    """What the observer saw."""
+    """The operations, reads and findings of a run."""
 
     points: dict[Point, list[Seen]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)

@@ -124,13 +124,7 @@ class MoEMesh:
     @staticmethod
     @refuses_other_axes("MoEMesh.init")
     def init(
-        device_type: str,
-        *,
-        dp: int = 1,
-        cp: int = 1,
-        tp: int = 1,
-        ep: int = 1,
-        etp: int = 1,
+        device_type: str, *, dp: int = 1, cp: int = 1, tp: int = 1, ep: int = 1, etp: int = 1
     ) -> MoEMesh:
         """Lay the ranks of the default process group out as a new mesh; edp follows.
 

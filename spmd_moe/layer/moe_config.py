@@ -36,7 +36,7 @@ class ScoreApplication(Enum):
 
 
 class ExpertRecompute(Enum):
-    """What backward computes again instead of saving it in forward.
+    """Activations of the experts that backward computes again instead of saving them.
 
     `NONE`: the results of the first matmuls are saved.
     `FIRST_MATMULS`: backward computes the first matmuls again.
@@ -90,7 +90,7 @@ class SharedConfig:
 @final
 @dataclass(frozen=True, slots=True)
 class MoEConfig:
-    """What the layer computes, and how the caller holds tokens.
+    """Settings of the layer: its computation, and the placement of the caller's tokens.
 
     Args:
         dim: Width of a token.
@@ -127,7 +127,7 @@ class MoEConfig:
     balance: Literal["batch", "sequence"] | None = None
 
     def __post_init__(self) -> None:
-        """What is wrong on any mesh. What does not fit a mesh, the parts of the layer refuse."""
+        """Refuse what is wrong on any mesh; parts of the layer check what depends on the mesh."""
         where = "MoEConfig"
         check_positive_ints(where, dim=self.dim, hidden_dim=self.hidden_dim)
         check_instance(

@@ -116,7 +116,7 @@ class AllGather:
         return arrived, Gathered(shapes, here, late_R)
 
     def collect(self, y_RD: RowSums, state: Gathered) -> Tokens:
-        """What experts here give to each token is added here, so one row of each token travels."""
+        """Adds the rows of each token on this rank, and sends one sum for each token."""
         if state.late_R is not None:
             y_RD = scaled(y_RD, state.late_R)
         y = declare_sum(fold(y_RD, state.here), self.ep)

@@ -41,7 +41,7 @@ from spmd_moe.layer.router import Routing
 @final
 @dataclass(frozen=True, slots=True)
 class InTransit:
-    """What every row needs to go back the way it came, to its token."""
+    """Data that `collect` and `combine` need to return rows to their tokens."""
 
     slots: Slots
     late_TK: Tokens | None  # the weights that `combine` applies

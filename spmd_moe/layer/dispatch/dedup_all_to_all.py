@@ -40,7 +40,7 @@ from spmd_moe.layer.router import Routing
 @final
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """What the rows of each arrived token need to be added, and their sums to be sent back."""
+    """Data that `collect` and `combine` need to add rows and to return the sums."""
 
     leaving: Copies  # rows that left, as copies of this rank's tokens
     traffic: Traffic  # of tokens
